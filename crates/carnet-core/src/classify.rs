@@ -1,0 +1,328 @@
+//! The decision: compiled policy + connection + record -> what to do.
+//!
+//! The kernel's connect hooks, `carnet explain` and the tests call [`classify`]. It walks the tree
+//! to a leaf, checks the leaf's candidates in the order of arbitration and combines what they say.
+
+use crate::{
+    address::Wide,
+    arbitration::{Verdict, action_of},
+    chain::{Chain, hop_limit, slot_bit},
+    table::{
+        Action, FAILURE_SKIP, FilterRow, LEAF, MAX_CANDIDATES, MAX_CONDITIONS, MAX_DEPTH, NO_SLOT,
+        Step, Tables,
+    },
+};
+
+/// A connection that is to be classified: the values of its fields.
+pub trait Connection {
+    /// The value of `field` (a [`Field`](crate::table::Field) as number); `argument` is the level
+    /// for the cgroup field. An unknown field is [`Wide::MIN`].
+    fn value(&self, field: u32, argument: u32) -> Wide;
+}
+
+/// Who knows whether services can take a connection now.
+pub trait Listeners {
+    /// Whether the service with this redirect handle has a live registered listener that this
+    /// connection can be sent to.
+    fn is_live(&mut self, handle: u64) -> bool;
+}
+
+/// Is told how the classifier reached its decision. The kernel's tells nobody and costs nothing.
+pub trait Observer {
+    /// The filter matched, and this came of it.
+    fn matched(&mut self, filter: &FilterRow, outcome: Outcome);
+}
+
+/// What came of a filter that matched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It decided for its sublayer: the answer is now this.
+    Decided(Verdict),
+    /// It redirects the connection.
+    Redirects,
+    /// A heavier filter of its sublayer has already decided.
+    Shadowed,
+    /// It would redirect, but a heavier sublayer's hard decision forbids it (contract C26).
+    Overruled,
+    /// It would redirect, but another service gets the connection first; this one meets the flow
+    /// on its next leg (contract C20).
+    LaterLeg,
+    /// It would redirect, but its service has already had the flow (contract C6, C8).
+    AlreadyVisited,
+    /// It would redirect, but its service trusts those that had the flow (contract C7).
+    Trusts,
+    /// Its service has no live listener and is passed over (failure policy `skip`).
+    Skipped,
+    /// Its service has no live listener and the connection is refused (failure policy `block`).
+    ServiceUnavailable,
+}
+
+/// Why the decision is what it is. The numbers are part of the layout of events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Reason {
+    /// No filter decided.
+    NoFilter = 0,
+    /// A filter decided.
+    Filter = 1,
+    /// The service that a filter redirects to has no live listener, and its policy is `block`.
+    ServiceUnavailable = 2,
+    /// The flow has made more legs than there can be services: one of them forgot the record.
+    Loop = 3,
+}
+
+/// What to do with a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Decision {
+    /// The combined answer of the sublayers.
+    pub verdict: Verdict,
+    /// Why.
+    pub reason: Reason,
+    /// Slot of the service to redirect to; [`NO_SLOT`] if the connection is not redirected.
+    pub slot: u32,
+    /// Always zero.
+    pub zero: u32,
+    /// That service's redirect handle. With [`Reason::ServiceUnavailable`] the missing one's.
+    pub handle: u64,
+    /// The filter that decided, 0 if none did.
+    pub filter: u64,
+    /// Set of the slots that were passed over because they had no live listener.
+    pub skipped: u64,
+}
+
+impl Decision {
+    /// Passing, because nothing says otherwise.
+    pub const PASS: Self = Self {
+        verdict: Verdict::None,
+        reason: Reason::NoFilter,
+        slot: NO_SLOT,
+        zero: 0,
+        handle: 0,
+        filter: 0,
+        skipped: 0,
+    };
+
+    /// Whether the connection is to be sent to a service.
+    #[inline(always)]
+    pub const fn redirects(&self) -> bool {
+        self.slot != NO_SLOT
+    }
+
+    /// Whether the connection is to be refused.
+    #[inline(always)]
+    pub const fn blocks(&self) -> bool {
+        self.verdict.blocks()
+    }
+}
+
+/// Decides what happens to `connection`, whose record reads `chain`.
+#[inline(always)]
+pub fn classify<T, C, L, O>(
+    tables: &T,
+    connection: &C,
+    chain: &Chain,
+    listeners: &mut L,
+    observer: &mut O,
+) -> Decision
+where
+    T: Tables,
+    C: Connection,
+    L: Listeners,
+    O: Observer,
+{
+    let Some(header) = tables.header() else {
+        return Decision::PASS;
+    };
+    let mut walk = Walk { tables, connection, at: header.root };
+    if walk.at & LEAF == 0 {
+        T::repeat(MAX_DEPTH, &mut walk);
+    }
+    let Some(leaf) = tables.leaf(walk.at & !LEAF) else {
+        return Decision::PASS;
+    };
+    if leaf.count == 0 {
+        return Decision::PASS;
+    }
+    let mut scan = Scan {
+        tables,
+        connection,
+        chain,
+        listeners,
+        observer,
+        first: leaf.first,
+        decided_sublayer: u32::MAX,
+        decision: Decision::PASS,
+    };
+    T::repeat(if leaf.count < MAX_CANDIDATES { leaf.count } else { MAX_CANDIDATES }, &mut scan);
+    let mut decision = scan.decision;
+    if decision.blocks() {
+        decision.slot = NO_SLOT;
+    } else if decision.redirects() && chain.legs >= hop_limit(header.services) {
+        decision.verdict = Verdict::HardBlock;
+        decision.reason = Reason::Loop;
+        decision.slot = NO_SLOT;
+    }
+    decision
+}
+
+/// The way down the tree.
+struct Walk<'a, T, C> {
+    tables: &'a T,
+    connection: &'a C,
+    at: u32,
+}
+
+impl<T: Tables, C: Connection> Step for Walk<'_, T, C> {
+    #[inline(always)]
+    fn step(&mut self, _index: u32) -> bool {
+        let Some(node) = self.tables.node(self.at) else {
+            return false;
+        };
+        let value = self.connection.value(node.field, node.argument);
+        self.at = if value.below(node.split) { node.left } else { node.right };
+        self.at & LEAF == 0
+    }
+}
+
+/// The way through a leaf's candidates.
+struct Scan<'a, T, C, L, O> {
+    tables: &'a T,
+    connection: &'a C,
+    chain: &'a Chain,
+    listeners: &'a mut L,
+    observer: &'a mut O,
+    first: u32,
+    decided_sublayer: u32,
+    decision: Decision,
+}
+
+impl<T, C, L, O> Step for Scan<'_, T, C, L, O>
+where
+    T: Tables,
+    C: Connection,
+    L: Listeners,
+    O: Observer,
+{
+    #[inline(always)]
+    fn step(&mut self, index: u32) -> bool {
+        let Some(candidate) = self.tables.candidate(self.first.wrapping_add(index)) else {
+            return false;
+        };
+        let Some(filter) = self.tables.filter(*candidate) else {
+            return false;
+        };
+        let mut matching = Matching {
+            tables: self.tables,
+            connection: self.connection,
+            first: filter.first_condition,
+            count: filter.condition_count,
+            matches: true,
+        };
+        if filter.condition_count != 0 {
+            T::repeat(MAX_CONDITIONS, &mut matching);
+        }
+        if matching.matches {
+            let outcome = self.take(filter);
+            self.observer.matched(filter, outcome);
+        }
+        true
+    }
+}
+
+impl<T, C, L, O> Scan<'_, T, C, L, O>
+where
+    T: Tables,
+    L: Listeners,
+{
+    /// Lets a filter that matches have its say.
+    #[inline(always)]
+    fn take(&mut self, filter: &FilterRow) -> Outcome {
+        if filter.sublayer == self.decided_sublayer {
+            return Outcome::Shadowed;
+        }
+        let action = action_of(filter);
+        if matches!(action, Action::Redirect) {
+            return self.redirect(filter);
+        }
+        let verdict = self.decision.verdict.after(action, filter.flags);
+        self.decide(filter, verdict, Reason::Filter);
+        Outcome::Decided(verdict)
+    }
+
+    #[inline(always)]
+    fn redirect(&mut self, filter: &FilterRow) -> Outcome {
+        if !self.decision.verdict.allows_redirect() {
+            return Outcome::Overruled;
+        }
+        let Some(service) = self.tables.service(filter.slot) else {
+            return Outcome::AlreadyVisited;
+        };
+        if !self.chain.may_redirect(filter.slot, service) {
+            let visited = self.chain.visited & slot_bit(filter.slot) != 0;
+            return if visited { Outcome::AlreadyVisited } else { Outcome::Trusts };
+        }
+        if self.decision.redirects() {
+            return Outcome::LaterLeg;
+        }
+        if self.listeners.is_live(service.handle) {
+            self.decision.slot = filter.slot;
+            self.decision.handle = service.handle;
+            let verdict = self.decision.verdict.after(Action::Redirect, 0);
+            self.decide(filter, verdict, Reason::Filter);
+            return Outcome::Redirects;
+        }
+        if service.failure == FAILURE_SKIP {
+            self.decision.skipped |= slot_bit(filter.slot);
+            return Outcome::Skipped;
+        }
+        self.decision.handle = service.handle;
+        self.decide(filter, Verdict::HardBlock, Reason::ServiceUnavailable);
+        Outcome::ServiceUnavailable
+    }
+
+    /// Ends the filter's sublayer with `verdict`.
+    #[inline(always)]
+    fn decide(&mut self, filter: &FilterRow, verdict: Verdict, reason: Reason) {
+        self.decided_sublayer = filter.sublayer;
+        if verdict as u32 != self.decision.verdict as u32 || self.decision.filter == 0 {
+            self.decision.filter = filter.id;
+            self.decision.reason = reason;
+        }
+        self.decision.verdict = verdict;
+    }
+}
+
+/// The check of one filter's conditions.
+struct Matching<'a, T, C> {
+    tables: &'a T,
+    connection: &'a C,
+    first: u32,
+    count: u32,
+    matches: bool,
+}
+
+impl<T: Tables, C: Connection> Step for Matching<'_, T, C> {
+    #[inline(always)]
+    fn step(&mut self, index: u32) -> bool {
+        if index >= self.count {
+            return false;
+        }
+        let Some(condition) = self.tables.condition(self.first.wrapping_add(index)) else {
+            self.matches = false;
+            return false;
+        };
+        let value = self.connection.value(condition.field, condition.argument);
+        self.matches = value.within(condition.first, condition.last);
+        self.matches
+    }
+}
+
+/// An observer that is not interested.
+#[derive(Clone, Copy, Debug)]
+pub struct Unobserved;
+
+impl Observer for Unobserved {
+    #[inline(always)]
+    fn matched(&mut self, _filter: &FilterRow, _outcome: Outcome) {}
+}

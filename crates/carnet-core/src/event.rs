@@ -1,0 +1,158 @@
+//! What the kernel engine tells of its decisions, through a ring buffer.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::address::Endpoint;
+
+/// What happened. The numbers are part of the layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum EventKind {
+    /// A connection was sent to a service.
+    Redirected = 1,
+    /// A connection that carries a record passes on to its destination.
+    Onward = 2,
+    /// A connection was refused.
+    Blocked = 3,
+    /// A service's process connected to the destination of a flow that it holds, without the
+    /// record: the service forgot it.
+    RecordForgotten = 4,
+    /// A redirected or onward connection ended.
+    Closed = 5,
+    /// A record that somebody tried to set was refused.
+    RecordRefused = 6,
+    /// A service registered a listener.
+    ListenerRegistered = 7,
+}
+
+impl EventKind {
+    /// The kind with this number.
+    pub const fn from_number(number: u32) -> Option<Self> {
+        Some(match number {
+            1 => Self::Redirected,
+            2 => Self::Onward,
+            3 => Self::Blocked,
+            4 => Self::RecordForgotten,
+            5 => Self::Closed,
+            6 => Self::RecordRefused,
+            7 => Self::ListenerRegistered,
+            _ => return None,
+        })
+    }
+}
+
+/// An event, 144 bytes.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Event {
+    /// When: nanoseconds of the boot-time clock.
+    pub time_ns: u64,
+    /// An [`EventKind`] as number.
+    pub kind: u32,
+    /// Why: a [`Reason`](crate::classify::Reason) as number; for a refused record a
+    /// [`RecordError`](crate::record::RecordError) as number.
+    pub reason: u32,
+    /// The flow; 0 for a connection that belongs to none.
+    pub flow: u64,
+    /// The service concerned, by redirect handle: the one that gets the connection, is missing,
+    /// forgot the record or set it; 0 for none.
+    pub handle: u64,
+    /// The filter that decided, 0 for none.
+    pub filter: u64,
+    /// Slots of the services that were passed over because they had no live listener.
+    pub skipped: u64,
+    /// Generation of the policy that decided.
+    pub generation: u64,
+    /// Process that acted, in the initial pid namespace; 0 where none did (the end of a flow).
+    pub pid: u32,
+    /// Its user, in the initial user namespace.
+    pub uid: u32,
+    /// The destination that was asked for.
+    pub requested: Endpoint,
+    /// Redirected legs so far.
+    pub legs: u32,
+    /// Hops in the record.
+    pub hops: u32,
+    /// `Closed`: payload bytes that the connecting side sent and had acknowledged.
+    pub bytes_sent: u64,
+    /// `Closed`: payload bytes that the connecting side received.
+    pub bytes_received: u64,
+    /// Command name of the process, zero-padded.
+    pub command: [u8; 16],
+}
+
+const _: () = assert!(size_of::<Event>() == 64 + 24 + 8 + 16 + 16);
+
+/// Counters of the engine, each a slot of a per-CPU array. The first group adds up to the number of
+/// connects that were classified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Counter {
+    /// Connects that passed without a record.
+    Passed = 0,
+    /// Connects that were redirected.
+    Redirected = 1,
+    /// Connects that passed with a record.
+    Onward = 2,
+    /// Connects that were refused, for whatever reason.
+    Blocked = 3,
+
+    /// Of the refused: loops ended by the hop guard.
+    Loops = 4,
+    /// Of the refused: for want of a live listener.
+    ServiceUnavailable = 5,
+    /// Times a service was passed over for want of a live listener.
+    Skipped = 6,
+    /// Times a service's process connected without the record of the flow that it holds.
+    Forgotten = 7,
+    /// Redirected connections that a service accepted with their record.
+    Delivered = 8,
+    /// Records that were set.
+    RecordsSet = 9,
+    /// Records that were refused as malformed.
+    RecordsMalformed = 10,
+    /// Records that were refused as forged.
+    RecordsForged = 11,
+    /// Records that were refused as another instance's.
+    RecordsForeign = 12,
+    /// Records that were refused as expired.
+    RecordsExpired = 13,
+    /// Calls of the control interface that were refused with `EACCES`.
+    AccessDenied = 14,
+    /// Events that found the ring buffer full.
+    EventsLost = 15,
+    /// Connections that could not be redirected because kernel memory or a map was exhausted; they
+    /// are refused.
+    OutOfMemory = 16,
+    /// Redirected connections whose leg could not be handed over to the accepting side.
+    HandoverFailed = 17,
+}
+
+impl Counter {
+    /// Number of counters.
+    pub const COUNT: usize = 18;
+
+    /// All counters with the names under which they are shown.
+    pub const ALL: [(Self, &'static str); Self::COUNT] = [
+        (Self::Passed, "passed"),
+        (Self::Redirected, "redirected"),
+        (Self::Onward, "onward"),
+        (Self::Blocked, "blocked"),
+        (Self::Loops, "loops_ended"),
+        (Self::ServiceUnavailable, "service_unavailable"),
+        (Self::Skipped, "services_skipped"),
+        (Self::Forgotten, "records_forgotten"),
+        (Self::Delivered, "delivered"),
+        (Self::RecordsSet, "records_set"),
+        (Self::RecordsMalformed, "records_malformed"),
+        (Self::RecordsForged, "records_forged"),
+        (Self::RecordsForeign, "records_foreign"),
+        (Self::RecordsExpired, "records_expired"),
+        (Self::AccessDenied, "access_denied"),
+        (Self::EventsLost, "events_lost"),
+        (Self::OutOfMemory, "out_of_memory"),
+        (Self::HandoverFailed, "handover_failed"),
+    ];
+}

@@ -1,0 +1,49 @@
+//! Carnet's rules, each of them once.
+//!
+//! This crate decides; everything else translates. The kernel's hooks run [`classify()`] over BPF
+//! maps, `carnet explain` and the tests run the same function over the host's tables
+//! (`compile::CompiledPolicy`), so a rule cannot mean two things.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`abi`] | the control interface: socket-option level, names, layouts, errno table |
+//! | [`address`] | endpoints and 128-bit field values |
+//! | [`record`] | the redirect record: layout, MAC, verification |
+//! | [`chain`] | the four redirect states, trust, the hop guard |
+//! | [`table`] | the compiled policy: rows, and the trait over the tables that hold them |
+//! | [`arbitration`] | how permits, blocks and redirects of several sublayers combine |
+//! | [`classify`](mod@classify) | the decision function |
+//! | [`flow`] | what the kernel keeps for a redirected connection |
+//! | [`event`] | what the kernel tells of decisions |
+//! | `object`, `compile` (feature `host`) | the administrator's objects; objects to tables |
+//!
+//! The crate is `no_std`, has no I/O, no clock and no unsafe code; it is compiled unchanged for the
+//! host and for BPF.
+#![no_std]
+#![forbid(unsafe_code)]
+
+#[cfg(any(feature = "host", test))]
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+// The record and the tables are read by user mode as the kernel wrote them.
+#[cfg(target_endian = "big")]
+compile_error!("Carnet's layouts are little-endian; a big-endian host is not supported yet");
+
+pub mod abi;
+pub mod address;
+pub mod arbitration;
+pub mod chain;
+pub mod classify;
+#[cfg(feature = "host")]
+pub mod compile;
+pub mod event;
+pub mod flow;
+#[cfg(feature = "host")]
+pub mod object;
+pub mod record;
+pub mod siphash;
+pub mod table;
+
+pub use classify::{Decision, classify};
