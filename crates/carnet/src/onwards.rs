@@ -1,0 +1,128 @@
+//! Connecting onwards: from an accepted connection to where it was going.
+
+use crate::{
+    AsSocket, Error, Operation, OriginalDestination, RedirectRecords, original_destination,
+    query_redirect_records, set_redirect_records,
+};
+use socket2::{Domain, Protocol, Socket, Type};
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+/// Connects to the original destination of an accepted connection, with its redirect record, and
+/// waits until it is connected or the system gives up. [`Onwards`] has a time limit and more.
+///
+/// # Errors
+/// Those of [`query_redirect_records`] about `accepted`; those of [`set_redirect_records`];
+/// [`Error::Connect`], [`Error::Blocked`] and [`Error::Loop`] for the connection itself.
+pub fn connect_onwards(accepted: &impl AsSocket) -> Result<TcpStream, Error> {
+    Onwards::of(accepted)?.connect()
+}
+
+/// As [`connect_onwards`], to another destination than the original one: for a service that sends
+/// connections elsewhere, to a mirror for example.
+///
+/// # Errors
+/// Those of [`connect_onwards`].
+pub fn connect_onwards_to(
+    accepted: &impl AsSocket,
+    destination: SocketAddr,
+) -> Result<TcpStream, Error> {
+    Onwards::new(query_redirect_records(accepted)?, destination).connect()
+}
+
+/// A connection onwards that is yet to be made: the record, the destination, and how to connect.
+///
+/// It keeps no hold of the accepted connection, so it can be prepared in one place and used in
+/// another.
+#[derive(Clone, Debug)]
+pub struct Onwards {
+    records: RedirectRecords,
+    destination: SocketAddr,
+    source: Option<SocketAddr>,
+    timeout: Option<Duration>,
+}
+
+impl Onwards {
+    /// The connection from `accepted` to its original destination.
+    ///
+    /// # Errors
+    /// Those of [`query_redirect_records`].
+    pub fn of(accepted: &impl AsSocket) -> Result<Self, Error> {
+        let records = query_redirect_records(accepted)?;
+        let OriginalDestination(destination) = original_destination(accepted)?;
+        Ok(Self::new(records, destination))
+    }
+
+    /// A connection to `destination` with records that were queried before.
+    pub fn new(records: RedirectRecords, destination: SocketAddr) -> Self {
+        Self { records, destination, source: None, timeout: None }
+    }
+
+    /// Gives up when it takes longer. Without it, the system's own limit holds: minutes.
+    #[must_use]
+    pub fn timeout(self, limit: Duration) -> Self {
+        Self { timeout: Some(limit), ..self }
+    }
+
+    /// Binds the socket to a local address before connecting. It must be of the destination's
+    /// family, where an IPv4-mapped destination counts as IPv4.
+    #[must_use]
+    pub fn bind(self, source: SocketAddr) -> Self {
+        Self { source: Some(source), ..self }
+    }
+
+    /// Where the connection goes. An IPv4-mapped destination is reached over IPv4, which also
+    /// works where sockets are IPv6-only.
+    pub fn destination(&self) -> SocketAddr {
+        SocketAddr::new(self.destination.ip().to_canonical(), self.destination.port())
+    }
+
+    /// Makes the connection; blocks until it is there.
+    ///
+    /// # Errors
+    /// Those of [`set_redirect_records`]; [`Error::Connect`], of kind
+    /// [`TimedOut`](io::ErrorKind::TimedOut) when the limit has passed; [`Error::Blocked`];
+    /// [`Error::Loop`]; [`Error::Os`] when no socket could be made or bound.
+    pub fn connect(&self) -> Result<TcpStream, Error> {
+        let (socket, destination) = (self.socket()?, self.destination());
+        let connected = match self.timeout {
+            Some(limit) => socket.connect_timeout(&destination.into(), limit),
+            None => socket.connect(&destination.into()),
+        };
+        connected.map_err(|source| Error::from_connect(destination, source))?;
+        Ok(socket.into())
+    }
+
+    /// The time limit.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn limit(&self) -> Option<Duration> {
+        self.timeout
+    }
+
+    /// A blocking socket that carries the record and is bound, ready to be connected.
+    pub(crate) fn socket(&self) -> Result<Socket, Error> {
+        let refused = |source: io::Error| Error::Os { operation: Operation::PrepareSocket, source };
+        let domain = Domain::for_address(self.destination());
+        let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP)).map_err(refused)?;
+        // First of all: some systems classify a connection when its socket is bound (S58).
+        set_redirect_records(&socket, &self.records)?;
+        if let Some(source) = self.source {
+            socket.bind(&source.into()).map_err(refused)?;
+        }
+        Ok(socket)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapped_destination_is_reached_over_ipv4() {
+        let to = |text: &str| Onwards::new(vec![].into(), text.parse().unwrap()).destination();
+        assert_eq!(to("[::ffff:192.0.2.1]:80"), "192.0.2.1:80".parse().unwrap());
+        assert_eq!(to("[2001:db8::1]:80"), "[2001:db8::1]:80".parse().unwrap());
+        assert_eq!(to("192.0.2.1:80"), "192.0.2.1:80".parse().unwrap());
+    }
+}

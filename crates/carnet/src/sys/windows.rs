@@ -1,0 +1,123 @@
+//! Windows: the three control codes, by `WSAIoctl`, and `SO_ORIGINAL_DST`.
+#![expect(unsafe_code, reason = "WSAIoctl and getsockopt are foreign functions")]
+
+use crate::error::{Error, Operation};
+use crate::growth::read_growing;
+use crate::winsock::{explain, query_outcome};
+use crate::{Flow, OriginalApp};
+use socket2::SockAddr;
+use std::net::SocketAddr;
+use std::os::windows::io::{AsRawSocket, BorrowedSocket};
+use std::ptr;
+use windows_sys::Win32::Networking::WinSock::{
+    SIO_QUERY_WFP_CONNECTION_REDIRECT_CONTEXT, SIO_QUERY_WFP_CONNECTION_REDIRECT_RECORDS,
+    SIO_SET_WFP_CONNECTION_REDIRECT_RECORDS, SOCKET, SOL_SOCKET, WSAGetLastError, WSAIoctl,
+    getsockopt,
+};
+
+pub use std::os::windows::io::AsSocket;
+
+/// `SO_ORIGINAL_DST` at `SOL_SOCKET` (contract Q12).
+const SO_ORIGINAL_DST: i32 = 0x300F;
+
+pub(crate) fn query_redirect_records(socket: &impl AsSocket) -> Result<Vec<u8>, Error> {
+    let code = SIO_QUERY_WFP_CONNECTION_REDIRECT_RECORDS;
+    query(socket.as_socket(), Operation::QueryRedirectRecords, code)
+}
+
+pub(crate) fn query_redirect_context(socket: &impl AsSocket) -> Result<Vec<u8>, Error> {
+    let code = SIO_QUERY_WFP_CONNECTION_REDIRECT_CONTEXT;
+    query(socket.as_socket(), Operation::QueryRedirectContext, code)
+}
+
+pub(crate) fn set_redirect_records(socket: &impl AsSocket, record: &[u8]) -> Result<(), Error> {
+    let code = SIO_SET_WFP_CONNECTION_REDIRECT_RECORDS;
+    control(socket.as_socket(), code, record, &mut [])
+        .0
+        .map_err(|code| explain(Operation::SetRedirectRecords, code))
+}
+
+pub(crate) fn register_listener(_socket: &impl AsSocket) -> Result<(), Error> {
+    Err(Error::Unsupported { operation: Operation::RegisterListener })
+}
+
+pub(crate) fn original_app(_socket: &impl AsSocket) -> Result<OriginalApp, Error> {
+    Err(Error::Unsupported { operation: Operation::OriginalApp })
+}
+
+pub(crate) fn flow(_socket: &impl AsSocket) -> Result<Flow, Error> {
+    Err(Error::Unsupported { operation: Operation::Flow })
+}
+
+pub(crate) fn original_destination(socket: &impl AsSocket) -> Result<SocketAddr, Error> {
+    let operation = Operation::OriginalDestination;
+    let socket = socket.as_socket();
+    let fill = |storage: *mut socket2::SockAddrStorage, length: *mut socket2::socklen_t| {
+        // SAFETY: the socket is open while it is borrowed; `try_init` gives a storage that is
+        // valid for writes of `*length` bytes, and a valid `length`.
+        let status =
+            unsafe { getsockopt(raw(socket), SOL_SOCKET, SO_ORIGINAL_DST, storage.cast(), length) };
+        if status == 0 { Ok(()) } else { Err(last_error()) }
+    };
+    let mut code = 0;
+    // SAFETY: a successful getsockopt has written a socket address and its length.
+    let answer = unsafe {
+        SockAddr::try_init(|storage, length| {
+            fill(storage, length).map_err(|refused| {
+                code = refused;
+                std::io::Error::from_raw_os_error(refused)
+            })
+        })
+    };
+    let (_, address) = answer.map_err(|_| explain(operation, code))?;
+    let length = address.len() as usize;
+    address.as_socket().ok_or(Error::InvalidAnswer { operation, length })
+}
+
+fn query(socket: BorrowedSocket<'_>, operation: Operation, code: u32) -> Result<Vec<u8>, Error> {
+    let answer = read_growing(operation, |buffer| {
+        let (result, returned) = control(socket, code, &[], buffer);
+        query_outcome(operation, result, returned, buffer.len())
+    })?;
+    if answer.is_empty() { Err(Error::NotRedirected { operation }) } else { Ok(answer) }
+}
+
+/// `WSAIoctl`, synchronous: its error code if it failed, and the count of returned bytes.
+fn control(
+    socket: BorrowedSocket<'_>,
+    code: u32,
+    input: &[u8],
+    output: &mut [u8],
+) -> (Result<(), i32>, usize) {
+    let mut returned = 0;
+    let out = if output.is_empty() { ptr::null_mut() } else { output.as_mut_ptr() };
+    let into = if input.is_empty() { ptr::null() } else { input.as_ptr() };
+    // SAFETY: the socket is open while it is borrowed; both buffers are valid for their lengths
+    // (a length that does not fit is cut), or null with length 0; `returned` outlives the call,
+    // which is synchronous because no OVERLAPPED is given.
+    let status = unsafe {
+        WSAIoctl(
+            raw(socket),
+            code,
+            into.cast(),
+            u32::try_from(input.len()).unwrap_or(u32::MAX),
+            out.cast(),
+            u32::try_from(output.len()).unwrap_or(u32::MAX),
+            &raw mut returned,
+            ptr::null_mut(),
+            None,
+        )
+    };
+    let result = if status == 0 { Ok(()) } else { Err(last_error()) };
+    (result, returned as usize)
+}
+
+/// The code of this thread's last failed call to Winsock.
+fn last_error() -> i32 {
+    // SAFETY: it has no precondition.
+    unsafe { WSAGetLastError() }
+}
+
+fn raw(socket: BorrowedSocket<'_>) -> SOCKET {
+    socket.as_raw_socket() as SOCKET
+}

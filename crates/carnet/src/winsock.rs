@@ -1,0 +1,120 @@
+//! What the error codes of the three Windows control codes mean.
+//!
+//! Only numbers and rules, so that they are tested on every system; the calls themselves are in
+//! `sys/windows.rs`.
+
+use crate::error::{Error, Operation};
+use crate::growth::Attempt;
+use std::io;
+
+const ERROR_INSUFFICIENT_BUFFER: i32 = 122;
+const ERROR_NOT_FOUND: i32 = 1168;
+const WSAEACCES: i32 = 10013;
+const WSAEFAULT: i32 = 10014;
+const WSAEINVAL: i32 = 10022;
+const WSAEMSGSIZE: i32 = 10040;
+const WSAENOPROTOOPT: i32 = 10042;
+const WSAEOPNOTSUPP: i32 = 10045;
+const WSAENETDOWN: i32 = 10050;
+const WSAENOBUFS: i32 = 10055;
+const WSAENOTCONN: i32 = 10057;
+/// A raw status of the filtering platform, which comes through as it is (contract Q8).
+const FWP_E_NOT_FOUND: i32 = 0x8032_0008_u32 as i32;
+
+/// The outcome of a query: `result` is the number of bytes that the call returned or its error
+/// code, `returned` what it left in the count of returned bytes, `offered` the buffer's size.
+///
+/// # Errors
+/// All that a larger buffer cannot cure.
+pub(crate) fn query_outcome(
+    operation: Operation,
+    result: Result<(), i32>,
+    returned: usize,
+    offered: usize,
+) -> Result<Attempt, Error> {
+    let needed = (returned > offered).then_some(returned);
+    match result {
+        Ok(()) if returned > offered => Ok(Attempt::TooSmall {
+            needed,
+            otherwise: Error::InvalidAnswer { operation, length: returned },
+        }),
+        Ok(()) => Ok(Attempt::Filled(returned)),
+        Err(ERROR_INSUFFICIENT_BUFFER | WSAEFAULT | WSAENOBUFS | WSAEMSGSIZE) => {
+            Ok(Attempt::TooSmall {
+                needed,
+                otherwise: Error::InvalidAnswer { operation, length: returned },
+            })
+        }
+        // One page of the documentation says so of a short buffer, and all of them say so of a
+        // wrong socket: it is one until the largest buffer has been tried (contract Q5, X3).
+        Err(WSAEINVAL) if returned == 0 => {
+            Ok(Attempt::TooSmall { needed: None, otherwise: Error::WrongSocket { operation } })
+        }
+        Err(code) => Err(explain(operation, code)),
+    }
+}
+
+/// The error that `code` stands for.
+pub(crate) fn explain(operation: Operation, code: i32) -> Error {
+    match code {
+        WSAEACCES => Error::AccessDenied { operation },
+        WSAEINVAL if operation == Operation::SetRedirectRecords => Error::InvalidRecord,
+        WSAEINVAL => Error::WrongSocket { operation },
+        WSAENOTCONN => Error::NotConnected { operation },
+        FWP_E_NOT_FOUND | ERROR_NOT_FOUND => Error::NotRedirected { operation },
+        WSAENOPROTOOPT | WSAENETDOWN => Error::NoEngine { operation },
+        WSAEOPNOTSUPP => Error::Unsupported { operation },
+        code => Error::Os { operation, source: io::Error::from_raw_os_error(code) },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::growth::read_growing;
+
+    const QUERY: Operation = Operation::QueryRedirectRecords;
+
+    #[test]
+    fn every_way_to_say_too_small_grows_the_buffer() {
+        for code in [ERROR_INSUFFICIENT_BUFFER, WSAEFAULT, WSAENOBUFS, WSAEMSGSIZE, WSAEINVAL] {
+            let length = 6000;
+            let answer = read_growing(QUERY, |buffer| match buffer.get_mut(..length) {
+                Some(target) => {
+                    target.fill(1);
+                    query_outcome(QUERY, Ok(()), length, buffer.len())
+                }
+                None => query_outcome(QUERY, Err(code), 0, buffer.len()),
+            });
+            assert_eq!(answer.unwrap(), vec![1; length], "code {code}");
+        }
+    }
+
+    #[test]
+    fn the_needed_length_is_taken_from_an_error_and_from_a_success() {
+        for result in [Err(ERROR_INSUFFICIENT_BUFFER), Ok(())] {
+            let attempt = query_outcome(QUERY, result, 3000, 2048).unwrap();
+            assert!(matches!(attempt, Attempt::TooSmall { needed: Some(3000), .. }));
+        }
+    }
+
+    #[test]
+    fn an_invalid_argument_to_the_end_is_a_wrong_socket() {
+        let answer = read_growing(QUERY, |b| query_outcome(QUERY, Err(WSAEINVAL), 0, b.len()));
+        assert!(matches!(answer, Err(Error::WrongSocket { .. })));
+    }
+
+    #[test]
+    fn codes_become_errors() {
+        use Operation::{QueryRedirectContext as Context, SetRedirectRecords as Set};
+        assert!(matches!(explain(Set, WSAEINVAL), Error::InvalidRecord));
+        assert!(matches!(explain(Set, WSAEACCES), Error::AccessDenied { operation: Set }));
+        assert!(matches!(explain(QUERY, WSAENOTCONN), Error::NotConnected { .. }));
+        assert!(matches!(explain(Context, FWP_E_NOT_FOUND), Error::NotRedirected { .. }));
+        assert!(matches!(explain(QUERY, WSAEOPNOTSUPP), Error::Unsupported { .. }));
+        assert!(matches!(explain(QUERY, WSAENETDOWN), Error::NoEngine { .. }));
+        assert!(matches!(explain(QUERY, 10038), Error::Os { source, .. }
+            if source.raw_os_error() == Some(10038)));
+        assert_eq!(FWP_E_NOT_FOUND, -2_144_206_840);
+    }
+}

@@ -1,0 +1,102 @@
+//! What every function says where no engine answers: on plain sockets of any kind and library.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use carnet::{Error, Operation, RedirectRecords};
+use socket2::{Domain, Socket, Type};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+
+/// Asserts that an expression is an error of the given pattern.
+macro_rules! refused {
+    ($result:expr, $pattern:pat $(if $guard:expr)?) => {
+        let result = $result;
+        assert!(matches!(&result, Err($pattern) $(if $guard)?), "{result:?}");
+    };
+}
+
+fn connected(address: &str) -> (TcpListener, TcpStream, TcpStream) {
+    let listener = TcpListener::bind(address).unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (accepted, _) = listener.accept().unwrap();
+    (listener, client, accepted)
+}
+
+#[test]
+fn queries_say_that_there_is_no_engine() {
+    for address in ["127.0.0.1:0", "[::1]:0"] {
+        let (listener, client, accepted) = connected(address);
+        refused!(
+            carnet::query_redirect_records(&accepted),
+            Error::NoEngine { operation: Operation::QueryRedirectRecords }
+        );
+        refused!(
+            carnet::query_redirect_context(&accepted),
+            Error::NoEngine { operation: Operation::QueryRedirectContext }
+        );
+        refused!(
+            carnet::original_destination(&accepted),
+            Error::NoEngine { operation: Operation::OriginalDestination }
+        );
+        refused!(
+            carnet::original_app(&client),
+            Error::NoEngine { operation: Operation::OriginalApp }
+        );
+        refused!(carnet::flow(&accepted), Error::NoEngine { operation: Operation::Flow });
+        refused!(
+            carnet::register_listener(&listener),
+            Error::NoEngine { operation: Operation::RegisterListener }
+        );
+        refused!(carnet::connect_onwards(&accepted), Error::NoEngine { .. });
+        let elsewhere = "127.0.0.1:1".parse().unwrap();
+        refused!(carnet::connect_onwards_to(&accepted, elsewhere), Error::NoEngine { .. });
+    }
+}
+
+#[test]
+fn a_record_cannot_be_set_and_nothing_is_connected_without_it() {
+    let (listener, _client, _accepted) = connected("127.0.0.1:0");
+    let records = RedirectRecords::from(vec![1; 400]);
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let set = Operation::SetRedirectRecords;
+    refused!(
+        carnet::set_redirect_records(&socket, &records),
+        Error::NoEngine { operation } if *operation == set
+    );
+
+    let onwards = carnet::Onwards::new(records, listener.local_addr().unwrap());
+    refused!(onwards.connect(), Error::NoEngine { operation } if *operation == set);
+    listener.set_nonblocking(true).unwrap();
+    assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+}
+
+#[test]
+fn sockets_of_other_kinds_are_named() {
+    let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+    refused!(carnet::query_redirect_records(&udp), Error::WrongSocket { .. });
+    #[cfg(unix)]
+    {
+        let (unix, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        refused!(carnet::original_destination(&unix), Error::WrongSocket { .. });
+        refused!(carnet::set_redirect_records(&unix, &vec![1].into()), Error::WrongSocket { .. });
+    }
+}
+
+#[test]
+fn the_message_tells_what_was_asked_and_what_to_do() {
+    let (_listener, _client, accepted) = connected("127.0.0.1:0");
+    let message = carnet::query_redirect_records(&accepted).unwrap_err().to_string();
+    assert!(message.starts_with("querying the redirect records: "), "{message}");
+    assert!(message.contains("carnet up"), "{message}");
+}
+
+#[cfg(feature = "tokio")]
+#[tokio::test]
+async fn sockets_of_tokio_are_taken_as_they_are() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    refused!(carnet::register_listener(&listener), Error::NoEngine { .. });
+    let address = listener.local_addr().unwrap();
+    let _client = tokio::net::TcpStream::connect(address).await.unwrap();
+    let (accepted, _) = listener.accept().await.unwrap();
+    refused!(carnet::tokio::connect_onwards(&accepted).await, Error::NoEngine { .. });
+    refused!(carnet::tokio::connect_onwards_to(&accepted, address).await, Error::NoEngine { .. });
+}
