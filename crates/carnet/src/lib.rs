@@ -45,7 +45,7 @@
 //!
 //! # Features
 //!
-//! - `tokio`: the module [`tokio`](crate::tokio) with the same one-call connect for tokio.
+//! - `tokio`: the module `carnet::tokio` with the same one-call connect for tokio.
 
 mod error;
 mod growth;
