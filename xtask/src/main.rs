@@ -1,0 +1,68 @@
+//! `cargo xtask`: Carnet's own commands, so that every step of development and CI is one command
+//! that sets up what it needs and says in words what is missing.
+//!
+//! | module | job |
+//! |---|---|
+//! | [`bpf`] | builds the kernel engine, reproducibly, and checks the committed object against it |
+//! | [`test`] | runs everything that runs on the local kernel |
+//! | [`ci`] | what CI checks beside the tests |
+//! | [`forward`] | `demo` and `bench`: build a program and start it as root |
+//! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
+
+mod bpf;
+mod cargo;
+mod ci;
+mod forward;
+mod host;
+mod process;
+mod test;
+
+use std::ffi::OsString;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Carnet's own commands.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, max_term_width = 100)]
+struct Options {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the kernel engine into the object that carnet-engine embeds
+    Bpf(bpf::Options),
+    /// Run every test that runs on the local kernel: the whole workspace, end-to-end tests as root
+    Test {
+        /// Given to every test program, for example a part of a test's name or `--nocapture`
+        #[arg(last = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Check what CI checks beside the tests: format, lints, docs, licences, the committed object
+    Ci,
+    /// Build and run the benchmarks as root; everything given is handed on to them
+    Bench {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Build `carnet` and run `carnet demo` as root; everything given is handed on to it
+    Demo {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+}
+
+fn main() -> Result<()> {
+    if let Some(compiler_call) = bpf::compiler_call() {
+        return compiler_call;
+    }
+    match Options::parse().command {
+        Command::Bpf(options) => bpf::run(options),
+        Command::Test { arguments } => test::run(&arguments),
+        Command::Ci => ci::run(),
+        Command::Bench { arguments } => forward::bench(&arguments),
+        Command::Demo { arguments } => forward::demo(&arguments),
+    }
+}
