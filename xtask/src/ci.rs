@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::process::{self, announce, find_program};
+use crate::process::{self, announce};
 use crate::{bpf, cargo};
 
 /// The cargo-deny that is installed when there is none.
@@ -72,7 +72,7 @@ fn documentation(root: &Path) -> Result<()> {
 }
 
 fn dependencies(root: &Path) -> Result<()> {
-    if find_program("cargo-deny").is_none() {
+    if process::read(cargo::cargo(root).args(["deny", "--version"])).is_err() {
         process::run(
             cargo::cargo(root)
                 .args(["install", "--locked", &format!("cargo-deny@{CARGO_DENY}"), "--target-dir"])
