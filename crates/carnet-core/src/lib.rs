@@ -15,7 +15,9 @@
 //! | [`classify`](mod@classify) | the decision function |
 //! | [`flow`] | what the kernel keeps for a redirected connection |
 //! | [`event`] | what the kernel tells of decisions |
-//! | `object`, `compile` (feature `host`) | the administrator's objects; objects to tables |
+//! | `object` (feature `host`) | the administrator's objects |
+//! | `compile` (feature `host`) | objects to tables |
+//! | `explain` (feature `host`) | the legs that a flow would make, and why |
 //!
 //! The crate is `no_std`, has no I/O, no clock and no unsafe code; it is compiled unchanged for the
 //! host and for BPF.
@@ -39,6 +41,8 @@ pub mod classify;
 #[cfg(feature = "host")]
 pub mod compile;
 pub mod event;
+#[cfg(feature = "host")]
+pub mod explain;
 pub mod flow;
 #[cfg(feature = "host")]
 pub mod object;
