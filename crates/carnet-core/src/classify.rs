@@ -83,9 +83,10 @@ pub struct Decision {
     pub slot: u32,
     /// Always zero.
     pub zero: u32,
-    /// That service's redirect handle. With [`Reason::ServiceUnavailable`] the missing one's.
+    /// That service's redirect handle. With [`Reason::ServiceUnavailable`] the missing one's, with
+    /// [`Reason::Loop`] that of the service that would have had the connection once more.
     pub handle: u64,
-    /// The filter that decided, 0 if none did.
+    /// The filter that redirects; if none does, the one that brought the verdict, 0 if none did.
     pub filter: u64,
     /// Set of the slots that were passed over because they had no live listener.
     pub skipped: u64,
@@ -152,16 +153,23 @@ where
         observer,
         first: leaf.first,
         decided_sublayer: u32::MAX,
+        redirecting: 0,
         decision: Decision::PASS,
     };
     T::repeat(if leaf.count < MAX_CANDIDATES { leaf.count } else { MAX_CANDIDATES }, &mut scan);
     let mut decision = scan.decision;
     if decision.blocks() {
-        decision.slot = NO_SLOT;
-    } else if decision.redirects() && chain.legs >= hop_limit(header.services) {
-        decision.verdict = Verdict::HardBlock;
-        decision.reason = Reason::Loop;
-        decision.slot = NO_SLOT;
+        if decision.redirects() {
+            decision.slot = NO_SLOT;
+            decision.handle = 0;
+        }
+    } else if decision.redirects() {
+        decision.filter = scan.redirecting;
+        if chain.legs >= hop_limit(header.services) {
+            decision.verdict = Verdict::HardBlock;
+            decision.reason = Reason::Loop;
+            decision.slot = NO_SLOT;
+        }
     }
     decision
 }
@@ -194,6 +202,9 @@ struct Scan<'a, T, C, L, O> {
     observer: &'a mut O,
     first: u32,
     decided_sublayer: u32,
+    /// The filter whose service gets the connection. Kept apart from the decision's filter, which
+    /// lighter sublayers change.
+    redirecting: u64,
     decision: Decision,
 }
 
@@ -268,6 +279,7 @@ where
         if self.listeners.is_live(service.handle) {
             self.decision.slot = filter.slot;
             self.decision.handle = service.handle;
+            self.redirecting = filter.id;
             let verdict = self.decision.verdict.after(Action::Redirect, 0);
             self.decide(filter, verdict, Reason::Filter);
             return Outcome::Redirects;
