@@ -44,8 +44,8 @@ pub enum Outcome {
     Shadowed,
     /// It would redirect, but a heavier sublayer's hard decision forbids it (contract C26).
     Overruled,
-    /// It would redirect, but another service gets the connection first; this one meets the flow
-    /// on its next leg (contract C20).
+    /// It would redirect, but another service gets the connection first: it permits this leg, and
+    /// its service meets the flow on the next one (contract C20).
     LaterLeg,
     /// It would redirect, but its service has already had the flow (contract C6, C8).
     AlreadyVisited,
@@ -273,15 +273,16 @@ where
             let visited = self.chain.visited & slot_bit(filter.slot) != 0;
             return if visited { Outcome::AlreadyVisited } else { Outcome::Trusts };
         }
+        let permitted = self.decision.verdict.after(Action::Redirect, 0);
         if self.decision.redirects() {
+            self.decide(filter, permitted, Reason::Filter);
             return Outcome::LaterLeg;
         }
         if self.listeners.is_live(service.handle) {
             self.decision.slot = filter.slot;
             self.decision.handle = service.handle;
             self.redirecting = filter.id;
-            let verdict = self.decision.verdict.after(Action::Redirect, 0);
-            self.decide(filter, verdict, Reason::Filter);
+            self.decide(filter, permitted, Reason::Filter);
             return Outcome::Redirects;
         }
         if service.failure == FAILURE_SKIP {
