@@ -18,6 +18,7 @@ mod process;
 mod test;
 
 use std::ffi::OsString;
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -54,11 +55,19 @@ enum Command {
     },
 }
 
-fn main() -> Result<()> {
-    if let Some(compiler_call) = bpf::compiler_call() {
-        return compiler_call;
+fn main() -> ExitCode {
+    let result = bpf::compiler_call().unwrap_or_else(|| run(Options::parse().command));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nerror: {error:#}");
+            ExitCode::FAILURE
+        }
     }
-    match Options::parse().command {
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
         Command::Bpf(options) => bpf::run(options),
         Command::Test { arguments } => test::run(&arguments),
         Command::Ci => ci::run(),
