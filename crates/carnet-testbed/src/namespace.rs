@@ -3,9 +3,9 @@
 use std::{
     fmt,
     fs::{self, File},
-    future::Future,
+    future::{Future, ready},
     io,
-    net::{IpAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, UdpSocket},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
@@ -16,24 +16,28 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{StreamExt as _, TryStreamExt as _};
+use futures_util::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
 use rtnetlink::{
     Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, MulticastGroup, RouteMessageBuilder,
-    new_connection, new_multicast_connection,
+    new_multicast_connection,
+    packet_core::NetlinkPayload,
     packet_route::{
+        RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags},
         link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkMessage, State},
+        route::{RouteAttribute, RouteType},
     },
 };
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use tokio::{runtime::Builder as Runtime, time::timeout};
 
 use crate::{Error, sys};
 
 const THREAD_NAMESPACE: &str = "/proc/thread-self/ns/net";
 const SYSCTL_ROOT: &str = "/proc/sys/net";
 
-/// How long to wait for both ends of a cable to report that they carry traffic.
-const CARRIER_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the kernel may take to answer, and to announce what is awaited.
+const DEADLINE: Duration = Duration::from_secs(10);
 
 /// A network namespace without a name in the file system: it is gone, with everything in it, when
 /// this value is dropped and the last process and socket in it are gone. Nothing can be left behind.
@@ -51,7 +55,7 @@ impl NetworkNamespace {
     /// may have the same one.
     ///
     /// # Errors
-    /// [`Error::Io`] (`EPERM` without CAP_SYS_ADMIN).
+    /// [`Error::Io`] (`EPERM` without CAP_SYS_ADMIN; `ENOENT` on a kernel without IPv6).
     pub fn create(label: &str) -> Result<Self, Error> {
         // On a thread of its own: a thread that has left its namespace is of no other use.
         let created = thread::scope(|scope| {
@@ -67,6 +71,7 @@ impl NetworkNamespace {
         let file = created.map_err(Error::io("create network namespace", label))?;
         let inode = file.metadata().map_err(Error::io("examine network namespace", label))?.ino();
         let namespace = Self { label: label.into(), file, inode };
+        namespace.disable_address_generation()?;
         namespace.set_up("lo")?;
         Ok(namespace)
     }
@@ -89,7 +94,7 @@ impl NetworkNamespace {
     /// [`Error::Io`] (`ENOPROTOOPT` before Linux 5.14).
     pub fn cookie(&self) -> Result<u64, Error> {
         self.run(|| {
-            let socket = UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
+            let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
             sys::network_namespace_cookie(&socket)
         })?
         .map_err(Error::io("read the cookie of network namespace", &self.label))
@@ -132,7 +137,8 @@ impl NetworkNamespace {
         Ok(())
     }
 
-    /// Gives a link an address, usable at once (without duplicate address detection).
+    /// Gives a link that is up an address, usable on return (IPv6 without duplicate address
+    /// detection).
     ///
     /// # Errors
     /// [`Error::Argument`] unless `address` reads `ADDRESS/PREFIX-LENGTH`; [`Error::Io`] if there is
@@ -140,14 +146,19 @@ impl NetworkNamespace {
     pub fn add_address(&self, address: &str, link: &str) -> Result<(), Error> {
         let (ip, prefix_length) = parse_prefix(address)?;
         let subject = format!("{address} to link {link}");
-        self.netlink("add address", subject, move |handle| async move {
+        let groups = [MulticastGroup::Ipv6Route];
+        self.netlink("add address", subject, &groups, |handle, mut news| async move {
             let index = link_index(&handle, link).await?;
             let mut request = handle.address().add(index, ip, prefix_length);
             if ip.is_ipv6() {
                 let no_detection = AddressAttribute::Flags(AddressFlags::Nodad);
                 request.message_mut().attributes.push(no_detection);
             }
-            request.execute().await.map_err(netlink_error)
+            request.execute().await.map_err(netlink_error)?;
+            // The kernel joins the address's neighbour discovery group, and then begins to receive
+            // for it, in the background: a neighbour who asks before is not answered.
+            while ip.is_ipv6() && !receives_for(&news.next().await?, ip) {}
+            Ok(())
         })
     }
 
@@ -167,7 +178,8 @@ impl NetworkNamespace {
             .and_then(|route| route.gateway(gateway))
             .map_err(|_| wrong_family())?
             .build();
-        self.netlink("add route", format!("{prefix} via {gateway}"), move |handle| async move {
+        let subject = format!("{prefix} via {gateway}");
+        self.netlink("add route", subject, &[], |handle, _| async move {
             handle.route().add(route).execute().await.map_err(netlink_error)
         })
     }
@@ -186,31 +198,45 @@ impl NetworkNamespace {
         self.run(|| fs::write(&path, value))?.map_err(Error::io("write", &path))
     }
 
+    /// Keeps the kernel from giving links a link-local address of its own: it does so, and detects
+    /// duplicates, in the background. [`connect_veth`] gives them one instead.
+    fn disable_address_generation(&self) -> Result<(), Error> {
+        self.set_sysctl("ipv6/conf/default/addr_gen_mode", "1")
+    }
+
     fn set_up(&self, link: &str) -> Result<(), Error> {
         let message = LinkUnspec::new_with_name(link).up().build();
-        self.netlink("set up link", link, |handle| async move {
+        self.netlink("set up link", link, &[], |handle, _| async move {
             handle.link().set(message).execute().await.map_err(netlink_error)
         })
     }
 
-    /// Makes one netlink request inside the namespace.
+    /// Makes netlink requests inside the namespace, subscribed to the announcements of `groups`.
     fn netlink<F>(
         &self,
         operation: &'static str,
         subject: impl fmt::Display,
-        request: impl FnOnce(Handle) -> F + Send,
+        groups: &[MulticastGroup],
+        request: impl FnOnce(Handle, Announcements) -> F + Send,
     ) -> Result<(), Error>
     where
         F: Future<Output = io::Result<()>>,
     {
         let describe = Error::io(operation, format!("{subject} in namespace {}", self.label));
         self.run(|| {
-            single_threaded_runtime()?.block_on(async {
-                let (connection, handle, _messages) = new_connection()?;
+            let runtime = Runtime::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let (connection, handle, messages) = new_multicast_connection(groups)?;
                 let connection = tokio::spawn(connection);
-                let result = request(handle).await;
+                let news = messages.filter_map(|(message, _sender)| {
+                    ready(match message.payload {
+                        NetlinkPayload::InnerMessage(message) => Some(message),
+                        _ => None,
+                    })
+                });
+                let result = timeout(DEADLINE, request(handle, Announcements(news.boxed()))).await;
                 connection.abort();
-                result
+                result.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()))
             })
         })?
         .map_err(describe)
@@ -219,27 +245,24 @@ impl NetworkNamespace {
     /// Waits until a link carries traffic. A cable is plugged at once, but the kernel starts the
     /// queues of its ends a moment later and drops what is sent before.
     fn wait_for_carrier(&self, link: &str) -> Result<(), Error> {
-        let subject = format!("{link} in namespace {}", self.label);
-        let carried = self.run(|| {
-            single_threaded_runtime()?.block_on(async {
-                // Subscribe, then look: whatever changes after the look is announced.
-                let (connection, handle, mut announcements) =
-                    new_multicast_connection(&[MulticastGroup::Link])?;
-                let connection = tokio::spawn(connection);
-                let wait = async {
-                    while !carries_traffic(&get_link(&handle, link).await?) {
-                        if announcements.next().await.is_none() {
-                            return Err(io::Error::other("the netlink connection ended"));
-                        }
-                    }
-                    Ok(())
-                };
-                let result = tokio::time::timeout(CARRIER_DEADLINE, wait).await;
-                connection.abort();
-                result.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()))
-            })
-        })?;
-        carried.map_err(Error::io("see the carrier of link", subject))
+        let groups = [MulticastGroup::Link];
+        self.netlink("see the carrier of link", link, &groups, |handle, mut news| async move {
+            // Subscribed first, looked second: whatever changes after the look is announced.
+            while !carries_traffic(&get_link(&handle, link).await?) {
+                news.next().await?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// What the kernel announces to a netlink connection.
+struct Announcements(BoxStream<'static, RouteNetlinkMessage>);
+
+impl Announcements {
+    async fn next(&mut self) -> io::Result<RouteNetlinkMessage> {
+        let ended = || io::Error::other("the netlink connection ended");
+        self.0.next().await.ok_or_else(ended)
     }
 }
 
@@ -250,7 +273,8 @@ impl AsFd for NetworkNamespace {
 }
 
 /// Joins two namespaces by a cable: a pair of veth links, one in each, both up and carrying traffic
-/// on return. Link names are at most 15 bytes, and may be the same in both.
+/// on return, with the link-local addresses fe80::1 and fe80::2. Link names are at most 15 bytes,
+/// and may be the same in both.
 ///
 /// # Errors
 /// [`Error::Io`], for example if a name is taken (`EEXIST`) or too long (`ERANGE`).
@@ -266,18 +290,16 @@ pub fn connect_veth(
         .set_info_data(InfoData::Veth(InfoVeth::Peer(far_end)))
         .build();
     let subject = format!("{a_link} to {b_link} of namespace {}", b.label);
-    a.netlink("connect veth", subject, |handle| async move {
+    a.netlink("connect veth", subject, &[], |handle, _| async move {
         handle.link().add(pair).execute().await.map_err(netlink_error)
     })?;
     // Only now: an end cannot come up before it knows the other one.
     a.set_up(a_link)?;
     b.set_up(b_link)?;
     a.wait_for_carrier(a_link)?;
-    b.wait_for_carrier(b_link)
-}
-
-fn single_threaded_runtime() -> io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()
+    b.wait_for_carrier(b_link)?;
+    a.add_address("fe80::1/64", a_link)?;
+    b.add_address("fe80::2/64", b_link)
 }
 
 async fn get_link(handle: &Handle, name: &str) -> io::Result<LinkMessage> {
@@ -292,6 +314,13 @@ async fn link_index(handle: &Handle, name: &str) -> io::Result<u32> {
 
 fn carries_traffic(link: &LinkMessage) -> bool {
     link.attributes.contains(&LinkAttribute::OperState(State::Up))
+}
+
+/// Whether this announces that the kernel receives packets for an address.
+fn receives_for(message: &RouteNetlinkMessage, address: IpAddr) -> bool {
+    let RouteNetlinkMessage::NewRoute(route) = message else { return false };
+    let destination = RouteAttribute::Destination(address.into());
+    route.header.kind == RouteType::Local && route.attributes.contains(&destination)
 }
 
 /// The errno that the kernel answered, where it did.

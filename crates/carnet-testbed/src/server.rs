@@ -2,13 +2,13 @@
 
 use std::{
     io::{self, BufRead as _, BufReader},
-    net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream},
+    net::{Shutdown, SocketAddr, TcpListener as StdListener, TcpStream as StdStream},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::Duration,
 };
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -322,19 +322,25 @@ async fn serve(
     journal: Arc<Journal>,
     stopped: oneshot::Receiver<()>,
 ) {
+    let listeners: Vec<_> = listeners.into_iter().map(Arc::new).collect();
     let free = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     let mut acceptors = JoinSet::new();
-    for listener in listeners {
+    for listener in listeners.iter().map(Arc::clone) {
         let (behaviour, journal, free) =
             (behaviour.clone(), Arc::clone(&journal), Arc::clone(&free));
         acceptors.spawn(accept_all(listener, behaviour, journal, free));
     }
     // The sender never sends: this is its end.
     let _ = stopped.await;
+    for listener in &listeners {
+        // Closing alone leaves it listening while a child that another thread is just forking still
+        // has a copy. It fails only for a listener that does not listen any more.
+        let _ = SockRef::from(&**listener).shutdown(Shutdown::Both);
+    }
 }
 
 async fn accept_all(
-    listener: TcpListener,
+    listener: Arc<TcpListener>,
     behaviour: Behaviour,
     journal: Arc<Journal>,
     free: Arc<Semaphore>,

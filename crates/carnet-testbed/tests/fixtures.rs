@@ -1,4 +1,5 @@
 //! The fixtures on the real kernel. Needs root.
+#![expect(clippy::unwrap_used, reason = "a helper of a test may fail like the test itself")]
 
 use std::{
     fs,
