@@ -23,8 +23,8 @@ pub struct BpfDirectory {
 }
 
 impl BpfDirectory {
-    /// Mounts a new bpffs, without any pin, on a new directory whose name begins with `prefix`, in the
-    /// directory for temporary files.
+    /// Mounts a new bpffs, without any pin, on a new directory whose name begins with `prefix`, in
+    /// the directory for temporary files.
     ///
     /// # Errors
     /// [`Error::Argument`] if `prefix` is no file name; [`Error::Io`] if the directory cannot be

@@ -31,8 +31,8 @@ const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// Dropping it kills every process in it and in the cgroups below it, and removes it and them,
 /// children first. BPF programs attached to it are detached by the kernel.
 ///
-/// The unit is the process: moving one moves all its threads. The calling process is therefore never
-/// moved (it would take the whole test run with it); tests put child processes in.
+/// The unit is the process: moving one moves all its threads. The calling process is therefore
+/// never moved (it would take the whole test run with it); tests put child processes in.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
@@ -40,12 +40,13 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes a child of the caller's own cgroup, with a unique name that begins with `prefix`. (Where
-    /// the caller's own cgroup lies outside what is mounted here, a child of the mount's root.)
+    /// Makes a child of the caller's own cgroup, with a unique name that begins with `prefix`.
+    /// (Where the caller's own cgroup lies outside what is mounted here, a child of the mount's
+    /// root.)
     ///
     /// # Errors
-    /// [`Error::NoCgroup2`] if no cgroup2 hierarchy is mounted; [`Error::Argument`] if `prefix` is no
-    /// file name; [`Error::Io`] if the directory cannot be made (`EACCES` without root).
+    /// [`Error::NoCgroup2`] if no cgroup2 hierarchy is mounted; [`Error::Argument`] if `prefix` is
+    /// no file name; [`Error::Io`] if the directory cannot be made (`EACCES` without root).
     pub fn create(prefix: &str) -> Result<Self, Error> {
         check_component(prefix)?;
         let parent = own_cgroup()?;

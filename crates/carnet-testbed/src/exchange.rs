@@ -1,8 +1,8 @@
 //! The checked exchange: a client of [`EchoServer`](crate::EchoServer) that knows every byte it is
 //! to get back.
 //!
-//! Both directions run at once, then the client ends its half, and the server must end the other one
-//! after the last byte: neither earlier (lost data) nor later (foreign data).
+//! Both directions run at once, then the client ends its half, and the server must end the other
+//! one after the last byte: neither earlier (lost data) nor later (foreign data).
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -280,9 +280,9 @@ fn read_full(mut stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(length)
 }
 
-/// Fills a buffer with the part of the stream that begins at `offset`, a multiple of 8. Each word of
-/// 8 bytes is the mixed (SplitMix64) sum of the seed and the word's number, so that a stream that
-/// repeats, drops, or swaps anything differs.
+/// Fills a buffer with the part of the stream that begins at `offset`, a multiple of 8. Each word
+/// of 8 bytes is the mixed (SplitMix64) sum of the seed and the word's number, so that a stream
+/// that repeats, drops, or swaps anything differs.
 fn fill(buffer: &mut [u8], offset: u64, seed: u64) {
     for (word, number) in buffer.chunks_mut(8).zip(offset / 8..) {
         let mut x = seed.wrapping_add(number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));

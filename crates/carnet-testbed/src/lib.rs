@@ -5,8 +5,8 @@
 //! - [`Cgroup`]: a cgroup of one's own, with whatever runs in it.
 //! - [`BpfDirectory`]: a bpffs of one's own for pins.
 //! - [`EchoServer`], [`NamedServer`], [`exchange`]: peers that prove who they are and check every
-//!   byte; [`PeerClient`] and [`PeerServer`] run the same as child processes, because a cgroup holds
-//!   whole processes.
+//!   byte; [`PeerClient`] and [`PeerServer`] run the same as child processes, because a cgroup
+//!   holds whole processes.
 //! - [`Process`]: a child process that does not outlive its owner.
 //!
 //! Everything cleans up when dropped, as well as it can: a failure to clean up is reported on
@@ -21,7 +21,8 @@
 //! require_root()?;
 //! let topology = Topology::client_and_destination()?;
 //! let cgroup = Cgroup::create("example")?;
-//! let server = EchoServer::start_in(&topology.destination, [(Topology::DESTINATION_V4, 0).into()])?;
+//! let address = (Topology::DESTINATION_V4, 0).into();
+//! let server = EchoServer::start_in(&topology.destination, [address])?;
 //! let reports = PeerClient::new(server.address())
 //!     .bytes(1 << 20)
 //!     .in_namespace(&topology.client)

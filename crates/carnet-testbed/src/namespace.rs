@@ -40,7 +40,8 @@ const SYSCTL_ROOT: &str = "/proc/sys/net";
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// A network namespace without a name in the file system: it is gone, with everything in it, when
-/// this value is dropped and the last process and socket in it are gone. Nothing can be left behind.
+/// this value is dropped and the last process and socket in it are gone. Nothing can be left
+/// behind.
 ///
 /// `lo` is up from the start, with 127.0.0.1 and ::1.
 #[derive(Debug)]
@@ -141,8 +142,8 @@ impl NetworkNamespace {
     /// detection).
     ///
     /// # Errors
-    /// [`Error::Argument`] unless `address` reads `ADDRESS/PREFIX-LENGTH`; [`Error::Io`] if there is
-    /// no such link (`ENODEV`) or it has the address already (`EEXIST`).
+    /// [`Error::Argument`] unless `address` reads `ADDRESS/PREFIX-LENGTH`; [`Error::Io`] if there
+    /// is no such link (`ENODEV`) or it has the address already (`EEXIST`).
     pub fn add_address(&self, address: &str, link: &str) -> Result<(), Error> {
         let (ip, prefix_length) = parse_prefix(address)?;
         let subject = format!("{address} to link {link}");
@@ -188,8 +189,8 @@ impl NetworkNamespace {
     /// `("ipv4/ip_forward", "1")`.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `name` leads out of `/proc/sys/net`; [`Error::Io`] if there is no such
-    /// setting or it refuses the value.
+    /// [`Error::Argument`] if `name` leads out of `/proc/sys/net`; [`Error::Io`] if there is no
+    /// such setting or it refuses the value.
     pub fn set_sysctl(&self, name: &str, value: &str) -> Result<(), Error> {
         if name.starts_with('/') || name.split('/').any(|component| component == "..") {
             return Err(Error::argument(name, "the name of a setting below /proc/sys/net"));

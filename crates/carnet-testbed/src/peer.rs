@@ -319,8 +319,8 @@ impl<'a> PeerClient<'a> {
         Ok(RunningClient { process, expected: self.plan.count })
     }
 
-    /// Starts it and waits until it has ended, for five minutes at most. Connections that failed are
-    /// no error here: see [`ConnectionReport::ok`].
+    /// Starts it and waits until it has ended, for five minutes at most. Connections that failed
+    /// are no error here: see [`ConnectionReport::ok`].
     ///
     /// # Errors
     /// As [`start`](Self::start) and [`RunningClient::finish`].
