@@ -4,7 +4,7 @@
 //! | module | job |
 //! |---|---|
 //! | [`bpf`] | builds the kernel engine, reproducibly, and checks the committed object against it |
-//! | [`test`] | runs everything that runs on the local kernel |
+//! | [`test`](mod@test) | runs everything that runs on the local kernel |
 //! | [`ci`] | what CI checks beside the tests |
 //! | [`forward`] | `demo` and `bench`: build a program and start it as root |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |

@@ -167,7 +167,14 @@ struct Shown<'a>(&'a Command);
 
 impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let words = std::iter::once(self.0.get_program()).chain(self.0.get_args());
+        // The cargo that started us names itself by its full path; it would be typed as `cargo`.
+        let program = match self.0.get_program() {
+            program if std::env::var_os("CARGO").is_some_and(|own| own == program) => {
+                OsStr::new("cargo")
+            }
+            program => program,
+        };
+        let words = std::iter::once(program).chain(self.0.get_args());
         for (position, word) in words.enumerate() {
             let word = word.to_string_lossy();
             let separator = if position == 0 { "" } else { " " };

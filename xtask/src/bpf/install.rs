@@ -39,12 +39,15 @@ pub(super) fn run(root: &Path, pins: &Pins) -> Result<()> {
         let llvm = PathBuf::from(format!("/usr/lib/llvm-{major}"));
         process::run(
             cargo::cargo(root)
-                .args(["install", "--locked", &format!("bpf-linker@{wanted}")])
+                // By force: one that is there is another version, or does not start.
+                .args(["install", "--locked", "--force", &format!("bpf-linker@{wanted}")])
                 .args(["--no-default-features", "--features", &format!("llvm-{major}")])
                 .arg("--target-dir")
                 .arg(cargo::target_directory(root).join("tools"))
-                // llvm-sys asks for it under a name with its own version in it: 221 for LLVM 22.1.
-                .env(format!("LLVM_SYS_{major}1_PREFIX"), llvm),
+                // Where LLVM is, for bpf-linker and for llvm-sys, which wants to be told under a name
+                // with its own version in it: 221 for LLVM 22.1.
+                .env("LLVM_PREFIX", &llvm)
+                .env(format!("LLVM_SYS_{major}1_PREFIX"), &llvm),
         )?;
     }
     let toolchain = Toolchain::find(pins)?;

@@ -12,7 +12,7 @@ use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -115,11 +115,11 @@ pub(crate) fn run(options: Options) -> Result<()> {
 fn check(object: &[u8], object_file: &Path, manifest_file: &Path) -> Result<()> {
     const FIX: &str = "Run `cargo xtask bpf` and commit what it writes.";
     let committed = std::fs::read(object_file)
-        .with_context(|| format!("{}. {FIX}", cannot("read", object_file)))?;
+        .map_err(|error| anyhow!("{}: {error}. {FIX}", cannot("read", object_file)))?;
     let manifest = std::fs::read_to_string(manifest_file)
-        .with_context(|| format!("{}. {FIX}", cannot("read", manifest_file)))?;
+        .map_err(|error| anyhow!("{}: {error}. {FIX}", cannot("read", manifest_file)))?;
     let manifest: Manifest = toml::from_str(&manifest)
-        .with_context(|| format!("{}. {FIX}", cannot("understand", manifest_file)))?;
+        .map_err(|error| anyhow!("{}: {error}{FIX}", cannot("understand", manifest_file)))?;
     if committed != object {
         bail!(
             "{} is not what the source builds:\n  committed {} ({} bytes)\n  built     {} ({} \
