@@ -81,14 +81,10 @@ fn dependencies(root: &Path) -> Result<()> {
     }
     for manifest in ["Cargo.toml", BPF_MANIFEST] {
         process::run(
-            cargo::cargo(root).args(["deny", "--locked", "--manifest-path", manifest]).args([
-                "check",
-                "--config",
-                "deny.toml",
-                "licenses",
-                "bans",
-                "sources",
-            ]),
+            cargo::cargo(root)
+                .args(["deny", "--locked", "--config"])
+                .arg(root.join("deny.toml"))
+                .args(["--manifest-path", manifest, "check", "licenses", "bans", "sources"]),
         )?;
     }
     Ok(())
