@@ -1,0 +1,91 @@
+//! The command line, for the `carnet-inspect` program and for `carnet inspect`.
+
+use crate::log::Format;
+use crate::privileges::Identity;
+use std::net::SocketAddr;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What `carnet-inspect` is told to do.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Arguments {
+    /// Listen on this address (repeatable); an IPv6 address takes IPv6 only
+    ///
+    /// Port 0 lets the system choose, which is what a service wants whose listeners are registered.
+    #[arg(long, value_name = "ADDRESS:PORT", default_values = [DEFAULT_V4, DEFAULT_V6])]
+    pub listen: Vec<SocketAddr>,
+
+    /// Name of the service in the log
+    #[arg(long, default_value = "carnet-inspect")]
+    pub name: String,
+
+    /// Allow and refuse connections by the rules in this file (TOML); SIGHUP reads it again
+    #[arg(long, value_name = "FILE")]
+    pub rules: Option<PathBuf>,
+
+    /// Form of the log, which has one line for each connection
+    #[arg(long, value_enum, value_name = "FORM", default_value_t = Format::Human)]
+    pub log: Format,
+
+    /// Append the log to this file instead of writing it to the standard output
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+
+    /// Become this user when the listeners are registered
+    #[arg(long, value_name = "NAME|UID[:GID]")]
+    pub user: Option<Identity>,
+
+    /// Serve at most this many connections at once; more wait to be accepted
+    #[arg(long, value_name = "NUMBER", default_value = "8192")]
+    pub max_connections: NonZeroU32,
+
+    /// Number of worker threads; by default one for each processor
+    #[arg(long, value_name = "NUMBER")]
+    pub workers: Option<NonZeroUsize>,
+
+    /// Hold a client's first bytes back for at most this long while a rule needs more of them
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = humantime::parse_duration)]
+    pub inspect_timeout: Duration,
+
+    /// Give connecting onwards up after this long
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    pub connect_timeout: Duration,
+
+    /// After SIGTERM, let live connections go on for at most this long
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    pub drain_timeout: Duration,
+
+    /// Where to learn the original destination of a connection
+    #[arg(long, value_enum, value_name = "SOURCE", default_value_t = Source::Carnet)]
+    pub original_destination: Source,
+
+    /// Do not register the listeners: somebody else does, for example `carnet service register`
+    #[arg(long)]
+    pub no_register: bool,
+
+    /// Misbehave on purpose: do not set the redirect record, to show what the hop guard does
+    #[arg(long, hide_short_help = true, conflicts_with = "original_destination")]
+    pub forget_records: bool,
+
+    /// When ready, write a line "ready ADDRESS..." to this descriptor (a pipe or a file)
+    ///
+    /// The same line goes to the standard error in any case.
+    #[arg(long, value_name = "NUMBER")]
+    pub ready_fd: Option<u32>,
+}
+
+/// The addresses that are listened on by default.
+pub(crate) const DEFAULT_V4: &str = "127.0.0.1:0";
+/// See [`DEFAULT_V4`]; left out where the system has no IPv6.
+pub(crate) const DEFAULT_V6: &str = "[::1]:0";
+
+/// Who tells the original destination of a connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Source {
+    /// Carnet's engine, with redirect records and original applications.
+    #[default]
+    Carnet,
+    /// The connection tracker of a NAT (`nft … redirect to`): plain SO_ORIGINAL_DST, no records.
+    Conntrack,
+}

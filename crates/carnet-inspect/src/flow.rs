@@ -1,0 +1,278 @@
+//! One connection, from its acceptance to its line in the log.
+
+use crate::inspect::{Inspector, Seen};
+use crate::log::{Entry, Log};
+use crate::origin::FlowSource;
+use crate::relay::{BUFFER, Leg, LegEnd, Side, Stop, both, discard, reset_on_close};
+use crate::rules::{Action, Decision, Facts, Rules, Verdict};
+use socket2::SockRef;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
+
+/// How long a peer may take to notice that it has been answered for good, before it is closed.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// What HTTP clients get that are refused, if the rules say so.
+const FORBIDDEN: &[u8] = b"HTTP/1.1 403 Forbidden\r\n\
+    Content-Type: text/plain; charset=utf-8\r\n\
+    Content-Length: 32\r\n\
+    Connection: close\r\n\
+    \r\n\
+    Refused by an inspection policy.";
+
+/// What serving a connection takes.
+pub(crate) struct Context {
+    /// The service's name, for the log.
+    pub(crate) name: String,
+    /// Tells where connections come from and go to.
+    pub(crate) source: Arc<dyn FlowSource>,
+    /// Where flows are logged.
+    pub(crate) log: Log,
+    /// How long bytes are held back, at most, while the decision needs more of them.
+    pub(crate) inspect_timeout: Duration,
+    /// How long connecting onwards may take.
+    pub(crate) connect_timeout: Duration,
+}
+
+/// Bytes relayed, counted while they are.
+#[derive(Default)]
+struct Traffic {
+    up: AtomicU64,
+    down: AtomicU64,
+}
+
+impl Context {
+    /// Serves an accepted connection until it ends or `stopped` does, and logs it.
+    pub(crate) async fn serve(
+        &self,
+        accepted: TcpStream,
+        peer: SocketAddr,
+        rules: Arc<Rules>,
+        stopped: impl Future<Output = ()>,
+    ) {
+        let begun = Instant::now();
+        let traffic = Traffic::default();
+        let mut entry = Entry::new(&self.name, peer);
+        let ended = tokio::select! {
+            biased;
+            ended = self.converse(&accepted, &rules, &traffic, &mut entry) => ended,
+            () = stopped => {
+                reset_on_close(&accepted);
+                Some("the service was stopped".to_owned())
+            }
+        };
+        drop(accepted);
+        entry.ended = ended;
+        entry.bytes_up = traffic.up.load(Ordering::Relaxed);
+        entry.bytes_down = traffic.down.load(Ordering::Relaxed);
+        entry.close(begun.elapsed());
+        self.log.add(&entry).await;
+    }
+
+    /// The whole conversation. Returns why it ended, if not because both sides were done.
+    async fn converse(
+        &self,
+        client: &TcpStream,
+        rules: &Rules,
+        traffic: &Traffic,
+        entry: &mut Entry,
+    ) -> Option<String> {
+        let origin = match self.source.origin(client) {
+            Ok(origin) => origin,
+            Err(error) => {
+                entry.verdict = Action::Refuse;
+                reset_on_close(client);
+                return Some(error.to_string());
+            }
+        };
+        entry.destination = Some(origin.destination);
+        if let Some(flow) = origin.flow {
+            (entry.flow, entry.hops) = (Some(flow.id), Some(flow.hops));
+        }
+        if let Some(app) = origin.app {
+            (entry.pid, entry.uid) = (Some(app.pid), Some(app.uid));
+            (entry.executable, entry.command) = (app.executable, Some(app.command));
+        }
+        let executable = entry.executable.clone();
+        let facts = Facts { destination: origin.destination, executable: executable.as_deref() };
+        let decision = rules.decide(facts, None);
+        if let Decision::Settled(verdict) = &decision {
+            record(entry, verdict);
+            if verdict.action == Action::Refuse {
+                reset_on_close(client);
+                return None;
+            }
+        }
+
+        // Also while the decision is open: it may be the server that speaks first.
+        let server = match origin.route.connect(self.connect_timeout).await {
+            Ok(server) => server,
+            Err(error) => {
+                reset_on_close(client);
+                return Some(error.to_string());
+            }
+        };
+        tune(&server);
+
+        let mut inspector = Inspector::new();
+        let up = Upload {
+            leg: Leg::new(client, &server, &traffic.up),
+            inspector: &mut inspector,
+            patience: self.inspect_timeout,
+        };
+        let down = async {
+            let leg = Leg::new(&server, client, &traffic.down);
+            leg.relay(vec![0; BUFFER]).await.map_err(LegEnd::from)
+        };
+        let result = match decision {
+            Decision::Settled(_) => both(up.look(), down).await,
+            Decision::Open => both(up.hold(|seen| settle(rules, facts, seen, entry)), down).await,
+        };
+        let seen = inspector.into_seen();
+        (entry.protocol, entry.host) = (seen.protocol, seen.host);
+        (entry.alpn, entry.request) = (seen.alpn, seen.request);
+        match result {
+            Ok(()) => None,
+            Err(Stop::Refused) => {
+                reset_on_close(&server);
+                drop(server);
+                let answer = rules.http_response && entry.request.is_some();
+                refuse(client, answer && traffic.down.load(Ordering::Relaxed) == 0).await
+            }
+            Err(Stop::Broken(side, error)) => {
+                reset_on_close(client);
+                reset_on_close(&server);
+                Some(broken(side, &error))
+            }
+            Err(Stop::Deaf(side, error)) => {
+                let other = if side == Side::Client { &server } else { client };
+                discard(other, LINGER).await;
+                Some(broken(side, &error))
+            }
+        }
+    }
+}
+
+/// Sets what accepted sockets have from their listener. Without it all works, only less well.
+fn tune(server: &TcpStream) {
+    // Whoever sent small segments meant them to go out as they are.
+    let _ = server.set_nodelay(true);
+    // Peers that vanish without a word are found out, in time.
+    let _ = SockRef::from(server).set_keepalive(true);
+}
+
+/// Settles an open decision with what the client said.
+fn settle(rules: &Rules, facts: Facts<'_>, seen: &Seen, entry: &mut Entry) -> Result<(), LegEnd> {
+    let Decision::Settled(verdict) = rules.decide(facts, Some(seen)) else {
+        // With the client's words every decision is settled; if not, better refuse.
+        return Err(LegEnd::Refused);
+    };
+    record(entry, &verdict);
+    if verdict.action == Action::Refuse { Err(LegEnd::Refused) } else { Ok(()) }
+}
+
+fn record(entry: &mut Entry, verdict: &Verdict) {
+    entry.verdict = verdict.action;
+    entry.rule.clone_from(&verdict.rule);
+}
+
+/// Ends a client's connection, with a response if it is to have one.
+async fn refuse(client: &TcpStream, answer: bool) -> Option<String> {
+    // The socket's buffer is empty: a short response goes out at once or not at all.
+    if answer && client.try_write(FORBIDDEN).is_ok_and(|written| written == FORBIDDEN.len()) {
+        if rustix::net::shutdown(client, rustix::net::Shutdown::Write).is_ok() {
+            discard(client, LINGER).await;
+        }
+        return Some("answered 403".to_owned());
+    }
+    reset_on_close(client);
+    None
+}
+
+fn broken(side: Side, error: &io::Error) -> String {
+    let side = match side {
+        Side::Client => "client",
+        Side::Server => "server",
+    };
+    match error.kind() {
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+            format!("reset by the {side}")
+        }
+        _ => format!("the connection with the {side} broke: {error}"),
+    }
+}
+
+/// The direction from the client, which is inspected.
+struct Upload<'a> {
+    leg: Leg<'a>,
+    inspector: &'a mut Inspector,
+    patience: Duration,
+}
+
+impl Upload<'_> {
+    /// Inspects bytes while they pass.
+    async fn look(self) -> Result<(), LegEnd> {
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            let length = self.leg.read(&mut buffer).await?;
+            let bytes = buffer.get(..length).unwrap_or_default();
+            let settled = self.inspector.feed(bytes);
+            self.leg.write(bytes).await?;
+            if length == 0 {
+                return Ok(self.leg.finish()?);
+            }
+            if settled {
+                self.inspector.finish();
+                return Ok(self.leg.relay(buffer).await?);
+            }
+        }
+    }
+
+    /// Holds bytes back until `settle` has decided on them.
+    async fn hold(self, settle: impl FnOnce(&Seen) -> Result<(), LegEnd>) -> Result<(), LegEnd> {
+        let mut buffer = vec![0; BUFFER];
+        // A client that is silent holds nothing up; patience begins with its first bytes.
+        let mut until: Option<Instant> = None;
+        let mut ended = false;
+        loop {
+            let room = self.inspector.room().min(buffer.len());
+            let part = buffer.get_mut(..room).unwrap_or_default();
+            let reading = self.leg.read(part);
+            let length = match until {
+                None => reading.await?,
+                Some(until) => match timeout_at(until, reading).await {
+                    Ok(length) => length?,
+                    Err(_) => break,
+                },
+            };
+            ended = length == 0;
+            if ended || self.inspector.feed(buffer.get(..length).unwrap_or_default()) {
+                break;
+            }
+            until.get_or_insert_with(|| Instant::now() + self.patience);
+        }
+        let held = self.inspector.finish();
+        settle(self.inspector.seen())?;
+        self.leg.write(&held).await?;
+        drop(held);
+        if ended { Ok(self.leg.finish()?) } else { Ok(self.leg.relay(buffer).await?) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_response_has_the_length_that_it_says() {
+        let text = str::from_utf8(FORBIDDEN).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        assert!(head.contains(&format!("Content-Length: {}\r\n", body.len())), "{head}");
+    }
+}

@@ -1,0 +1,241 @@
+//! Carnet's reference redirect service.
+//!
+//! It accepts connections that Carnet redirected to it, asks where they were going and which
+//! application made them, connects onwards with their redirect records, and relays both ways,
+//! looking at the first bytes: HTTP/1, TLS, or something unknown. Rules allow or refuse flows, and
+//! every flow leaves one line in the log.
+//!
+//! The program is `carnet-inspect`; [`run`] is all of it. The parts, from the outside inwards:
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`cli`] | the command line |
+//! | [`config`], [`rules`] | the rules file; what rules mean |
+//! | [`privileges`] | becoming another user |
+//! | [`service`] | listeners, limits, draining |
+//! | `flow` | one connection from its acceptance to its line in the log |
+//! | [`origin`] | where a connection comes from and goes to, and the trait to test without an engine |
+//! | [`inspect`] | the first bytes; no I/O |
+//! | [`relay`], `splice` | bytes from socket to socket |
+//! | [`log`] | the log |
+//!
+//! # What it does with bytes
+//!
+//! The server's bytes are relayed to the client from the beginning, so protocols in which the
+//! server speaks first never wait for inspection. The client's bytes are inspected while they pass;
+//! they are held back only if a rule about hosts or protocols concerns the flow, and then until
+//! the message is complete enough to decide, [`inspect::LIMIT`] bytes are there, or the time for
+//! it has passed: what could not be recognised counts as unknown. Only the first request of an
+//! HTTP connection is looked at.
+
+pub mod cli;
+pub mod config;
+mod flow;
+pub mod inspect;
+pub mod log;
+pub mod origin;
+pub mod privileges;
+pub mod relay;
+pub mod rules;
+pub mod service;
+mod splice;
+
+use anyhow::{Context as _, Result, bail};
+use cli::{Arguments, Source};
+use log::{Log, Writer};
+use origin::{CarnetSource, ConntrackSource, FlowSource};
+use rules::Rules;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use service::{Control, Options, Service};
+use socket2::{Domain, Protocol, Socket, Type};
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// How many connections may wait to be accepted; the system may allow fewer.
+const BACKLOG: i32 = 4096;
+
+/// Runs the service until it is told to end by SIGTERM or SIGINT.
+///
+/// # Errors
+/// When it cannot begin: an address that is in use, a rules file with a mistake, no engine, … What
+/// goes wrong later is said on the standard error, and the service goes on.
+pub fn run(arguments: Arguments) -> Result<()> {
+    let rules = arguments.rules.as_deref().map(config::load).transpose()?.unwrap_or_default();
+    raise_descriptor_limit();
+    let listeners = listen(&arguments)?;
+    if arguments.original_destination == Source::Carnet && !arguments.no_register {
+        for listener in &listeners {
+            let address = listener.local_addr()?;
+            carnet::register_listener(listener).with_context(|| format!("listener {address}"))?;
+        }
+    }
+    // What only the present user may open, is opened now.
+    let target: Box<dyn Write + Send> = match &arguments.log_file {
+        Some(path) => Box::new(append_to(path)?),
+        None => Box::new(io::stdout()),
+    };
+    let ready = arguments.ready_fd.map(open_descriptor).transpose()?;
+    if let Some(identity) = &arguments.user {
+        // Before there are any other threads: this is for the whole process.
+        identity.assume()?;
+    }
+    let (log, writer) = Log::start(arguments.log, target).context("starting the log's thread")?;
+    let workers = match arguments.workers {
+        Some(number) => number.get(),
+        None => thread::available_parallelism().map_or(1, usize::from),
+    };
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
+        .enable_all()
+        .build()
+        .context("starting the worker threads")?
+        .block_on(serve(&arguments, listeners, rules, log, ready))?;
+    Writer::finish(writer);
+    Ok(())
+}
+
+async fn serve(
+    arguments: &Arguments,
+    listeners: Vec<TcpListener>,
+    rules: Rules,
+    log: Log,
+    ready: Option<File>,
+) -> Result<()> {
+    let source: Arc<dyn FlowSource> = match arguments.original_destination {
+        Source::Carnet => Arc::new(CarnetSource { forget_records: arguments.forget_records }),
+        Source::Conntrack => Arc::new(ConntrackSource),
+    };
+    let options = Options {
+        name: arguments.name.clone(),
+        max_connections: arguments.max_connections,
+        inspect_timeout: arguments.inspect_timeout,
+        connect_timeout: arguments.connect_timeout,
+        drain_timeout: arguments.drain_timeout,
+    };
+    let addresses: Vec<String> = listeners
+        .iter()
+        .map(|listener| listener.local_addr().map(|address| address.to_string()))
+        .collect::<io::Result<_>>()?;
+    let service = Service::new(options, source, rules, log);
+    let signals = tokio::spawn(obey_signals(service.control(), arguments.rules.clone())?);
+    let announce = || {
+        let line = format!("ready {}", addresses.join(" "));
+        say(format_args!("{line}"));
+        if let Some(mut descriptor) = ready
+            && let Err(error) = writeln!(descriptor, "{line}")
+        {
+            say(format_args!("telling that the service is ready: {error}"));
+        }
+    };
+    service.run(listeners, announce).await?;
+    signals.abort();
+    Ok(())
+}
+
+/// Installs the handlers, and returns what obeys them.
+fn obey_signals(
+    control: Control,
+    rules: Option<std::path::PathBuf>,
+) -> io::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    Ok(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => end(&control),
+                _ = interrupt.recv() => end(&control),
+                _ = hangup.recv() => match &rules {
+                    Some(path) => reload(&control, path),
+                    None => say(format_args!("no rules to read again: started without --rules")),
+                },
+            }
+        }
+    })
+}
+
+/// The first request to end drains; the second one stops.
+fn end(control: &Control) {
+    if control.is_ending() {
+        control.stop();
+    } else {
+        say(format_args!("ending: live connections go on; a second signal ends them at once"));
+        control.drain();
+    }
+}
+
+fn reload(control: &Control, path: &Path) {
+    match config::load(path) {
+        Ok(rules) => {
+            say(format_args!("{} rules read from {}", rules.rules.len(), path.display()));
+            control.replace_rules(rules);
+        }
+        Err(error) => say(format_args!("the old rules stay in force: {error}")),
+    }
+}
+
+fn listen(arguments: &Arguments) -> Result<Vec<TcpListener>> {
+    let mut listeners = Vec::new();
+    for &address in &arguments.listen {
+        match bind(address) {
+            Ok(listener) => listeners.push(listener),
+            // Nobody asked for it; a system without IPv6 has no such connections either.
+            Err(_) if address.to_string() == cli::DEFAULT_V6 && !listeners.is_empty() => {
+                say(format_args!("not listening on {address}: this system has no IPv6"));
+            }
+            Err(error) => bail!("listening on {address}: {error}"),
+        }
+    }
+    Ok(listeners)
+}
+
+/// A non-blocking listener. Accepted sockets inherit its options, which saves calls for each.
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_keepalive(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn append_to(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .with_context(|| format!("opening the log file {}", path.display()))
+}
+
+/// Opens what a descriptor of this process refers to, once more.
+fn open_descriptor(number: u32) -> Result<File> {
+    OpenOptions::new()
+        .append(true)
+        .open(format!("/proc/self/fd/{number}"))
+        .with_context(|| format!("--ready-fd {number}: not the descriptor of a pipe or a file"))
+}
+
+/// Allows as many descriptors as the process may have: two sockets and two pipes for each
+/// connection are more than the usual limit.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).is_err() {
+        say(format_args!("the limit of open files could not be raised"));
+    }
+}
+
+/// Says something to the operator, on the standard error; if nobody listens, all goes on.
+fn say(message: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "carnet-inspect: {message}");
+}

@@ -1,0 +1,178 @@
+//! Where a connection comes from and goes to: the only module that asks Carnet.
+
+use carnet::{AsSocket, Error, Onwards, Operation};
+use socket2::SockRef;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::net::{TcpSocket, TcpStream};
+
+/// Tells where accepted connections come from and go to.
+pub trait FlowSource: Send + Sync + 'static {
+    /// What is known of an accepted connection. It does not block.
+    ///
+    /// # Errors
+    /// [`Error::NotRedirected`] for a connection that came here directly; others when it cannot
+    /// be told.
+    fn origin(&self, accepted: &TcpStream) -> Result<Origin, Error>;
+}
+
+/// What is known of a redirected connection.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// Where it was going.
+    pub destination: SocketAddr,
+    /// The application that made it, if that is known.
+    pub app: Option<App>,
+    /// The flow that it belongs to, if that is known.
+    pub flow: Option<FlowId>,
+    /// How to get there.
+    pub route: Route,
+}
+
+/// The application with which a flow began.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct App {
+    /// Process id in the initial pid namespace.
+    pub pid: u32,
+    /// User id in the initial user namespace.
+    pub uid: u32,
+    /// The executable, if it is known.
+    pub executable: Option<PathBuf>,
+    /// The command name.
+    pub command: String,
+}
+
+/// A flow, as Carnet counts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowId {
+    /// The flow's number, the same in every service that it passes.
+    pub id: u64,
+    /// The place of this service in the flow's way, from 1.
+    pub hops: u32,
+}
+
+/// How to connect onwards.
+#[derive(Clone, Debug)]
+pub enum Route {
+    /// With the redirect record.
+    Recorded(Box<Onwards>),
+    /// Without one.
+    Plain(SocketAddr),
+}
+
+impl Route {
+    /// Connects, and gives up after `limit`.
+    ///
+    /// # Errors
+    /// Those of [`carnet::tokio::connect`].
+    pub async fn connect(self, limit: Duration) -> Result<TcpStream, Error> {
+        match self {
+            Self::Recorded(onwards) => carnet::tokio::connect(&onwards.timeout(limit)).await,
+            Self::Plain(destination) => {
+                let address = destination.ip().to_canonical();
+                let socket =
+                    if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+                let socket = socket
+                    .map_err(|source| Error::Os { operation: Operation::PrepareSocket, source })?;
+                let target = SocketAddr::new(address, destination.port());
+                tokio::time::timeout(limit, socket.connect(target))
+                    .await
+                    .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+                    .map_err(|source| Error::Connect { destination, source })
+            }
+        }
+    }
+}
+
+/// Connections that Carnet redirected.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CarnetSource {
+    /// Misbehave on purpose: connect onwards without the record.
+    pub forget_records: bool,
+}
+
+impl FlowSource for CarnetSource {
+    fn origin(&self, accepted: &TcpStream) -> Result<Origin, Error> {
+        let onwards = Onwards::of(accepted)?;
+        let (app, flow) = (carnet::original_app(accepted)?, carnet::flow(accepted)?);
+        let destination = onwards.destination();
+        Ok(Origin {
+            destination,
+            app: Some(App {
+                pid: app.pid,
+                uid: app.uid,
+                executable: app.executable,
+                command: app.command.to_string_lossy().into_owned(),
+            }),
+            flow: Some(FlowId { id: flow.id, hops: flow.hops }),
+            route: if self.forget_records {
+                Route::Plain(destination)
+            } else {
+                Route::Recorded(Box::new(onwards))
+            },
+        })
+    }
+}
+
+/// Connections that a NAT of this host redirected (`nft … redirect to`): no records, no
+/// applications, and nothing that lets two such services work on one flow.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ConntrackSource;
+
+impl FlowSource for ConntrackSource {
+    fn origin(&self, accepted: &TcpStream) -> Result<Origin, Error> {
+        let operation = Operation::OriginalDestination;
+        let local = accepted.local_addr().map_err(|source| Error::Os { operation, source })?;
+        let destination = conntrack_destination(accepted, local).ok_or_else(not_redirected)?;
+        // Without a NAT rule, the connection tracker tells the address of this very socket.
+        if destination == local {
+            return Err(not_redirected());
+        }
+        Ok(Origin { destination, app: None, flow: None, route: Route::Plain(destination) })
+    }
+}
+
+/// What `SO_ORIGINAL_DST` says; none where the connection is not tracked.
+fn conntrack_destination(accepted: &impl AsSocket, local: SocketAddr) -> Option<SocketAddr> {
+    let socket = SockRef::from(accepted);
+    // A mapped connection is tracked as what it is: IPv4.
+    let original = if local.ip().to_canonical().is_ipv4() {
+        socket.original_dst_v4()
+    } else {
+        socket.original_dst_v6()
+    };
+    original.ok()?.as_socket()
+}
+
+fn not_redirected() -> Error {
+    Error::NotRedirected { operation: Operation::OriginalDestination }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::TcpListener;
+
+    #[tokio::test]
+    async fn a_direct_connection_is_not_taken_for_a_redirected_one() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).await.unwrap();
+            let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (accepted, _) = listener.accept().await.unwrap();
+            let origin = ConntrackSource.origin(&accepted);
+            assert!(matches!(origin, Err(Error::NotRedirected { .. })), "{origin:?}");
+            let origin = CarnetSource::default().origin(&accepted);
+            assert!(matches!(origin, Err(Error::NoEngine { .. })), "{origin:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_plain_route_reaches_a_mapped_address_over_ipv4() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let mapped = SocketAddr::new("::ffff:127.0.0.1".parse().unwrap(), port);
+        let stream = Route::Plain(mapped).connect(Duration::from_secs(10)).await.unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), listener.local_addr().unwrap());
+    }
+}
