@@ -239,3 +239,21 @@ fn raise_descriptor_limit() {
 fn say(message: fmt::Arguments<'_>) {
     let _ = writeln!(io::stderr().lock(), "carnet-inspect: {message}");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpStream;
+
+    #[test]
+    fn accepted_sockets_have_the_options_of_their_listener() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = bind(address.parse().unwrap()).unwrap();
+            listener.set_nonblocking(false).unwrap();
+            let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (accepted, _) = listener.accept().unwrap();
+            assert!(accepted.nodelay().unwrap());
+            assert!(socket2::SockRef::from(&accepted).keepalive().unwrap());
+        }
+    }
+}

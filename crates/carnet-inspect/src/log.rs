@@ -2,7 +2,7 @@
 //!
 //! Lines are made where the flow ends and written by a thread of their own, so that a slow
 //! terminal or disk never holds a connection up. The thread writes what has gathered at once; at
-//! most [`QUEUE`] lines wait for it, and then flows wait with ending, not with relaying.
+//! most `QUEUE` lines wait for it, and then flows wait with ending, not with relaying.
 
 use crate::inspect::Protocol;
 use crate::rules::Action;

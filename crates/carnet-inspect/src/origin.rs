@@ -79,7 +79,7 @@ impl Route {
                 tokio::time::timeout(limit, socket.connect(target))
                     .await
                     .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
-                    .map_err(|source| Error::Connect { destination, source })
+                    .map_err(|source| Error::from_connect(target, source))
             }
         }
     }

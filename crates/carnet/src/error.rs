@@ -155,8 +155,10 @@ pub enum Error {
 }
 
 impl Error {
-    /// The error of a `connect` to `destination`.
-    pub(crate) fn from_connect(destination: SocketAddr, source: io::Error) -> Self {
+    /// What an error of `connect` means on a host with Carnet, for services that connect
+    /// themselves: [`Loop`](Self::Loop), [`Blocked`](Self::Blocked), or
+    /// [`Connect`](Self::Connect) for everything that is not the engine's doing.
+    pub fn from_connect(destination: SocketAddr, source: io::Error) -> Self {
         use carnet_core::abi::errno;
         match source.raw_os_error() {
             Some(errno::ELOOP) if cfg!(target_os = "linux") => Self::Loop { destination },
