@@ -31,6 +31,18 @@ pub enum Verdict {
 }
 
 impl Verdict {
+    /// The answer with this number; one that the layout does not know is a hard block.
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::None,
+            1 => Self::SoftPermit,
+            2 => Self::HardPermit,
+            3 => Self::SoftBlock,
+            _ => Self::HardBlock,
+        }
+    }
+
     /// Whether the connection is refused.
     #[inline(always)]
     pub const fn blocks(self) -> bool {
@@ -63,11 +75,7 @@ impl Verdict {
                     }
                 }
                 Self::None | Self::SoftPermit | Self::SoftBlock => {
-                    if hard || flags & FILTER_VETO != 0 {
-                        Self::HardBlock
-                    } else {
-                        Self::SoftBlock
-                    }
+                    if hard || flags & FILTER_VETO != 0 { Self::HardBlock } else { Self::SoftBlock }
                 }
             },
         }
@@ -115,7 +123,10 @@ mod tests {
             (Redirect, 0),
         ];
         let table = [
-            (None, [SoftPermit, HardPermit, SoftBlock, HardBlock, HardBlock, HardBlock, SoftPermit]),
+            (
+                None,
+                [SoftPermit, HardPermit, SoftBlock, HardBlock, HardBlock, HardBlock, SoftPermit],
+            ),
             (
                 SoftPermit,
                 [SoftPermit, HardPermit, SoftBlock, HardBlock, HardBlock, HardBlock, SoftPermit],

@@ -28,8 +28,8 @@ pub enum RedirectState {
 
 /// What the decision needs to know of a record: which services of the policy are in it.
 ///
-/// A service is known by its slot in the policy's service table; handles of services that the
-/// policy no longer has are only counted.
+/// A service is known by its slot in the policy's service table; of services that the policy no
+/// longer has it only matters that there are any.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Chain {
@@ -39,7 +39,7 @@ pub struct Chain {
     pub last: u32,
     /// Number of hops.
     pub hops: u32,
-    /// Number of hops whose service the policy does not have.
+    /// Not 0: the policy does not have the service of some hop.
     pub strangers: u32,
     /// Redirected legs so far, forgotten ones included; never less than `hops`.
     pub legs: u32,
@@ -56,6 +56,7 @@ impl Chain {
     #[inline(always)]
     pub fn of_record<T: Tables>(tables: &T, record: &Record) -> Self {
         let mut reading = Reading { tables, record, chain: Self::empty(record.legs) };
+        reading.chain.hops = record.hop_count;
         T::repeat(MAX_HOPS as u32, &mut reading);
         reading.chain
     }
@@ -127,14 +128,11 @@ impl<T: Tables> Step for Reading<'_, T> {
         let Some(hop) = self.record.hop(index) else {
             return false;
         };
-        let slot = self.tables.slot_of(hop.handle);
-        self.chain.hops += 1;
+        let slot = T::forget(self.tables.slot_of(hop.handle));
         self.chain.last = slot;
-        if slot == NO_SLOT {
-            self.chain.strangers += 1;
-        } else {
-            self.chain.visited |= slot_bit(slot);
-        }
+        self.chain.visited |= slot_bit(slot);
+        let strange = if slot == NO_SLOT { 1 } else { 0 };
+        self.chain.strangers = T::forget(self.chain.strangers | strange);
         true
     }
 }

@@ -8,8 +8,8 @@ use crate::{
     arbitration::{Verdict, action_of},
     chain::{Chain, hop_limit, slot_bit},
     table::{
-        Action, FAILURE_SKIP, FilterRow, LEAF, MAX_CANDIDATES, MAX_CONDITIONS, MAX_DEPTH, NO_SLOT,
-        Step, Tables,
+        Action, FAILURE_SKIP, FilterRow, LEAF, MAX_CANDIDATES, MAX_CONDITIONS, MAX_DEPTH,
+        MAX_SERVICES, NO_SLOT, Step, Tables,
     },
 };
 
@@ -25,10 +25,22 @@ pub trait Listeners {
     /// Whether the service with this redirect handle has a live registered listener that this
     /// connection can be sent to.
     fn is_live(&mut self, handle: u64) -> bool;
+
+    /// Redirected legs so far of a connection without a record, as far as they can be known
+    /// otherwise: where its process belongs to a service that holds flows for the same
+    /// destination, the most legs that one of those has made, else 0. Asked only for a connection
+    /// that is about to be redirected, so that all others do not pay for it.
+    fn forgotten_legs(&mut self) -> u32 {
+        0
+    }
 }
 
 /// Is told how the classifier reached its decision. The kernel's tells nobody and costs nothing.
 pub trait Observer {
+    /// The classifier begins, or begins anew because a service turned out to be dead: what was
+    /// told before does not count.
+    fn begin(&mut self) {}
+
     /// The filter matched, and this came of it.
     fn matched(&mut self, filter: &FilterRow, outcome: Outcome);
 }
@@ -81,8 +93,8 @@ pub struct Decision {
     pub reason: Reason,
     /// Slot of the service to redirect to; [`NO_SLOT`] if the connection is not redirected.
     pub slot: u32,
-    /// Always zero.
-    pub zero: u32,
+    /// Redirected legs that the flow had made before this one; 0 if it is not redirected.
+    pub legs: u32,
     /// That service's redirect handle. With [`Reason::ServiceUnavailable`] the missing one's, with
     /// [`Reason::Loop`] that of the service that would have had the connection once more.
     pub handle: u64,
@@ -92,13 +104,26 @@ pub struct Decision {
     pub skipped: u64,
 }
 
+impl Reason {
+    /// The reason with this number; one that the layout does not know is a filter's.
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::NoFilter,
+            2 => Self::ServiceUnavailable,
+            3 => Self::Loop,
+            _ => Self::Filter,
+        }
+    }
+}
+
 impl Decision {
     /// Passing, because nothing says otherwise.
     pub const PASS: Self = Self {
         verdict: Verdict::None,
         reason: Reason::NoFilter,
         slot: NO_SLOT,
-        zero: 0,
+        legs: 0,
         handle: 0,
         filter: 0,
         skipped: 0,
@@ -132,6 +157,106 @@ where
     L: Listeners,
     O: Observer,
 {
+    let services = tables.header().map_or(0, |header| header.services);
+    let mut pending =
+        HostPending { tables, connection, chain, listeners, observer, decision: Decision::PASS };
+    settle(chain.hops != 0, chain.legs, services, &mut pending);
+    pending.decision
+}
+
+/// A connection whose decision is being worked out, as [`settle`] needs it.
+pub trait Pending: Listeners {
+    /// Makes the decision ([`decide`]), if just the services in `dead` have no live listener.
+    fn decide(&mut self, dead: u64);
+    /// The decision that was made last.
+    fn decision(&mut self) -> &mut Decision;
+}
+
+/// The outer half of [`classify`]: asks whether the service that a decision names is live, and if
+/// it is not, has the inner half decide again without it. It ends, since every turn finds one
+/// service more dead.
+///
+/// `recorded` is whether there is a record, `legs` the legs that it counts, `services` the number of
+/// services in the policy. The kernel calls the halves apart, so that the verifier can look at each
+/// on its own.
+#[inline(always)]
+pub fn settle<P: Pending>(recorded: bool, legs: u32, services: u32, pending: &mut P) {
+    let mut dead = 0;
+    pending.decide(dead);
+    for _ in 0..MAX_SERVICES {
+        let decision = pending.decision();
+        let (handle, slot) = (decision.handle, decision.slot);
+        if slot == NO_SLOT || pending.is_live(handle) {
+            break;
+        }
+        dead |= slot_bit(slot);
+        pending.decide(dead);
+    }
+    if pending.decision().redirects() {
+        let forgotten = if recorded { 0 } else { pending.forgotten_legs() };
+        let legs = if forgotten > legs { forgotten } else { legs };
+        let decision = pending.decision();
+        decision.legs = legs;
+        if legs >= hop_limit(services) {
+            decision.verdict = Verdict::HardBlock;
+            decision.reason = Reason::Loop;
+            decision.slot = NO_SLOT;
+        }
+    }
+}
+
+/// [`Pending`] over references, as [`classify`] is given them.
+struct HostPending<'a, T, C, L, O> {
+    tables: &'a T,
+    connection: &'a C,
+    chain: &'a Chain,
+    listeners: &'a mut L,
+    observer: &'a mut O,
+    decision: Decision,
+}
+
+impl<T, C, L: Listeners, O> Listeners for HostPending<'_, T, C, L, O> {
+    fn is_live(&mut self, handle: u64) -> bool {
+        self.listeners.is_live(handle)
+    }
+
+    fn forgotten_legs(&mut self) -> u32 {
+        self.listeners.forgotten_legs()
+    }
+}
+
+impl<T, C, L, O> Pending for HostPending<'_, T, C, L, O>
+where
+    T: Tables,
+    C: Connection,
+    L: Listeners,
+    O: Observer,
+{
+    fn decide(&mut self, dead: u64) {
+        self.observer.begin();
+        self.decision = decide(self.tables, self.connection, self.chain, dead, self.observer);
+    }
+
+    fn decision(&mut self) -> &mut Decision {
+        &mut self.decision
+    }
+}
+
+/// The inner half of [`classify`]: the decision if just the services in `dead`, a set of slots, have
+/// no live listener.
+#[inline(always)]
+pub fn decide<T, C, O>(
+    tables: &T,
+    connection: &C,
+    chain: &Chain,
+    dead: u64,
+    observer: &mut O,
+) -> Decision
+where
+    T: Tables,
+    C: Connection,
+    O: Observer,
+{
     let Some(header) = tables.header() else {
         return Decision::PASS;
     };
@@ -149,26 +274,34 @@ where
         tables,
         connection,
         chain,
-        listeners,
         observer,
+        dead,
         first: leaf.first,
         decided_sublayer: u32::MAX,
         redirecting: 0,
-        decision: Decision::PASS,
+        verdict: Verdict::None as u32,
+        reason: Reason::NoFilter as u32,
+        slot: NO_SLOT,
+        handle: 0,
+        filter: 0,
+        skipped: 0,
     };
     T::repeat(if leaf.count < MAX_CANDIDATES { leaf.count } else { MAX_CANDIDATES }, &mut scan);
-    let mut decision = scan.decision;
-    if decision.blocks() {
-        if decision.redirects() {
+    let mut decision = Decision {
+        verdict: Verdict::from_number(scan.verdict),
+        reason: Reason::from_number(scan.reason),
+        slot: scan.slot,
+        legs: 0,
+        handle: scan.handle,
+        filter: scan.filter,
+        skipped: scan.skipped,
+    };
+    if decision.redirects() {
+        if decision.blocks() {
             decision.slot = NO_SLOT;
             decision.handle = 0;
-        }
-    } else if decision.redirects() {
-        decision.filter = scan.redirecting;
-        if chain.legs >= hop_limit(header.services) {
-            decision.verdict = Verdict::HardBlock;
-            decision.reason = Reason::Loop;
-            decision.slot = NO_SLOT;
+        } else {
+            decision.filter = scan.redirecting;
         }
     }
     decision
@@ -194,25 +327,30 @@ impl<T: Tables, C: Connection> Step for Walk<'_, T, C> {
 }
 
 /// The way through a leaf's candidates.
-struct Scan<'a, T, C, L, O> {
+struct Scan<'a, T, C, O> {
     tables: &'a T,
     connection: &'a C,
     chain: &'a Chain,
-    listeners: &'a mut L,
     observer: &'a mut O,
+    dead: u64,
     first: u32,
     decided_sublayer: u32,
     /// The filter whose service gets the connection. Kept apart from the decision's filter, which
     /// lighter sublayers change.
     redirecting: u64,
-    decision: Decision,
+    // The decision so far, its enums as numbers: see `Repeat::forget`.
+    verdict: u32,
+    reason: u32,
+    slot: u32,
+    handle: u64,
+    filter: u64,
+    skipped: u64,
 }
 
-impl<T, C, L, O> Step for Scan<'_, T, C, L, O>
+impl<T, C, O> Step for Scan<'_, T, C, O>
 where
     T: Tables,
     C: Connection,
-    L: Listeners,
     O: Observer,
 {
     #[inline(always)]
@@ -241,11 +379,7 @@ where
     }
 }
 
-impl<T, C, L, O> Scan<'_, T, C, L, O>
-where
-    T: Tables,
-    L: Listeners,
-{
+impl<T: Tables, C, O> Scan<'_, T, C, O> {
     /// Lets a filter that matches have its say.
     #[inline(always)]
     fn take(&mut self, filter: &FilterRow) -> Outcome {
@@ -256,14 +390,14 @@ where
         if matches!(action, Action::Redirect) {
             return self.redirect(filter);
         }
-        let verdict = self.decision.verdict.after(action, filter.flags);
+        let verdict = Verdict::from_number(self.verdict).after(action, filter.flags);
         self.decide(filter, verdict, Reason::Filter);
         Outcome::Decided(verdict)
     }
 
     #[inline(always)]
     fn redirect(&mut self, filter: &FilterRow) -> Outcome {
-        if !self.decision.verdict.allows_redirect() {
+        if !Verdict::from_number(self.verdict).allows_redirect() {
             return Outcome::Overruled;
         }
         let Some(service) = self.tables.service(filter.slot) else {
@@ -273,23 +407,23 @@ where
             let visited = self.chain.visited & slot_bit(filter.slot) != 0;
             return if visited { Outcome::AlreadyVisited } else { Outcome::Trusts };
         }
-        let permitted = self.decision.verdict.after(Action::Redirect, 0);
-        if self.decision.redirects() {
+        let permitted = Verdict::from_number(self.verdict).after(Action::Redirect, 0);
+        if self.slot != NO_SLOT {
             self.decide(filter, permitted, Reason::Filter);
             return Outcome::LaterLeg;
         }
-        if self.listeners.is_live(service.handle) {
-            self.decision.slot = filter.slot;
-            self.decision.handle = service.handle;
+        if self.dead & slot_bit(filter.slot) == 0 {
+            self.slot = filter.slot;
+            self.handle = service.handle;
             self.redirecting = filter.id;
             self.decide(filter, permitted, Reason::Filter);
             return Outcome::Redirects;
         }
         if service.failure == FAILURE_SKIP {
-            self.decision.skipped |= slot_bit(filter.slot);
+            self.skipped |= slot_bit(filter.slot);
             return Outcome::Skipped;
         }
-        self.decision.handle = service.handle;
+        self.handle = service.handle;
         self.decide(filter, Verdict::HardBlock, Reason::ServiceUnavailable);
         Outcome::ServiceUnavailable
     }
@@ -298,11 +432,11 @@ where
     #[inline(always)]
     fn decide(&mut self, filter: &FilterRow, verdict: Verdict, reason: Reason) {
         self.decided_sublayer = filter.sublayer;
-        if verdict as u32 != self.decision.verdict as u32 || self.decision.filter == 0 {
-            self.decision.filter = filter.id;
-            self.decision.reason = reason;
+        if verdict as u32 != self.verdict || self.filter == 0 {
+            self.filter = filter.id;
+            self.reason = T::forget(reason as u32);
         }
-        self.decision.verdict = verdict;
+        self.verdict = T::forget(verdict as u32);
     }
 }
 

@@ -46,7 +46,7 @@ pub const fn max_nodes(rows: usize) -> usize {
 
 /// Most entries of the candidate list for `rows` filter rows.
 pub const fn max_candidates(rows: usize) -> usize {
-    let linear = 8 * rows + 64;
+    let linear = 8 * rows + 4096;
     if linear < MAX_CANDIDATES as usize { linear } else { MAX_CANDIDATES as usize }
 }
 

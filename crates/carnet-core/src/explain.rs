@@ -185,6 +185,10 @@ impl Listeners for Live<'_> {
 struct Matches(Vec<Match>);
 
 impl Observer for Matches {
+    fn begin(&mut self) {
+        self.0.clear();
+    }
+
     fn matched(&mut self, filter: &FilterRow, outcome: Outcome) {
         // A filter that is several rows matches by the first of them. They follow each other.
         if self.0.last().is_none_or(|last| last.filter != filter.id) {

@@ -14,9 +14,7 @@ pub const LEG_ONWARD: u32 = 2;
 ///
 /// On the connecting socket it answers `getpeername` and the flow listing; on the accepted one the
 /// control interface. Its record's MAC is computed when a service asks for the record.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct LegState {
     /// [`LEG_REDIRECTED`] or [`LEG_ONWARD`].
@@ -93,11 +91,13 @@ pub struct GuardKey {
 #[repr(C)]
 pub struct GuardEntry {
     /// Accepted connections that are still open.
-    pub live: i32,
-    /// Most legs among the flows that have been open since `live` was last 0.
-    pub legs: u32,
+    pub live: i64,
     /// Id of the flow that was delivered last.
     pub flow: u64,
+    /// Most legs among the flows that have been open since `live` was last 0.
+    pub legs: u32,
+    /// Always zero.
+    pub zero: u32,
 }
 
 /// Key of the registered listeners.
@@ -124,15 +124,15 @@ pub struct ListenerKey {
 pub struct ListenerEntry {
     /// The address that it is bound to; may be unspecified.
     pub local: Endpoint,
-    /// Cookie of the listening socket.
-    pub cookie: u64,
+    /// Connects that did not find it since it was last found. Not 0: its slot may be taken.
+    pub missed: u64,
 }
 
 const _: () = {
     assert!(size_of::<LegState>() == 56 + 48 + 256 + 912);
     assert!(size_of::<Tuple>() == 48);
     assert!(size_of::<GuardKey>() == 40);
-    assert!(size_of::<GuardEntry>() == 16);
+    assert!(size_of::<GuardEntry>() == 24);
     assert!(size_of::<ListenerKey>() == 24);
     assert!(size_of::<ListenerEntry>() == 32);
 };

@@ -824,6 +824,9 @@ impl Policy {
             check_cgroup(&self.services[..at], &service.cgroup)?;
             if let Trust::Services(names) = &service.trust {
                 names.iter().try_for_each(|name| check_reference(&self.services, name))?;
+                if names.contains(&service.name) {
+                    return Err(PolicyError::TrustsItself { name: service.name.clone() }.into());
+                }
             }
         }
         for filter in &self.filters {

@@ -89,9 +89,7 @@ pub struct FileId {
 /// | 48 | 8 | start of the process, nanoseconds of the boot-time clock |
 /// | 56 | 16 | command name, zero-padded |
 /// | 72 | 256 | path of the executable, zero-padded, as its own mount namespace shows it |
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct AppIdentity {
     /// Process id (thread group id) in the initial pid namespace.
@@ -129,9 +127,7 @@ pub struct Hop {
 }
 
 /// A redirect record with room for [`MAX_HOPS`] hops. On the wire it is cut after the last hop.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Record {
     /// [`MAGIC`].
@@ -288,7 +284,8 @@ impl RecordMac {
     /// The MAC of a record of `length` bytes, all of whose words were taken.
     #[inline(always)]
     pub const fn finish(self, length: u16) -> u64 {
-        self.hash.finish(length as u64 - 8)
+        // Wrapping, since records that are too short to have a MAC come here too.
+        self.hash.finish((length as u64).wrapping_sub(8))
     }
 }
 
@@ -308,8 +305,8 @@ pub fn mac_of(record: &Record, key: &Key) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use zerocopy::FromZeros as _;
     use proptest::prelude::*;
+    use zerocopy::FromZeros as _;
 
     const KEY: Key = [7, 11];
     const EPOCH: u64 = 42;

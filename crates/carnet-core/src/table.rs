@@ -229,6 +229,16 @@ pub trait Step {
 pub trait Repeat {
     /// Calls `step` with 0, 1, … up to `count - 1`, until it gives `false`.
     fn repeat<S: Step>(count: u32, step: &mut S);
+
+    /// Gives `value` back.
+    ///
+    /// The BPF verifier follows every constant that a loop's body leaves in the loop's state, and
+    /// the combinations of a few of them are more than it is willing to look at. What goes
+    /// through here is a number that it knows nothing of.
+    #[inline(always)]
+    fn forget(value: u32) -> u32 {
+        value
+    }
 }
 
 /// The tables of one bank. The two implementations are the BPF maps and the host's vectors.

@@ -1,0 +1,210 @@
+//! Core's decision over the maps.
+//!
+//! Each half that loops is a global function (`no_mangle`): the verifier looks at it once, on its
+//! own, knowing nothing of its callers, where it would follow a local one anew from every path that
+//! leads to it. Such functions take plain data only.
+
+use aya_ebpf::{bindings::bpf_sock_addr, helpers::generated::bpf_get_netns_cookie};
+use carnet_core::{
+    Decision,
+    address::{Endpoint, Wide},
+    chain::Chain,
+    classify::{Connection, Listeners, Pending, Unobserved, decide, settle},
+    flow::GuardKey,
+    record::{FileId, Record},
+    table::{Field, Tables as _},
+};
+
+use crate::{
+    bank::Bank,
+    listener::carnet_listener,
+    maps::GUARD,
+    process::{self, Process},
+    socket::TCP,
+};
+
+/// A connect that is to be decided. Plain data.
+#[repr(C)]
+pub(crate) struct Request {
+    /// Where the application wants to go.
+    pub(crate) destination: Endpoint,
+    /// Where the service that was last found live listens.
+    pub(crate) target: Endpoint,
+    /// What the record says, if there is one.
+    chain: Chain,
+    /// The executable with which the flow began, if there is a record; else zero.
+    original: FileId,
+    /// Slots of services that turned out to have no live listener.
+    dead: u64,
+    /// The service that the caller belongs to, if it holds flows for this destination and the
+    /// connection has no record; else 0.
+    pub(crate) forgetful: u64,
+    pub(crate) decision: Decision,
+    bank: Bank,
+}
+
+impl Request {
+    /// A connect to `destination`.
+    #[inline(always)]
+    pub(crate) fn new(destination: Endpoint) -> Self {
+        Self {
+            destination,
+            target: destination,
+            chain: Chain::empty(0),
+            original: FileId { device: 0, inode: 0 },
+            dead: 0,
+            forgetful: 0,
+            decision: Decision::PASS,
+            bank: Bank::in_force(),
+        }
+    }
+
+    /// Decides, given the record that was set on the socket.
+    #[inline(always)]
+    pub(crate) fn settle(&mut self, ctx: *mut bpf_sock_addr, record: Option<&Record>) {
+        let Some(header) = self.bank.header() else {
+            return;
+        };
+        let services = header.services;
+        if let Some(record) = record {
+            self.original = record.app.executable;
+            carnet_chain(record, self);
+        }
+        settle(record.is_some(), self.chain.legs, services, &mut Kernel { ctx, request: self });
+    }
+
+    /// Generation of the policy that decides.
+    #[inline(always)]
+    pub(crate) fn generation(&self) -> u64 {
+        self.bank.header().map_or(0, |header| header.generation)
+    }
+}
+
+/// Reads the chain of the record into the request.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn carnet_chain(record: *const Record, request: *mut Request) -> i32 {
+    // SAFETY: the verifier makes callers pass whole values, or null.
+    let (Some(record), Some(request)) = (unsafe { (record.as_ref(), request.as_mut()) }) else {
+        return 0;
+    };
+    request.chain = Chain::of_record(&request.bank, record);
+    0
+}
+
+/// Core's inner half.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn carnet_decide(ctx: *mut bpf_sock_addr, request: *mut Request) -> i32 {
+    // SAFETY: the verifier makes callers pass a whole value, or null.
+    let Some(request) = (unsafe { request.as_mut() }) else {
+        return 0;
+    };
+    let facts = Facts { ctx, request };
+    let decision = decide(&request.bank, &facts, &request.chain, request.dead, &mut Unobserved);
+    request.decision = decision;
+    0
+}
+
+/// What the policy's filters may ask about a connection, found out when they ask.
+struct Facts<'a> {
+    ctx: *mut bpf_sock_addr,
+    request: &'a Request,
+}
+
+impl Connection for Facts<'_> {
+    #[inline(always)]
+    fn value(&self, field: u32, argument: u32) -> Wide {
+        let file = |id: FileId| Wide { hi: id.device, lo: id.inode };
+        let request = self.request;
+        if field == Field::DestinationAddress as u32 {
+            request.destination.value()
+        } else if field == Field::DestinationPort as u32 {
+            Wide::from_u64(request.destination.port.into())
+        } else if field == Field::Protocol as u32 {
+            Wide::from_u64(TCP.into())
+        } else if field == Field::Cgroup as u32 {
+            Wide::from_u64(process::ancestor_cgroup(argument))
+        } else if field == Field::User as u32 {
+            Wide::from_u64(process::uid().into())
+        } else if field == Field::Executable as u32
+            || field == Field::OriginalExecutable as u32 && request.chain.hops == 0
+        {
+            file(Process::current().executable())
+        } else if field == Field::OriginalExecutable as u32 {
+            file(request.original)
+        } else if field == Field::NetworkNamespace as u32 {
+            Wide::from_u64(netns_of(self.ctx))
+        } else {
+            Wide::MIN
+        }
+    }
+}
+
+/// A request in the kernel, as core's outer half needs it.
+struct Kernel<'a> {
+    ctx: *mut bpf_sock_addr,
+    request: &'a mut Request,
+}
+
+impl Pending for Kernel<'_> {
+    #[inline(always)]
+    fn decide(&mut self, dead: u64) {
+        self.request.dead = dead;
+        carnet_decide(self.ctx, self.request);
+    }
+
+    #[inline(always)]
+    fn decision(&mut self) -> &mut Decision {
+        &mut self.request.decision
+    }
+}
+
+impl Listeners for Kernel<'_> {
+    #[inline(always)]
+    fn is_live(&mut self, _handle: u64) -> bool {
+        // The service is the one that the decision in the request names.
+        carnet_listener(self.ctx, self.request) != 0
+    }
+
+    #[inline(always)]
+    fn forgotten_legs(&mut self) -> u32 {
+        carnet_forgotten(self.ctx, self.request)
+    }
+}
+
+/// Legs of the flows for this destination that the caller's service holds.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn carnet_forgotten(ctx: *mut bpf_sock_addr, request: *mut Request) -> u32 {
+    // SAFETY: the verifier makes callers pass a whole value, or null.
+    let Some(request) = (unsafe { request.as_mut() }) else {
+        return 0;
+    };
+    let handle = process::carnet_service();
+    if handle == 0 {
+        return 0;
+    }
+    let key = GuardKey {
+        handle,
+        netns: netns_of(ctx),
+        address: request.destination.address,
+        port: request.destination.port.into(),
+        zero: 0,
+    };
+    // SAFETY: the value is copied out at once.
+    match unsafe { GUARD.get(&key) } {
+        Some(entry) if entry.live > 0 => {
+            request.forgetful = handle;
+            entry.legs
+        }
+        _ => 0,
+    }
+}
+
+/// Cookie of the network namespace of the connecting socket.
+#[inline(always)]
+pub(crate) fn netns_of(ctx: *mut bpf_sock_addr) -> u64 {
+    // SAFETY: the helper takes this context.
+    unsafe { bpf_get_netns_cookie(ctx.cast()) }
+}

@@ -1,0 +1,251 @@
+//! `cgroup/getsockopt` (since Linux 5.3), on the services' cgroups: the questions of the control
+//! interface, and `SO_ORIGINAL_DST` for unmodified proxies.
+//!
+//! **What it does.** Answers from the leg that the socket was accepted with. The kernel has run its
+//! own `getsockopt` before and failed, since it does not know the option; an answer clears that
+//! error.
+//!
+//! **Why only there.** The hook taxes every get- and setsockopt of its cgroup, so the rest of the
+//! host is spared it.
+//!
+//! **Returns** 1 always; errors go through the return value of the system call, as
+//! `carnet_core::abi` lists them. **WFP**: `SIO_QUERY_WFP_CONNECTION_REDIRECT_RECORDS` and
+//! `..._CONTEXT`.
+
+use core::ptr;
+
+use aya_ebpf::{
+    bindings::bpf_sockopt, helpers::generated::bpf_set_retval, macros::cgroup_sockopt,
+    programs::SockoptContext,
+};
+use carnet_core::{
+    abi::{self, FlowInfo, errno},
+    address::{AF_INET, AF_INET6, Endpoint},
+    record::{AppIdentity, MAX_RECORD},
+    table::Step,
+};
+
+use crate::{
+    bank::repeat,
+    ctx::{load32, load64, store32},
+    mac::carnet_mac,
+    maps::DELIVERED,
+    socket::{CLOSE, LISTEN, SYN_SENT, Socket},
+};
+
+#[cgroup_sockopt(getsockopt)]
+pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
+    let ctx = ctx.sockopt;
+    let level = load32!(ctx, 24) as i32;
+    let name = load32!(ctx, 28) as i32;
+    let Some(socket) = Socket::new(load64!(ctx, 0) as *mut _) else {
+        return 1;
+    };
+    if level == abi::LEVEL {
+        let error = match answer(ctx, socket, name) {
+            Ok(length) => {
+                store32!(ctx, 32, length);
+                0
+            }
+            Err(error) => -error,
+        };
+        // SAFETY: the helper has no preconditions.
+        unsafe { bpf_set_retval(error) };
+    } else if name == abi::SO_ORIGINAL_DST && (level == abi::SOL_IP || level == abi::SOL_IPV6) {
+        // Whoever asks on a connection that was not redirected gets the kernel's own answer.
+        if let Some(leg) = socket.get(&DELIVERED)
+            && let Some(length) = original_destination(ctx, level, &leg.requested)
+        {
+            store32!(ctx, 32, length);
+            // SAFETY: the helper has no preconditions.
+            unsafe { bpf_set_retval(0) };
+        }
+    }
+    1
+}
+
+/// Answers an option of the control interface: the number of bytes, or an errno.
+#[inline(always)]
+fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> {
+    if !socket.is_inet() {
+        return Err(errno::EOPNOTSUPP);
+    }
+    if !socket.is_tcp() {
+        return Err(errno::EINVAL);
+    }
+    if name < abi::QUERY_REDIRECT_RECORDS
+        || name > abi::FLOW
+        || name == abi::SET_REDIRECT_RECORDS
+        || name == abi::REGISTER_LISTENER
+    {
+        return Err(errno::EOPNOTSUPP);
+    }
+    let Some(leg) = socket.get(&DELIVERED) else {
+        let state = socket.state();
+        return Err(if state == CLOSE || state == LISTEN || state == SYN_SENT {
+            errno::ENOTCONN
+        } else {
+            errno::ENODATA
+        });
+    };
+    match name {
+        abi::QUERY_REDIRECT_RECORDS => {
+            let length = u32::from(leg.record.length);
+            // Not done at every redirect: a service that only looks at the destination does not
+            // need it.
+            leg.record.mac = carnet_mac(&leg.record);
+            copy_out::<{ MAX_RECORD / 8 }>(ctx, ptr::from_ref(&leg.record).cast(), length)
+        }
+        abi::QUERY_REDIRECT_CONTEXT => {
+            if leg.context_length == 0 {
+                return Err(errno::ENODATA);
+            }
+            copy_out::<{ abi::MAX_CONTEXT / 8 }>(
+                ctx,
+                leg.context.as_ptr().cast(),
+                leg.context_length,
+            )
+        }
+        abi::REDIRECT_RECORDS_LENGTH => put(ctx, u32::from(leg.record.length)),
+        abi::REDIRECT_CONTEXT_LENGTH => {
+            if leg.context_length == 0 {
+                return Err(errno::ENODATA);
+            }
+            put(ctx, leg.context_length)
+        }
+        abi::ORIGINAL_DESTINATION => put(ctx, leg.requested),
+        abi::ORIGINAL_APP => copy_out::<{ size_of::<AppIdentity>() / 8 }>(
+            ctx,
+            ptr::from_ref(&leg.record.app).cast(),
+            size_of::<AppIdentity>() as u32,
+        ),
+        _ => put(
+            ctx,
+            FlowInfo {
+                flow: leg.record.flow,
+                handle: leg.handle,
+                filter: leg.filter,
+                began_ns: leg.began_ns,
+                hops: leg.record.hop_count,
+                legs: leg.record.legs,
+            },
+        ),
+    }
+}
+
+/// Copies the first `length` bytes of a map value's part of `WORDS` 64-bit words to the caller.
+#[inline(always)]
+fn copy_out<const WORDS: usize>(
+    ctx: *mut bpf_sockopt,
+    source: *const u64,
+    length: u32,
+) -> Result<u32, i32> {
+    if (load32!(ctx, 32) as i32) < length as i32 {
+        return Err(errno::ERANGE);
+    }
+    let mut copying = CopyOut::<WORDS> {
+        source,
+        destination: load64!(ctx, 8) as *mut u8,
+        end: load64!(ctx, 16) as *mut u8,
+        length,
+    };
+    repeat(WORDS as u32, &mut copying);
+    Ok(length)
+}
+
+struct CopyOut<const WORDS: usize> {
+    source: *const u64,
+    destination: *mut u8,
+    end: *mut u8,
+    length: u32,
+}
+
+impl<const WORDS: usize> Step for CopyOut<WORDS> {
+    #[inline(always)]
+    fn step(&mut self, index: u32) -> bool {
+        let offset = index.wrapping_mul(8);
+        if index as usize >= WORDS || offset >= self.length {
+            return false;
+        }
+        // SAFETY: `index` is within the source, whose `WORDS` words lie in one map value.
+        let word = unsafe { *self.source.wrapping_add(index as usize) };
+        let to = self.destination.wrapping_add(offset as usize);
+        if to.wrapping_add(8) <= self.end {
+            // SAFETY: the caller's buffer has room for 8 bytes here, as was just checked.
+            unsafe { to.cast::<u64>().write_unaligned(word) };
+            return true;
+        }
+        // The last word of a context may be longer than the context, and than the buffer.
+        let mut rest = word;
+        let mut at = to;
+        for _ in 0..7 {
+            if at.wrapping_add(1) > self.end {
+                break;
+            }
+            // SAFETY: the caller's buffer has room for a byte here, as was just checked.
+            unsafe { *at = rest as u8 };
+            rest >>= 8;
+            at = at.wrapping_add(1);
+        }
+        false
+    }
+}
+
+/// Gives the caller a value of fixed size.
+#[inline(always)]
+fn put<T>(ctx: *mut bpf_sockopt, value: T) -> Result<u32, i32> {
+    let (start, end) = (load64!(ctx, 8), load64!(ctx, 16));
+    let size = size_of::<T>() as u64;
+    if start + size > end {
+        return Err(errno::ERANGE);
+    }
+    // SAFETY: the caller's buffer has room for a `T`.
+    unsafe { ptr::write_unaligned(start as *mut T, value) };
+    Ok(size as u32)
+}
+
+/// Gives the caller a `sockaddr_in` (16 bytes) or a `sockaddr_in6` (28 bytes), as the kernel does
+/// for connections that netfilter redirected. `None` if the buffer is too small, or if the address
+/// has no such form.
+#[inline(always)]
+fn original_destination(ctx: *mut bpf_sockopt, level: i32, address: &Endpoint) -> Option<u32> {
+    if level == abi::SOL_IP {
+        if !address.is_ipv4() {
+            return None;
+        }
+        let name = SocketAddressV4 {
+            family: AF_INET,
+            port: address.port.to_be(),
+            address: address.address[3],
+            zero: [0; 2],
+        };
+        return put(ctx, name).ok();
+    }
+    let name = SocketAddressV6 {
+        family: AF_INET6,
+        port: address.port.to_be(),
+        flow: 0,
+        address: address.address,
+        scope: 0,
+    };
+    put(ctx, name).ok()
+}
+
+/// `struct sockaddr_in`.
+#[repr(C)]
+struct SocketAddressV4 {
+    family: u16,
+    port: u16,
+    address: u32,
+    zero: [u32; 2],
+}
+
+/// `struct sockaddr_in6`.
+#[repr(C)]
+struct SocketAddressV6 {
+    family: u16,
+    port: u16,
+    flow: u32,
+    address: [u32; 4],
+    scope: u32,
+}

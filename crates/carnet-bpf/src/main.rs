@@ -1,0 +1,46 @@
+//! Carnet's kernel engine: the hooks, one file each. A hook translates between the kernel and
+//! `carnet-core`; it decides nothing itself.
+//!
+//! | file | hook | job |
+//! |---|---|---|
+//! | [`connect`] | `cgroup/connect4`, `cgroup/connect6` | redirect, pass or refuse a connection |
+//! | [`sockops`] | `sockops` | carry a leg from the connecting to the accepted socket; its end |
+//! | [`getsockopt`] | `cgroup/getsockopt` | the control interface, questions; `SO_ORIGINAL_DST` |
+//! | [`setsockopt`] | `cgroup/setsockopt` | the control interface: set a record, register |
+//! | [`getpeername`] | `cgroup/getpeername4`, `6` | the application sees whom it asked for |
+//! | [`iter`] | `iter/bpf_sk_storage_map`, `iter/task_file` | list live flows; identify a file |
+//!
+//! Beside them: [`maps`] (all state), [`bank`] (core's tables over the maps),
+//! [`decide`] (core's decision over them), [`listener`] (a service's live listener), [`mac`], [`socket`] (state of
+//! sockets), [`process`] (who calls), [`report`] (events and counters), [`ctx`] (fields of the
+//! hooks' contexts).
+#![no_std]
+#![no_main]
+#![feature(asm_experimental_arch)]
+
+mod bank;
+mod connect;
+mod ctx;
+mod decide;
+mod getpeername;
+mod getsockopt;
+mod iter;
+mod listener;
+mod mac;
+mod maps;
+mod process;
+mod report;
+mod setsockopt;
+mod socket;
+mod sockops;
+
+/// The helpers that read task structures are reserved to GPL-compatible programs.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // Unreachable: the verifier refuses a program in which a panic could be reached.
+    loop {}
+}

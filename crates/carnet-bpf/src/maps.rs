@@ -1,0 +1,146 @@
+//! All state of the kernel engine.
+//!
+//! Names have at most 15 bytes, the kernel's limit. Sizes of the policy's tables are set when the
+//! engine is brought up; the numbers here are only the smallest useful ones.
+
+use aya_ebpf::{
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage},
+    macros::btf_map,
+};
+use carnet_core::{
+    abi::MAX_CONTEXT,
+    event::{Counter, Event},
+    flow::{GuardEntry, GuardKey, LegState, ListenerEntry, ListenerKey, Tuple},
+    record::Record,
+    table::{ConditionRow, FilterRow, HeaderRow, LeafRow, MAX_SERVICES, NodeRow, ServiceRow},
+};
+
+const NO_PREALLOC: usize = aya_ebpf::bindings::BPF_F_NO_PREALLOC as usize;
+
+/// The instance's identity, written once by `up`.
+#[repr(C)]
+pub(crate) struct Config {
+    /// The MAC's key. User mode draws it from the system's random source and forgets it.
+    pub(crate) key: [u64; 2],
+    /// The instance's epoch: records of another epoch are foreign.
+    pub(crate) epoch: u64,
+    /// Number of flows begun so far: the next flow's id.
+    pub(crate) flows: i64,
+}
+
+/// Writer: `up`; flows: the connect hooks. Reader: all hooks.
+#[btf_map]
+pub(crate) static CONFIG: Array<Config, 1> = Array::new();
+
+/// The bank that is in force, 0 or 1. Writer: a transaction, with one store. Reader: connect.
+#[btf_map]
+pub(crate) static ACTIVE: Array<u64, 1> = Array::new();
+
+// The policy's tables, both banks interleaved: row n of bank b is element 2n + b. Writer: a
+// transaction, only in the idle bank. Reader: connect, only in the bank in force.
+#[btf_map]
+pub(crate) static HEADERS: Array<HeaderRow, 2> = Array::new();
+#[btf_map]
+pub(crate) static NODES: Array<NodeRow, 2> = Array::new();
+#[btf_map]
+pub(crate) static LEAVES: Array<LeafRow, 2> = Array::new();
+#[btf_map]
+pub(crate) static CANDIDATES: Array<u32, 2> = Array::new();
+#[btf_map]
+pub(crate) static FILTERS: Array<FilterRow, 2> = Array::new();
+#[btf_map]
+pub(crate) static CONDITIONS: Array<ConditionRow, 2> = Array::new();
+#[btf_map]
+pub(crate) static SERVICES: Array<ServiceRow, { 2 * MAX_SERVICES as usize }> = Array::new();
+
+/// The administrator's document, from which a bank was compiled, in pages; interleaved like the
+/// tables, so it changes with them. Only user mode reads it.
+#[btf_map]
+pub(crate) static DOCUMENT: Array<[u8; 4096], 2> = Array::new();
+
+/// Slot of a service in a bank.
+#[repr(C)]
+pub(crate) struct SlotKey {
+    /// The redirect handle.
+    pub(crate) handle: u64,
+    /// The bank.
+    pub(crate) bank: u64,
+}
+
+/// Writer: a transaction. Reader: connect, once for each hop of a record.
+#[btf_map]
+pub(crate) static SLOTS: HashMap<SlotKey, u32, { 4 * MAX_SERVICES as usize }, NO_PREALLOC> =
+    HashMap::new();
+
+/// A redirect context.
+#[repr(C)]
+pub(crate) struct Context {
+    /// Bytes in use.
+    pub(crate) length: u64,
+    /// The bytes, zero-padded.
+    pub(crate) bytes: [u8; MAX_CONTEXT],
+}
+
+/// Contexts by filter id (ids are never reused, so both banks share the map). Writer: a
+/// transaction, before its flip (new ones) and after (old ones). Reader: connect.
+#[btf_map]
+pub(crate) static CONTEXTS: HashMap<u64, Context, 1024, NO_PREALLOC> = HashMap::new();
+
+/// Redirect handle of the service that owns a cgroup, by cgroup id. Writer: a transaction.
+/// Reader: whoever asks which service a process belongs to.
+#[btf_map]
+pub(crate) static SVC_CGROUPS: HashMap<u64, u64, 128, NO_PREALLOC> = HashMap::new();
+
+/// Registered listeners. Writer: setsockopt; connect notes which it missed. Reader: connect.
+#[btf_map]
+pub(crate) static LISTENERS: HashMap<ListenerKey, ListenerEntry, 4096, NO_PREALLOC> =
+    HashMap::new();
+
+/// On a registered listening socket: its service's redirect handle. Goes with the socket, and
+/// with it the registration: that is why nobody can squat on the port of a dead service.
+#[btf_map]
+pub(crate) static REGISTERED: SkStorage<u64> = SkStorage::new();
+
+/// On a connecting socket: the leg that it makes. Writer: connect. Reader: sockops, getpeername,
+/// the flow listing. Cleared at every connect: the kernel keeps a socket's storage over
+/// disconnect and reconnect.
+#[btf_map]
+pub(crate) static LEGS: SkStorage<LegState> = SkStorage::new();
+
+/// On an accepted socket: the leg that ended here. Writer: sockops. Reader: getsockopt.
+#[btf_map]
+pub(crate) static DELIVERED: SkStorage<LegState> = SkStorage::new();
+
+/// On a socket that is to be connected: the record that was set. Two places, of which one is in
+/// force, so that a refused record leaves the one before untouched.
+#[repr(C)]
+pub(crate) struct SetRecord {
+    /// 0: none yet; 1 or 2: the place in force, counted from 1.
+    pub(crate) current: u64,
+    /// The places.
+    pub(crate) places: [Record; 2],
+}
+
+/// Writer: setsockopt. Reader: connect. Kept over reconnects, since the socket is still the
+/// flow's.
+#[btf_map]
+pub(crate) static SET_RECORDS: SkStorage<SetRecord> = SkStorage::new();
+
+/// Legs under way from the connecting to the accepted socket, by the connection's two ends.
+/// Writer: sockops before the SYN is sent. Reader: sockops when the other end is established, which
+/// removes the entry; so does the end of a connection that was never established.
+#[btf_map]
+pub(crate) static HANDOVER: HashMap<Tuple, LegState, 65536, NO_PREALLOC> = HashMap::new();
+
+/// The hop guard's memory: flows that services hold, by service and destination. Writer: sockops.
+/// Reader: connect.
+#[btf_map]
+pub(crate) static GUARD: LruHashMap<GuardKey, GuardEntry, 65536> = LruHashMap::new();
+
+/// Counters. Writer: all hooks. Reader: user mode.
+#[btf_map]
+pub(crate) static COUNTERS: PerCpuArray<u64, { Counter::COUNT }> = PerCpuArray::new();
+
+/// What was decided. Writer: all hooks. Reader: `carnet trace`.
+#[btf_map]
+pub(crate) static EVENTS: RingBuf<Event, 524288> = RingBuf::new();

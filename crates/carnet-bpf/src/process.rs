@@ -1,0 +1,336 @@
+//! Who calls: the identity of the process in whose context a hook runs.
+//!
+//! Task structures are read with `bpf_probe_read_kernel` at offsets that the loader takes from the
+//! running kernel's own type information, because Rust has no relocations for that.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    Global,
+    helpers::generated::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm,
+        bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_uid_gid,
+        bpf_probe_read_kernel,
+    },
+};
+use carnet_core::{
+    flow::LegState,
+    record::{AppIdentity, FileId, MAX_PATH},
+    table::{MAX_CGROUP_LEVEL, Step},
+};
+
+use crate::{bank::repeat, ctx::opaque, maps::SVC_CGROUPS};
+
+/// Byte offsets of the fields that are read, in the kernel's structures.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Offsets {
+    task_flags: u32,
+    task_group_leader: u32,
+    task_start_boottime: u32,
+    task_mm: u32,
+    task_cred: u32,
+    mm_exe_file: u32,
+    file_path_mnt: u32,
+    file_path_dentry: u32,
+    file_inode: u32,
+    inode_number: u32,
+    inode_superblock: u32,
+    superblock_device: u32,
+    dentry_parent: u32,
+    dentry_name: u32,
+    dentry_name_length: u32,
+    mount_vfsmount: u32,
+    mount_parent: u32,
+    mount_mountpoint: u32,
+    vfsmount_root: u32,
+    cred_effective: u32,
+    cred_user_namespace: u32,
+    user_namespace_level: u32,
+}
+
+/// The same, as the loader fills it in: the fields of [`Offsets`] in their order.
+#[unsafe(no_mangle)]
+static OFFSETS: Global<Offsets> = Global::new(Offsets {
+    task_flags: 1,
+    task_group_leader: 2,
+    task_start_boottime: 3,
+    task_mm: 4,
+    task_cred: 5,
+    mm_exe_file: 6,
+    file_path_mnt: 7,
+    file_path_dentry: 8,
+    file_inode: 9,
+    inode_number: 10,
+    inode_superblock: 11,
+    superblock_device: 12,
+    dentry_parent: 13,
+    dentry_name: 14,
+    dentry_name_length: 15,
+    mount_vfsmount: 16,
+    mount_parent: 17,
+    mount_mountpoint: 18,
+    vfsmount_root: 19,
+    cred_effective: 20,
+    cred_user_namespace: 21,
+    user_namespace_level: 22,
+});
+
+/// `PF_KTHREAD`: the task is a thread of the kernel's own.
+const KERNEL_THREAD: u32 = 0x0020_0000;
+/// `CAP_NET_ADMIN`.
+const CAP_NET_ADMIN: u64 = 1 << 12;
+/// Deepest path, mounts included, that is followed.
+const MAX_COMPONENTS: u32 = 64;
+
+/// Reads a `T` at `address + offset`; zero where the kernel cannot read there.
+#[inline(always)]
+fn read<T: Default>(address: u64, offset: u32) -> T {
+    let mut value = T::default();
+    let source = address.wrapping_add(offset.into()) as *const c_void;
+    // SAFETY: `value` is `size_of::<T>()` bytes of this program's stack; the helper copes with
+    // any source address, and `T` is an integer.
+    unsafe { bpf_probe_read_kernel((&raw mut value).cast(), size_of::<T>() as u32, source) };
+    value
+}
+
+/// The calling task.
+#[derive(Clone, Copy)]
+pub(crate) struct Process {
+    task: u64,
+}
+
+impl Process {
+    /// The task in whose context the hook runs.
+    #[inline(always)]
+    pub(crate) fn current() -> Self {
+        // SAFETY: the helper has no preconditions.
+        Self { task: unsafe { bpf_get_current_task() } }
+    }
+
+    /// Whether the task is the kernel's own (NFS, SMB, Ceph, …), which is never redirected: the
+    /// kernel would take the rewritten address for its own.
+    #[inline(always)]
+    pub(crate) fn is_kernel_thread(self) -> bool {
+        read::<u32>(self.task, OFFSETS.load().task_flags) & KERNEL_THREAD != 0
+    }
+
+    /// Whether the task has `CAP_NET_ADMIN` in the initial user namespace.
+    #[inline(always)]
+    pub(crate) fn is_privileged(self) -> bool {
+        let offsets = OFFSETS.load();
+        let cred: u64 = read(self.task, offsets.task_cred);
+        let namespace: u64 = read(cred, offsets.cred_user_namespace);
+        // Unreadable memory reads as zero, which is the initial namespace's level: ask for the
+        // pointers too.
+        cred != 0
+            && namespace != 0
+            && read::<u32>(namespace, offsets.user_namespace_level) == 0
+            && read::<u64>(cred, offsets.cred_effective) & CAP_NET_ADMIN != 0
+    }
+
+    /// The executable that the task runs.
+    #[inline(always)]
+    pub(crate) fn executable(self) -> FileId {
+        file_id(self.executable_file())
+    }
+
+    #[inline(always)]
+    fn executable_file(self) -> u64 {
+        let offsets = OFFSETS.load();
+        let mm: u64 = read(self.task, offsets.task_mm);
+        if mm == 0 { 0 } else { read(mm, offsets.mm_exe_file) }
+    }
+
+    /// Fills in the identity of the process, but for its network namespace. `app` is all zero;
+    /// `scratch` too, and is left with garbage.
+    #[inline(always)]
+    fn identify(self, app: &mut AppIdentity, scratch: &mut [u8; MAX_PATH]) {
+        let offsets = OFFSETS.load();
+        app.pid = pid();
+        // SAFETY: the helper has no preconditions.
+        let ids = unsafe { bpf_get_current_uid_gid() };
+        app.uid = ids as u32;
+        app.gid = (ids >> 32) as u32;
+        // SAFETY: the helper has no preconditions.
+        app.cgroup = unsafe { bpf_get_current_cgroup_id() };
+        app.executable = self.executable();
+        let leader: u64 = read(self.task, offsets.task_group_leader);
+        app.started_ns = read(leader, offsets.task_start_boottime);
+        command(&mut app.command);
+        let length = path(self.executable_file(), scratch);
+        app.path_length = length;
+        let start = (MAX_PATH as u32).wrapping_sub(length);
+        // The mask changes nothing, it tells the verifier a bound.
+        let length = opaque(length) & 0x1ff;
+        // SAFETY: copies at most `MAX_PATH` bytes into `path`, from the end of `scratch`.
+        unsafe {
+            bpf_probe_read_kernel(
+                app.path.as_mut_ptr().cast(),
+                length,
+                scratch.as_ptr().wrapping_add(start as usize).cast(),
+            );
+        }
+    }
+}
+
+/// Fills in the identity of the calling process in the record of a new leg. A global function, see
+/// `decide`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn carnet_identify(leg: *mut LegState) -> i32 {
+    // SAFETY: the verifier makes callers pass a whole value, or null.
+    let Some(leg) = (unsafe { leg.as_mut() }) else {
+        return 0;
+    };
+    leg.record.app.netns = leg.netns;
+    Process::current().identify(&mut leg.record.app, &mut leg.context);
+    0
+}
+
+/// Process id (thread group id) of the caller, in the initial pid namespace.
+#[inline(always)]
+pub(crate) fn pid() -> u32 {
+    // SAFETY: the helper has no preconditions.
+    (unsafe { bpf_get_current_pid_tgid() } >> 32) as u32
+}
+
+/// User id of the caller, in the initial user namespace.
+#[inline(always)]
+pub(crate) fn uid() -> u32 {
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_get_current_uid_gid() as u32 }
+}
+
+/// Command name of the caller, zero-padded.
+#[inline(always)]
+pub(crate) fn command(name: &mut [u8; 16]) {
+    // SAFETY: the helper writes 16 bytes.
+    unsafe { bpf_get_current_comm(name.as_mut_ptr().cast(), 16) };
+}
+
+/// Id of the caller's ancestor cgroup at `level`, 0 if its cgroup is not that deep.
+#[inline(always)]
+pub(crate) fn ancestor_cgroup(level: u32) -> u64 {
+    // SAFETY: the helper copes with any level.
+    unsafe { bpf_get_current_ancestor_cgroup_id(level as i32) }
+}
+
+/// Redirect handle of the service to which the caller belongs: the one that owns the nearest of its
+/// cgroups. 0 if there is none. A global function, see `decide`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn carnet_service() -> u64 {
+    let mut search = ServiceSearch { handle: 0 };
+    repeat(MAX_CGROUP_LEVEL + 1, &mut search);
+    search.handle
+}
+
+struct ServiceSearch {
+    handle: u64,
+}
+
+impl Step for ServiceSearch {
+    #[inline(always)]
+    fn step(&mut self, level: u32) -> bool {
+        let cgroup = ancestor_cgroup(level);
+        if cgroup == 0 {
+            return false;
+        }
+        // SAFETY: the value is copied out at once.
+        if let Some(handle) = unsafe { SVC_CGROUPS.get(&cgroup) } {
+            self.handle = *handle;
+        }
+        true
+    }
+}
+
+/// The identity of a `struct file`.
+#[inline(always)]
+pub(crate) fn file_id(file: u64) -> FileId {
+    if file == 0 {
+        return FileId { device: 0, inode: 0 };
+    }
+    let offsets = OFFSETS.load();
+    let inode: u64 = read(file, offsets.file_inode);
+    let superblock: u64 = read(inode, offsets.inode_superblock);
+    FileId {
+        device: u64::from(read::<u32>(superblock, offsets.superblock_device)),
+        inode: read(inode, offsets.inode_number),
+    }
+}
+
+/// Writes the path of a `struct file`, as its mount namespace shows it, to the end of `buffer`.
+/// Gives its length; 0 where it is longer than the buffer or deeper than [`MAX_COMPONENTS`].
+#[inline(always)]
+fn path(file: u64, buffer: &mut [u8; MAX_PATH]) -> u32 {
+    if file == 0 {
+        return 0;
+    }
+    let offsets = OFFSETS.load();
+    let mnt: u64 = read(file, offsets.file_path_mnt);
+    let mut climb = Climb {
+        dentry: read(file, offsets.file_path_dentry),
+        mount: mnt.wrapping_sub(offsets.mount_vfsmount.into()),
+        start: MAX_PATH as u32,
+        complete: false,
+        buffer,
+    };
+    repeat(MAX_COMPONENTS, &mut climb);
+    if climb.complete && climb.start < MAX_PATH as u32 {
+        (MAX_PATH as u32).wrapping_sub(climb.start)
+    } else {
+        0
+    }
+}
+
+/// The way from a file up to the root, one directory or mount a step.
+struct Climb<'a> {
+    dentry: u64,
+    mount: u64,
+    start: u32,
+    complete: bool,
+    buffer: &'a mut [u8; MAX_PATH],
+}
+
+impl Step for Climb<'_> {
+    #[inline(always)]
+    fn step(&mut self, _index: u32) -> bool {
+        let offsets = OFFSETS.load();
+        let root: u64 = read(self.mount, offsets.mount_vfsmount + offsets.vfsmount_root);
+        let parent: u64 = read(self.dentry, offsets.dentry_parent);
+        if self.dentry == root || self.dentry == parent {
+            let upper: u64 = read(self.mount, offsets.mount_parent);
+            if upper == self.mount || upper == 0 {
+                self.complete = true;
+                return false;
+            }
+            self.dentry = read(self.mount, offsets.mount_mountpoint);
+            self.mount = upper;
+            return true;
+        }
+        let length: u32 = read(self.dentry, offsets.dentry_name_length);
+        // The name and a slash before it have to fit.
+        if length == 0 || length >= MAX_PATH as u32 || length + 1 > self.start {
+            return false;
+        }
+        let name: u64 = read(self.dentry, offsets.dentry_name);
+        // The masks change nothing, they tell the verifier what was just checked.
+        let length = opaque(length) & 0xff;
+        let at = opaque(self.start - length) & 0xff;
+        // SAFETY: `at + length` is at most `start`, which is at most the buffer's length. The
+        // verifier knows only that both are below 256 and that the map value in which the buffer
+        // lies goes on for more than 512 bytes behind its start.
+        unsafe {
+            bpf_probe_read_kernel(
+                self.buffer.as_mut_ptr().wrapping_add(at as usize).cast(),
+                length,
+                name as *const c_void,
+            );
+            *self.buffer.as_mut_ptr().wrapping_add((at.wrapping_sub(1) & 0xff) as usize) = b'/';
+        }
+        self.start = at.wrapping_sub(1) & 0xff;
+        self.dentry = parent;
+        true
+    }
+}

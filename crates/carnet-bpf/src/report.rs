@@ -1,0 +1,56 @@
+//! Events and counters.
+
+use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
+use carnet_core::event::{Counter, Event, EventKind};
+
+use crate::{
+    maps::{COUNTERS, EVENTS},
+    process,
+};
+
+/// The boot-time clock, in nanoseconds.
+#[inline(always)]
+pub(crate) fn now() -> u64 {
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// Adds one to a counter.
+#[inline(always)]
+pub(crate) fn count(counter: Counter) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: the slot is this CPU's; a program that interrupts this one may make it lose a
+        // count, never more.
+        unsafe { *value = (*value).wrapping_add(1) };
+    }
+}
+
+/// Reports an event of the calling process; the rest of it is filled in by `describe`, which finds
+/// it all zero.
+#[inline(always)]
+pub(crate) fn event_of_caller(kind: EventKind, describe: impl FnOnce(&mut Event)) {
+    event(kind, |event| {
+        event.pid = process::pid();
+        event.uid = process::uid();
+        process::command(&mut event.command);
+        describe(event);
+    });
+}
+
+/// Reports an event that no process caused.
+#[inline(always)]
+pub(crate) fn event(kind: EventKind, describe: impl FnOnce(&mut Event)) {
+    let Some(mut entry) = EVENTS.reserve(0) else {
+        count(Counter::EventsLost);
+        return;
+    };
+    // SAFETY: an event is plain numbers, for which all zero is a value.
+    let event = unsafe {
+        entry.as_mut_ptr().write_bytes(0, 1);
+        entry.assume_init_mut()
+    };
+    event.time_ns = now();
+    event.kind = kind as u32;
+    describe(event);
+    entry.submit(0);
+}

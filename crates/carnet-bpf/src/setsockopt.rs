@@ -1,0 +1,262 @@
+//! `cgroup/setsockopt` (since Linux 5.3), on the services' cgroups: set a redirect record, register
+//! a listener.
+//!
+//! **What it does.** Verifies a record and keeps it on the socket for the connect hook; or notes a
+//! listening socket as a service's. Each only for a process of the service, or a privileged one.
+//!
+//! **Returns** 1: the kernel goes on (with an option that is not ours) or the option was taken (its
+//! length is set to -1, so the kernel does not see it). Errors go through the return value of the
+//! system call, as `carnet_core::abi` lists them, with 0.
+//!
+//! **WFP**: `SIO_SET_WFP_CONNECTION_REDIRECT_RECORDS` (contract S1..S58).
+
+use core::ptr;
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST, bpf_sockopt},
+    helpers::generated::{bpf_get_netns_cookie, bpf_probe_read_kernel, bpf_set_retval},
+    macros::cgroup_sockopt,
+    programs::SockoptContext,
+};
+use carnet_core::{
+    abi::{self, LISTENER_SLOTS, errno},
+    address::Endpoint,
+    event::{Counter, EventKind},
+    flow::{ListenerEntry, ListenerKey},
+    record::{MAX_RECORD, Record, RecordError},
+    table::Step,
+};
+
+use crate::{
+    bank::repeat,
+    ctx::{load32, load64, opaque, store32},
+    mac::carnet_mac,
+    maps::{CONFIG, LISTENERS, REGISTERED, SET_RECORDS},
+    process::{self, Process},
+    report::{count, event_of_caller, now},
+    socket::{CLOSE, LISTEN, Socket},
+};
+
+#[cgroup_sockopt(setsockopt)]
+pub fn carnet_setsockopt(ctx: SockoptContext) -> i32 {
+    let ctx = ctx.sockopt;
+    if load32!(ctx, 24) as i32 != abi::LEVEL {
+        return 1;
+    }
+    let Some(socket) = Socket::new(load64!(ctx, 0) as *mut _) else {
+        return 1;
+    };
+    match take(ctx, socket, load32!(ctx, 28) as i32) {
+        Ok(()) => {
+            store32!(ctx, 32, u32::MAX);
+            1
+        }
+        Err(error) => {
+            if error == errno::EACCES {
+                count(Counter::AccessDenied);
+            }
+            // SAFETY: the helper has no preconditions.
+            unsafe { bpf_set_retval(-error) };
+            0
+        }
+    }
+}
+
+#[inline(always)]
+fn take(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<(), i32> {
+    if !socket.is_inet() {
+        return Err(errno::EOPNOTSUPP);
+    }
+    if name != abi::SET_REDIRECT_RECORDS && name != abi::REGISTER_LISTENER {
+        return Err(errno::EOPNOTSUPP);
+    }
+    if !socket.is_tcp() {
+        return Err(errno::EINVAL);
+    }
+    let service = process::carnet_service();
+    let privileged = Process::current().is_privileged();
+    if service == 0 && !privileged {
+        return Err(errno::EACCES);
+    }
+    if name == abi::SET_REDIRECT_RECORDS {
+        set_record(ctx, socket, service)
+    } else {
+        register(ctx, socket, service, privileged)
+    }
+}
+
+/// Keeps a record on a socket that is to be connected.
+#[inline(always)]
+fn set_record(ctx: *mut bpf_sockopt, socket: Socket, service: u64) -> Result<(), i32> {
+    if socket.state() != CLOSE {
+        return Err(errno::EINVAL);
+    }
+    let given = load32!(ctx, 32);
+    if given == 0 || given as usize > MAX_RECORD {
+        return Err(refused(RecordError::Malformed, service));
+    }
+    let Some(set) = socket.get_or_create(&SET_RECORDS) else {
+        return Err(errno::ENOMEM);
+    };
+    let [first, second] = &mut set.places;
+    let (place, number) = if set.current == 1 { (second, 2) } else { (first, 1) };
+    let buffer = load64!(ctx, 8) as *const core::ffi::c_void;
+    let given = opaque(given);
+    if given as usize > MAX_RECORD {
+        return Err(errno::EINVAL);
+    }
+    // SAFETY: `given` is at most the size of the place; the helper copes with any source, and the
+    // kernel's copy of the caller's buffer is at least `given` bytes long (it holds a page).
+    unsafe {
+        bpf_probe_read_kernel(ptr::from_mut(place).cast(), given, buffer);
+    }
+    match verified(place, given, service) {
+        Ok(()) => {
+            set.current = number;
+            count(Counter::RecordsSet);
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+#[inline(always)]
+fn verified(record: &Record, given: u32, service: u64) -> Result<(), i32> {
+    let Some(config) = CONFIG.get(0) else {
+        return Err(errno::EINVAL);
+    };
+    if !record.well_formed(given as usize) {
+        return Err(refused(RecordError::Malformed, service));
+    }
+    let mac = carnet_mac(record);
+    if let Err(error) = record.verify(given as usize, mac, config.epoch, now()) {
+        return Err(refused(error, service));
+    }
+    // Contract S30: a service sets only what was delivered to it.
+    let newest = record.hop(record.hop_count.wrapping_sub(1)).map_or(0, |hop| hop.handle);
+    if service != 0 && newest != service {
+        return Err(errno::EACCES);
+    }
+    Ok(())
+}
+
+/// Counts and reports a refused record; gives its errno.
+#[inline(always)]
+fn refused(error: RecordError, service: u64) -> i32 {
+    count(match error {
+        RecordError::Malformed => Counter::RecordsMalformed,
+        RecordError::Forged => Counter::RecordsForged,
+        RecordError::Foreign => Counter::RecordsForeign,
+        RecordError::Expired => Counter::RecordsExpired,
+    });
+    event_of_caller(EventKind::RecordRefused, |event| {
+        event.reason = error as u32;
+        event.handle = service;
+    });
+    errno::EINVAL
+}
+
+/// Notes a listening socket as a service's.
+#[inline(always)]
+fn register(
+    ctx: *mut bpf_sockopt,
+    socket: Socket,
+    service: u64,
+    privileged: bool,
+) -> Result<(), i32> {
+    if socket.state() != LISTEN || socket.bound_device() != 0 {
+        return Err(errno::EINVAL);
+    }
+    let handle = match load32!(ctx, 32) {
+        0 => service,
+        8 => {
+            let mut handle = 0_u64;
+            let buffer = load64!(ctx, 8) as *const core::ffi::c_void;
+            // SAFETY: reads 8 bytes into this program's stack; the helper copes with any source.
+            unsafe {
+                bpf_probe_read_kernel((&raw mut handle).cast(), size_of::<u64>() as u32, buffer);
+            }
+            if handle != service && !privileged {
+                return Err(errno::EACCES);
+            }
+            handle
+        }
+        _ => return Err(errno::EINVAL),
+    };
+    if handle == 0 {
+        return Err(errno::EACCES);
+    }
+    let Some(registered) = socket.get_or_create(&REGISTERED) else {
+        return Err(errno::ENOMEM);
+    };
+    let local = socket.local();
+    // SAFETY: the helper takes this context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
+    let mut search = SlotSearch {
+        key: ListenerKey { handle, netns, family: local.family.into(), slot: 0 },
+        entry: ListenerEntry { local, missed: 0 },
+        free: LISTENER_SLOTS,
+        done: false,
+    };
+    repeat(LISTENER_SLOTS, &mut search);
+    if !search.done {
+        if search.free >= LISTENER_SLOTS {
+            return Err(errno::ENOSPC);
+        }
+        search.key.slot = search.free;
+        if LISTENERS.insert(&search.key, &search.entry, BPF_ANY.into()).is_err() {
+            return Err(errno::ENOMEM);
+        }
+    }
+    *registered = handle;
+    event_of_caller(EventKind::ListenerRegistered, |event| {
+        event.handle = handle;
+        event.requested = local;
+    });
+    Ok(())
+}
+
+/// The search for the slot of a listener: the one that it has already, else one that is free, else
+/// one whose listener was missed.
+struct SlotSearch {
+    key: ListenerKey,
+    entry: ListenerEntry,
+    free: u32,
+    done: bool,
+}
+
+impl Step for SlotSearch {
+    #[inline(always)]
+    fn step(&mut self, slot: u32) -> bool {
+        self.key.slot = slot;
+        match LISTENERS.get_ptr_mut(&self.key) {
+            None => {
+                // Two processes may take the same free slot at the same time: only one gets it.
+                self.done = LISTENERS.insert(&self.key, &self.entry, BPF_NOEXIST.into()).is_ok();
+                !self.done
+            }
+            Some(entry) => {
+                // SAFETY: the entry stays allocated until the program ends.
+                let entry = unsafe { &mut *entry };
+                if same(&entry.local, &self.entry.local) {
+                    entry.missed = 0;
+                    self.done = true;
+                    return false;
+                }
+                if entry.missed != 0 && self.free >= LISTENER_SLOTS {
+                    self.free = slot;
+                }
+                true
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn same(a: &Endpoint, b: &Endpoint) -> bool {
+    a.port == b.port
+        && a.address[0] == b.address[0]
+        && a.address[1] == b.address[1]
+        && a.address[2] == b.address[2]
+        && a.address[3] == b.address[3]
+}

@@ -1,0 +1,173 @@
+//! The state that hangs on sockets.
+
+use core::{ffi::c_void, ptr};
+
+use aya_ebpf::{
+    Global,
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    btf_maps::SkStorage,
+    helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get, bpf_skc_to_mptcp_sock},
+};
+use carnet_core::address::{AF_INET, AF_INET6, Endpoint};
+
+use crate::ctx::load32;
+
+/// `IPPROTO_TCP`.
+pub(crate) const TCP: u32 = 6;
+/// `IPPROTO_MPTCP`: what a Multipath TCP socket calls itself towards the socket-option hooks.
+pub(crate) const MPTCP: u32 = 262;
+/// `TCP_SYN_SENT`.
+pub(crate) const SYN_SENT: u32 = 2;
+/// `TCP_CLOSE`: a socket that has not been connected.
+pub(crate) const CLOSE: u32 = 7;
+/// `TCP_LISTEN`.
+pub(crate) const LISTEN: u32 = 10;
+
+/// Not 0 where the kernel has Multipath TCP. Set by the loader, since the helper that finds a
+/// subflow's connection is refused elsewhere.
+#[unsafe(no_mangle)]
+static HAS_MPTCP: Global<u32> = Global::new(1);
+
+/// A socket as a hook sees it, never null. Its fields are read at the offsets of `struct bpf_sock`.
+#[derive(Clone, Copy)]
+pub(crate) struct Socket(*mut bpf_sock);
+
+impl Socket {
+    /// The socket behind a pointer that a context or a lookup gave.
+    #[inline(always)]
+    pub(crate) fn new(sk: *mut bpf_sock) -> Option<Self> {
+        if sk.is_null() { None } else { Some(Self(sk)) }
+    }
+
+    /// The address family.
+    #[inline(always)]
+    pub(crate) fn family(self) -> u16 {
+        load32!(self.0, 4) as u16
+    }
+
+    /// The protocol number.
+    #[inline(always)]
+    pub(crate) fn protocol(self) -> u32 {
+        load32!(self.0, 12)
+    }
+
+    /// The TCP state.
+    #[inline(always)]
+    pub(crate) fn state(self) -> u32 {
+        load32!(self.0, 72)
+    }
+
+    /// Index of the device that the socket is bound to, 0 for none.
+    #[inline(always)]
+    pub(crate) fn bound_device(self) -> u32 {
+        load32!(self.0, 0)
+    }
+
+    /// Whether this is an IPv4 or IPv6 socket.
+    #[inline(always)]
+    pub(crate) fn is_inet(self) -> bool {
+        let family = self.family();
+        family == AF_INET || family == AF_INET6
+    }
+
+    /// Whether this is a TCP socket, Multipath TCP included.
+    #[inline(always)]
+    pub(crate) fn is_tcp(self) -> bool {
+        let protocol = self.protocol();
+        protocol == TCP || protocol == MPTCP
+    }
+
+    /// The address and port that the socket is bound to.
+    #[inline(always)]
+    pub(crate) fn local(self) -> Endpoint {
+        let port = load32!(self.0, 44) as u16;
+        if self.family() == AF_INET {
+            Endpoint::v4(load32!(self.0, 24), port)
+        } else {
+            Endpoint::v6(
+                [
+                    load32!(self.0, 28),
+                    load32!(self.0, 32),
+                    load32!(self.0, 36),
+                    load32!(self.0, 40),
+                ],
+                port,
+            )
+        }
+    }
+
+    /// The Multipath TCP connection whose subflow this is.
+    ///
+    /// Connect hooks and sockops see the subflow, socket-option and address hooks the connection:
+    /// state must be on both.
+    #[inline(always)]
+    pub(crate) fn multipath(self) -> *mut c_void {
+        if HAS_MPTCP.load() == 0 {
+            return ptr::null_mut();
+        }
+        // SAFETY: the helper takes any socket and gives null for one that is no subflow.
+        unsafe { bpf_skc_to_mptcp_sock(self.0.cast()) }.cast()
+    }
+
+    /// The state of kind `map` on this socket.
+    #[inline(always)]
+    pub(crate) fn get<T>(self, map: &'static SkStorage<T>) -> Option<&'static mut T> {
+        storage(map, self.0.cast(), ptr::null_mut(), 0)
+    }
+
+    /// The state of kind `map` on this socket, made, all zero, if there was none. `None`: out of
+    /// memory.
+    #[inline(always)]
+    pub(crate) fn get_or_create<T>(self, map: &'static SkStorage<T>) -> Option<&'static mut T> {
+        storage(map, self.0.cast(), ptr::null_mut(), CREATE)
+    }
+
+    /// Puts a copy of `value`, which lies in a map, on this socket and on the Multipath TCP
+    /// connection that it belongs to. Gives `false` when out of memory.
+    #[inline(always)]
+    pub(crate) fn put<T>(self, map: &'static SkStorage<T>, value: *mut T) -> bool {
+        let on_socket = storage(map, self.0.cast(), value, CREATE).is_some();
+        on_socket && self.put_on_multipath(map, value)
+    }
+
+    /// The second half of [`Self::put`].
+    #[inline(always)]
+    pub(crate) fn put_on_multipath<T>(self, map: &'static SkStorage<T>, value: *mut T) -> bool {
+        let connection = self.multipath();
+        if connection.is_null() {
+            return true;
+        }
+        // A connection's first subflow decides; it may have the state from an earlier connect.
+        // SAFETY: the helper takes any socket; deleting what is not there is harmless.
+        unsafe { bpf_sk_storage_delete(map_pointer(map), connection) };
+        storage(map, connection, value, CREATE).is_some()
+    }
+
+    /// Removes the state of kind `map` from this socket.
+    #[inline(always)]
+    pub(crate) fn delete<T>(self, map: &'static SkStorage<T>) {
+        // SAFETY: the helper takes any socket; deleting what is not there is harmless.
+        unsafe { bpf_sk_storage_delete(map_pointer(map), self.0.cast()) };
+    }
+}
+
+const CREATE: u64 = BPF_SK_STORAGE_GET_F_CREATE as u64;
+
+#[inline(always)]
+fn map_pointer<T>(map: &'static SkStorage<T>) -> *mut c_void {
+    ptr::from_ref(map).cast_mut().cast()
+}
+
+/// State of kind `map` on a socket given as the helper takes it.
+#[inline(always)]
+pub(crate) fn storage<T>(
+    map: &'static SkStorage<T>,
+    sk: *mut c_void,
+    initial: *mut T,
+    flags: u64,
+) -> Option<&'static mut T> {
+    // SAFETY: `sk` is a socket that the verifier knows as valid; the helper gives null or a
+    // pointer to a `T` that lives as long as the socket, at least until the program ends. The
+    // kernel runs the hooks of one socket one at a time, under its lock.
+    unsafe { bpf_sk_storage_get(map_pointer(map), sk, initial.cast(), flags).cast::<T>().as_mut() }
+}

@@ -1,0 +1,223 @@
+//! `sockops` (since Linux 4.13; full sockets' storage since 5.13): carries a leg from the
+//! connecting socket to the one that the service accepts, and sees its end.
+//!
+//! **What it does.** Before the SYN is sent, when the connection's two ends are known, it puts a
+//! copy of the leg under them; when the other end is established there it takes the copy to the
+//! accepted socket. At the end of a connection it reports the bytes and forgets.
+//!
+//! **Why this hook.** The connect hook does not know the local port yet, and the accepting side has
+//! no hook of its own at accept. The copy is in place before the SYN, so there is no race.
+//!
+//! **Fails closed**: a service that accepts a connection whose leg could not be carried over finds
+//! no record and refuses it.
+
+use aya_ebpf::{
+    bindings::{
+        BPF_ANY, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops,
+    },
+    helpers::generated::{bpf_get_netns_cookie, bpf_map_update_elem, bpf_sock_ops_cb_flags_set},
+    macros::sock_ops,
+    programs::SockOpsContext,
+};
+use carnet_core::{
+    address::{AF_INET, Endpoint},
+    event::{Counter, EventKind},
+    flow::{GuardEntry, GuardKey, LEG_REDIRECTED, LegState, Tuple},
+};
+
+use crate::{
+    ctx::{fetch_add, load32, load64},
+    maps::{DELIVERED, GUARD, HANDOVER, LEGS},
+    report::{count, event},
+    socket::{CLOSE, Socket},
+};
+
+#[sock_ops]
+pub fn carnet_sockops(ctx: SockOpsContext) -> u32 {
+    let ctx = ctx.ops;
+    let op = load32!(ctx, 0);
+    if op != BPF_SOCK_OPS_TCP_CONNECT_CB
+        && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB
+        && op != BPF_SOCK_OPS_STATE_CB
+    {
+        return 1;
+    }
+    let Some(socket) = Socket::new(load64!(ctx, 184) as *mut _) else {
+        return 1;
+    };
+    if op == BPF_SOCK_OPS_TCP_CONNECT_CB {
+        connecting(ctx, socket);
+    } else if op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
+        established(ctx, socket);
+    } else if load32!(ctx, 8) == CLOSE {
+        closed(ctx, socket);
+    }
+    1
+}
+
+/// The SYN is about to be sent.
+#[inline(always)]
+fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
+    let Some(leg) = socket.get(&LEGS) else {
+        return;
+    };
+    watch_state(ctx);
+    if leg.kind != LEG_REDIRECTED {
+        return;
+    }
+    let (local, remote) = ends(ctx);
+    let key = tuple(leg.netns, &local, &remote);
+    // SAFETY: key and value are whole and of the map's types; the value lies in another map, from
+    // which the kernel copies it.
+    let failed = unsafe {
+        bpf_map_update_elem(
+            (&raw const HANDOVER).cast_mut().cast(),
+            (&raw const key).cast(),
+            core::ptr::from_mut(leg).cast(),
+            BPF_ANY.into(),
+        )
+    };
+    if failed != 0 {
+        count(Counter::HandoverFailed);
+    }
+}
+
+/// A connection has been established on the accepting side.
+#[inline(always)]
+fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
+    let (local, remote) = ends(ctx);
+    // SAFETY: the helper takes this context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
+    let key = tuple(netns, &remote, &local);
+    let Some(leg) = HANDOVER.get_ptr_mut(&key) else {
+        return;
+    };
+    if socket.put(&DELIVERED, leg) {
+        watch_state(ctx);
+        count(Counter::Delivered);
+        // SAFETY: the entry stays allocated until the program ends, and only this side of the
+        // connection uses it now.
+        guard_begins(unsafe { &*leg });
+    } else {
+        count(Counter::HandoverFailed);
+    }
+    let _absent = HANDOVER.remove(&key);
+}
+
+/// A connection, or an attempt at one, has ended.
+#[inline(always)]
+fn closed(ctx: *mut bpf_sock_ops, socket: Socket) {
+    if let Some(leg) = socket.get(&DELIVERED)
+        && leg.kind != 0
+    {
+        leg.kind = 0;
+        guard_ends(leg);
+    }
+    let Some(leg) = socket.get(&LEGS) else {
+        return;
+    };
+    if leg.kind == 0 {
+        return;
+    }
+    if leg.kind == LEG_REDIRECTED {
+        // Only a connection that was never established has still got an entry.
+        let (local, remote) = ends(ctx);
+        let _absent = HANDOVER.remove(&tuple(leg.netns, &local, &remote));
+    }
+    leg.kind = 0;
+    let (received, sent) = (load64!(ctx, 168), load64!(ctx, 176));
+    event(EventKind::Closed, |event| {
+        event.flow = leg.record.flow;
+        event.handle = leg.handle;
+        event.filter = leg.filter;
+        event.pid = leg.pid;
+        event.requested = leg.requested;
+        event.legs = leg.record.legs;
+        event.hops = leg.record.hop_count;
+        event.bytes_sent = sent;
+        event.bytes_received = received;
+    });
+}
+
+/// Asks to be told of this socket's changes of state.
+#[inline(always)]
+fn watch_state(ctx: *mut bpf_sock_ops) {
+    let flags = load32!(ctx, 84) | BPF_SOCK_OPS_STATE_CB_FLAG;
+    // SAFETY: the helper takes this context.
+    unsafe { bpf_sock_ops_cb_flags_set(ctx, flags as i32) };
+}
+
+/// The connection's local and remote end.
+#[inline(always)]
+fn ends(ctx: *mut bpf_sock_ops) -> (Endpoint, Endpoint) {
+    // The local port is in host byte order, the remote one in network byte order.
+    let remote_port = u32::from_be(load32!(ctx, 64)) as u16;
+    let local_port = load32!(ctx, 68) as u16;
+    if load32!(ctx, 20) == u32::from(AF_INET) {
+        (Endpoint::v4(load32!(ctx, 28), local_port), Endpoint::v4(load32!(ctx, 24), remote_port))
+    } else {
+        (
+            Endpoint::v6(
+                [load32!(ctx, 48), load32!(ctx, 52), load32!(ctx, 56), load32!(ctx, 60)],
+                local_port,
+            ),
+            Endpoint::v6(
+                [load32!(ctx, 32), load32!(ctx, 36), load32!(ctx, 40), load32!(ctx, 44)],
+                remote_port,
+            ),
+        )
+    }
+}
+
+#[inline(always)]
+fn tuple(netns: u64, connecting: &Endpoint, accepting: &Endpoint) -> Tuple {
+    Tuple {
+        netns,
+        local_address: connecting.address,
+        remote_address: accepting.address,
+        local_port: connecting.port.into(),
+        remote_port: accepting.port.into(),
+    }
+}
+
+#[inline(always)]
+fn guard_key(leg: &LegState) -> GuardKey {
+    GuardKey {
+        handle: leg.handle,
+        netns: leg.netns,
+        address: leg.requested.address,
+        port: leg.requested.port.into(),
+        zero: 0,
+    }
+}
+
+/// The service holds one flow more for the destination.
+#[inline(always)]
+fn guard_begins(leg: &LegState) {
+    let key = guard_key(leg);
+    if let Some(entry) = GUARD.get_ptr_mut(&key) {
+        // SAFETY: the entry stays allocated until the program ends; `live` is shared with other
+        // CPUs and touched atomically alone. A lost update of `legs` lets a loop go on for a leg
+        // more.
+        unsafe {
+            let before = fetch_add(&raw mut (*entry).live, 1);
+            if before <= 0 || (*entry).legs < leg.record.legs {
+                (*entry).legs = leg.record.legs;
+            }
+            (*entry).flow = leg.record.flow;
+        }
+        return;
+    }
+    let entry = GuardEntry { live: 1, flow: leg.record.flow, legs: leg.record.legs, zero: 0 };
+    let _full = GUARD.insert(&key, &entry, BPF_ANY.into());
+}
+
+/// The service holds one flow less for the destination.
+#[inline(always)]
+fn guard_ends(leg: &LegState) {
+    if let Some(entry) = GUARD.get_ptr_mut(&guard_key(leg)) {
+        // SAFETY: as in `guard_begins`.
+        unsafe { fetch_add(&raw mut (*entry).live, -1) };
+    }
+}
