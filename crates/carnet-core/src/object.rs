@@ -119,7 +119,8 @@ pub struct CgroupRef {
     pub id: u64,
 }
 
-/// What happens to a connection whose service has no live listener.
+/// What happens to a connection whose service has no live listener. It is asked for one only where
+/// the connection would be sent to it: a connection that is refused anyway stays so.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FailurePolicy {
@@ -754,9 +755,15 @@ impl Policy {
     pub fn remove_service(&mut self, key: &str) -> Result<Service, PolicyError> {
         let at = find(&self.services, key)?;
         let name = &self.services[at].name;
-        let redirects = |filter: &Filter| matches!(&filter.action, FilterAction::Redirect { service, .. } if service == name);
+        let redirects = |filter: &Filter| match &filter.action {
+            FilterAction::Redirect { service, .. } => service == name,
+            FilterAction::Permit { .. } | FilterAction::Block { .. } => false,
+        };
         refuse_if_used(Kind::Service, name, &self.filters, redirects)?;
-        let trusts = |other: &Service| matches!(&other.trust, Trust::Services(names) if names.contains(name));
+        let trusts = |other: &Service| match &other.trust {
+            Trust::Services(names) => names.contains(name),
+            Trust::None | Trust::All => false,
+        };
         refuse_if_used(Kind::Service, name, &self.services, trusts)?;
         Ok(self.services.remove(at))
     }

@@ -453,8 +453,10 @@ proptest! {
     }
 
     #[test]
-    fn documents_round_trip(policy in policies(), context in prop::collection::vec(any::<u8>(), 1..256)) {
-        let mut policy = policy;
+    fn documents_round_trip(
+        mut policy in policies(),
+        context in prop::collection::vec(any::<u8>(), 1..256),
+    ) {
         if let Some(service) = policy.services().first() {
             let context = Some(Context::new(context).unwrap());
             let action = FilterAction::Redirect { service: service.name.clone(), context };

@@ -157,7 +157,8 @@ fn connection_near(conditions: &Conditions, numbers: &mut Numbers) -> HostConnec
         protocol: 6,
         destination: SocketAddr::new(ip, port).into(),
         process: Process {
-            user: Some(user.wrapping_add(off_by(numbers) as u32)),
+            // Unknown now and then: that is a value beyond all ranges.
+            user: (numbers.below(8) != 0).then(|| user.wrapping_add(off_by(numbers) as u32)),
             ..Default::default()
         },
         original_executable: None,
