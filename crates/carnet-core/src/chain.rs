@@ -96,18 +96,13 @@ impl Chain {
 
 /// Most redirected legs that a flow may make where the policy has `services` services.
 ///
-/// A flow whose services all set the record makes at most one leg each, so more legs than
-/// services prove that somebody forgot it. The floor leaves room for services that are added while
-/// a flow is under way.
+/// A flow whose services all set the record makes at most one leg each, so more legs than services
+/// mean that somebody forgot it. The margin is for services that are removed or added while a flow
+/// is under way.
 #[inline(always)]
 pub const fn hop_limit(services: u32) -> u32 {
-    if services < 8 {
-        8
-    } else if services > MAX_HOPS as u32 {
-        MAX_HOPS as u32
-    } else {
-        services
-    }
+    const MARGIN: u32 = 8;
+    if services > MAX_HOPS as u32 - MARGIN { MAX_HOPS as u32 } else { services + MARGIN }
 }
 
 /// The bit of a slot in a set of services; 0 for [`NO_SLOT`].

@@ -264,6 +264,10 @@ where
     if walk.at & LEAF == 0 {
         T::repeat(MAX_DEPTH, &mut walk);
     }
+    // The way ends in a leaf with every table that the compiler made.
+    if walk.at & LEAF == 0 {
+        return Decision::PASS;
+    }
     let Some(leaf) = tables.leaf(walk.at & !LEAF) else {
         return Decision::PASS;
     };

@@ -20,10 +20,10 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::address::Wide;
+use crate::{address::Wide, record::MAX_HOPS};
 
-/// Most services that a policy can have: a set of services is one 64-bit word.
-pub const MAX_SERVICES: u32 = 64;
+/// Most services that a policy can have: each of them once is as much as a record holds.
+pub const MAX_SERVICES: u32 = MAX_HOPS as u32;
 /// "No service": not a slot.
 pub const NO_SLOT: u32 = u32::MAX;
 /// Set in a child reference: the rest is the index of a [`LeafRow`], not of a [`NodeRow`].
@@ -208,6 +208,8 @@ pub struct ServiceRow {
 }
 
 const _: () = {
+    // A set of services is one 64-bit word.
+    assert!(MAX_SERVICES <= 64);
     assert!(size_of::<HeaderRow>() == 24);
     assert!(size_of::<NodeRow>() == 32);
     assert!(size_of::<LeafRow>() == 8);

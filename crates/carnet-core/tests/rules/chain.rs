@@ -186,7 +186,7 @@ fn services_that_forget_the_record_are_ended_by_the_hop_limit() {
 
 #[test]
 fn the_hop_limit_leaves_room_for_every_service_that_a_record_can_hold() {
-    assert_eq!([0, 1, 8, 9, 32, 33, 64].map(hop_limit), [8, 8, 8, 9, 32, 32, 32]);
+    assert_eq!([0, 1, 8, 23, 24, 25, 32].map(hop_limit), [8, 9, 16, 31, 32, 32, 32]);
 }
 
 proptest! {
