@@ -78,9 +78,10 @@ pub(crate) unsafe fn fetch_add(number: *mut i64, change: i64) -> i64 {
 
 /// Hides from LLVM what it knows about a number, so that the comparison that follows is made with
 /// the register that is used afterwards: the verifier does not carry bounds from one register to
-/// another that was computed beside it.
+/// another that was computed beside it; before Linux 6.2 not even from the lower half of a register
+/// to the whole, hence 64 bits.
 #[inline(always)]
-pub(crate) fn opaque(value: u32) -> u32 {
+pub(crate) fn opaque(value: u32) -> u64 {
     let mut value = u64::from(value);
     // SAFETY: copies a register to itself. (No instruction at all would give two source lines for
     // one address, which the kernel refuses.)
@@ -91,7 +92,7 @@ pub(crate) fn opaque(value: u32) -> u32 {
             options(nomem, nostack, preserves_flags),
         );
     }
-    value as u32
+    value
 }
 
 pub(crate) use {load32, load64, store32};

@@ -162,7 +162,7 @@ impl Process {
         app.path_length = length;
         let start = (MAX_PATH as u32).wrapping_sub(length);
         // The mask changes nothing, it tells the verifier a bound.
-        let length = opaque(length) & 0x1ff;
+        let length = (opaque(length) & 0x1ff) as u32;
         // SAFETY: copies at most `MAX_PATH` bytes into `path`, from the end of `scratch`.
         unsafe {
             bpf_probe_read_kernel(
@@ -316,8 +316,8 @@ impl Step for Climb<'_> {
         }
         let name: u64 = read(self.dentry, offsets.dentry_name);
         // The masks change nothing, they tell the verifier what was just checked.
-        let length = opaque(length) & 0xff;
-        let at = opaque(self.start - length) & 0xff;
+        let length = (opaque(length) & 0xff) as u32;
+        let at = (opaque(self.start - length) & 0xff) as u32;
         // SAFETY: `at + length` is at most `start`, which is at most the buffer's length. The
         // verifier knows only that both are below 256 and that the map value in which the buffer
         // lies goes on for more than 512 bytes behind its start.

@@ -23,7 +23,7 @@ use carnet_core::{
     address::Endpoint,
     event::{Counter, EventKind},
     flow::{ListenerEntry, ListenerKey},
-    record::{MAX_RECORD, Record, RecordError},
+    record::{MAX_HOPS, MAX_RECORD, Record, RecordError},
     table::Step,
 };
 
@@ -102,15 +102,15 @@ fn set_record(ctx: *mut bpf_sockopt, socket: Socket, service: u64) -> Result<(),
     let (place, number) = if set.current == 1 { (second, 2) } else { (first, 1) };
     let buffer = load64!(ctx, 8) as *const core::ffi::c_void;
     let given = opaque(given);
-    if given as usize > MAX_RECORD {
+    if given > MAX_RECORD as u64 {
         return Err(errno::EINVAL);
     }
     // SAFETY: `given` is at most the size of the place; the helper copes with any source, and the
     // kernel's copy of the caller's buffer is at least `given` bytes long (it holds a page).
     unsafe {
-        bpf_probe_read_kernel(ptr::from_mut(place).cast(), given, buffer);
+        bpf_probe_read_kernel(ptr::from_mut(place).cast(), given as u32, buffer);
     }
-    match verified(place, given, service) {
+    match verified(place, given as u32, service) {
         Ok(()) => {
             set.current = number;
             count(Counter::RecordsSet);
@@ -133,7 +133,9 @@ fn verified(record: &Record, given: u32, service: u64) -> Result<(), i32> {
         return Err(refused(error, service));
     }
     // Contract S30: a service sets only what was delivered to it.
-    let newest = record.hop(record.hop_count.wrapping_sub(1)).map_or(0, |hop| hop.handle);
+    // The mask changes nothing, it tells the verifier a bound.
+    let newest = opaque(record.hop_count.wrapping_sub(1)) & (MAX_HOPS as u64 - 1);
+    let newest = record.hop(newest as u32).map_or(0, |hop| hop.handle);
     if service != 0 && newest != service {
         return Err(errno::EACCES);
     }
