@@ -75,9 +75,10 @@ pub struct Event {
     pub legs: u32,
     /// Hops in the record.
     pub hops: u32,
-    /// `Closed`: payload bytes that the connecting side sent and had acknowledged.
+    /// `Closed`: bytes that the connecting side sent and had acknowledged, as TCP counts them: the
+    /// SYN and the FIN are a byte each.
     pub bytes_sent: u64,
-    /// `Closed`: payload bytes that the connecting side received.
+    /// `Closed`: bytes that the connecting side received, the FIN being one of them.
     pub bytes_received: u64,
     /// Command name of the process, zero-padded.
     pub command: [u8; 16],
