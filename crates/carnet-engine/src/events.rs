@@ -1,0 +1,97 @@
+//! What the kernel engine tells of its decisions, as it happens.
+
+use std::{
+    os::fd::{AsFd, BorrowedFd},
+    time::Duration,
+};
+
+use aya::maps::{Map, MapData, MapError, RingBuf};
+use carnet_core::event::Event;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    time::{ClockId, clock_gettime},
+};
+use zerocopy::FromBytes as _;
+
+use crate::{Engine, Error, location::Lock};
+
+const EVENTS: &str = "EVENTS";
+
+/// The reader of an instance's events. There is one at a time, since events are gone when they are
+/// read.
+///
+/// Its descriptor is readable when there is something to read; ask [`EventReader::next_timeout`]
+/// with [`Duration::ZERO`] then, until it gives `None`.
+pub struct EventReader {
+    ring: RingBuf<MapData>,
+    /// Events from before are nobody's business: boot-time clock, nanoseconds.
+    since_ns: u64,
+    _lock: Lock,
+}
+
+impl std::fmt::Debug for EventReader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EventReader").field("since_ns", &self.since_ns).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// Begins to read the events; those of before this call are skipped.
+    ///
+    /// # Errors
+    /// [`Error::EventsTaken`] if somebody reads them; [`Error::NotUp`], [`Error::UnknownLayout`];
+    /// [`Error::Map`] if the ring buffer cannot be mapped.
+    pub fn events(&self) -> Result<EventReader, Error> {
+        let lock = self.location().lock_reader()?;
+        let since_ns = boot_time_ns();
+        let map = self.reading(|tables| tables.open(EVENTS))?;
+        let ring = Map::RingBuf(map).try_into().map_err(Error::map::<MapError>(EVENTS))?;
+        Ok(EventReader { ring, since_ns, _lock: lock })
+    }
+}
+
+impl EventReader {
+    /// The next event; waits for it as long as `timeout`. `None` if there was none, or if a signal
+    /// came.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if waiting fails.
+    pub fn next_timeout(&mut self, timeout: Duration) -> Result<Option<Event>, Error> {
+        let failed = || Error::io("wait for", "events");
+        // A timeout that is too long for the kernel is as good as none.
+        let timeout = Timespec::try_from(timeout).ok();
+        if let Some(event) = self.take() {
+            return Ok(Some(event));
+        }
+        let mut polled = [PollFd::new(&self.ring, PollFlags::IN)];
+        match poll(&mut polled, timeout.as_ref()) {
+            Ok(_) => Ok(self.take()),
+            Err(rustix::io::Errno::INTR) => Ok(None),
+            Err(errno) => Err(failed()(errno)),
+        }
+    }
+
+    fn take(&mut self) -> Option<Event> {
+        while let Some(bytes) = self.ring.next() {
+            // An event that is longer is one of a newer build, with more at its end.
+            if let Ok((event, _)) = Event::read_from_prefix(&bytes)
+                && event.time_ns >= self.since_ns
+            {
+                return Some(event);
+            }
+        }
+        None
+    }
+}
+
+impl AsFd for EventReader {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
+}
+
+/// Now, on the clock that the kernel engine uses.
+fn boot_time_ns() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    (now.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(now.tv_nsec as u64)
+}

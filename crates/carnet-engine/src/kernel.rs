@@ -1,0 +1,190 @@
+//! The running kernel: its version, and where the fields that the programs read lie in its
+//! structures.
+//!
+//! C programs have relocations for that, Rust has none. The loader looks the offsets up in the
+//! kernel's own type information (BTF) and writes them into the programs' constants, which the
+//! verifier knows.
+
+use std::path::Path;
+
+use btf_rs::{Btf, BtfType as _, Struct, Type};
+use rustix::system::uname;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::Error;
+
+/// Where the kernel shows its types.
+pub(crate) const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
+/// The oldest kernel on which Carnet works: the first whose iterators go over one thread's files.
+pub(crate) const OLDEST: (u32, u32) = (6, 1);
+
+/// Byte offsets in the kernel's structures, as the programs' `OFFSETS` has them.
+#[derive(Clone, Copy, Debug, FromBytes, Immutable, IntoBytes)]
+#[repr(transparent)]
+pub(crate) struct Offsets([u32; FIELDS.len()]);
+
+/// The fields that the programs read, in the order of `Offsets` in `carnet-bpf`'s `process.rs`: a
+/// structure, and the way through its members.
+const FIELDS: [(&str, &[&str]); 22] = [
+    ("task_struct", &["flags"]),
+    ("task_struct", &["group_leader"]),
+    ("task_struct", &["start_boottime"]),
+    ("task_struct", &["mm"]),
+    ("task_struct", &["cred"]),
+    ("mm_struct", &["exe_file"]),
+    ("file", &["f_path", "mnt"]),
+    ("file", &["f_path", "dentry"]),
+    ("file", &["f_inode"]),
+    ("inode", &["i_ino"]),
+    ("inode", &["i_sb"]),
+    ("super_block", &["s_dev"]),
+    ("dentry", &["d_parent"]),
+    ("dentry", &["d_name", "name"]),
+    ("dentry", &["d_name", "len"]),
+    ("mount", &["mnt"]),
+    ("mount", &["mnt_parent"]),
+    ("mount", &["mnt_mountpoint"]),
+    ("vfsmount", &["mnt_root"]),
+    ("cred", &["cap_effective"]),
+    ("cred", &["user_ns"]),
+    ("user_namespace", &["level"]),
+];
+
+/// The types of the running kernel.
+pub(crate) struct KernelTypes {
+    btf: Btf,
+}
+
+impl KernelTypes {
+    pub(crate) fn read() -> Result<Self, Error> {
+        if !Path::new(BTF_PATH).exists() {
+            return Err(Error::NoBtf { path: BTF_PATH });
+        }
+        let btf = Btf::from_file(BTF_PATH).map_err(|source| Error::BadBtf { source })?;
+        Ok(Self { btf })
+    }
+
+    /// Whether the kernel has a structure of this name, and knows its members.
+    pub(crate) fn has_struct(&self, name: &str) -> bool {
+        self.find_struct(name).is_some()
+    }
+
+    /// Whether the kernel has a function of this name.
+    pub(crate) fn has_function(&self, name: &str) -> bool {
+        let types = self.btf.resolve_types_by_name(name).unwrap_or_default();
+        types.iter().any(|found| matches!(found, Type::Func(_)))
+    }
+
+    pub(crate) fn offsets(&self) -> Result<Offsets, Error> {
+        let mut offsets = [0; FIELDS.len()];
+        for (offset, (structure, members)) in offsets.iter_mut().zip(FIELDS) {
+            *offset = self.offset(structure, members)?;
+        }
+        Ok(Offsets(offsets))
+    }
+
+    fn find_struct(&self, name: &str) -> Option<Struct> {
+        let types = self.btf.resolve_types_by_name(name).ok()?;
+        types.into_iter().find_map(|found| match found {
+            Type::Struct(found) => Some(found),
+            _ => None,
+        })
+    }
+
+    fn offset(&self, structure: &'static str, members: &[&'static str]) -> Result<u32, Error> {
+        let first = members.first().copied().unwrap_or_default();
+        let unknown = |member| Error::UnknownKernel { structure, member };
+        let mut within = self.find_struct(structure);
+        let mut bits = 0;
+        for member in members {
+            let place = within.and_then(|within| self.member(&within, member));
+            let (offset, below) = place.ok_or_else(|| unknown(member))?;
+            bits += offset;
+            within = below;
+        }
+        // No field here is a bit field: those have no address to read from.
+        if bits % 8 == 0 { Ok(bits / 8) } else { Err(unknown(first)) }
+    }
+
+    /// A member's offset in bits, and its own structure if it is one. Members of anonymous members
+    /// count as the structure's own, as in C.
+    fn member(&self, within: &Struct, name: &str) -> Option<(u32, Option<Struct>)> {
+        for member in &within.members {
+            let named = self.btf.resolve_name(member).unwrap_or_default();
+            if named == name {
+                return Some((member.bit_offset(), self.structure_of(member.get_type_id()?)));
+            }
+            if named.is_empty()
+                && let Some(below) = self.structure_of(member.get_type_id()?)
+                && let Some((offset, found)) = self.member(&below, name)
+            {
+                return Some((member.bit_offset() + offset, found));
+            }
+        }
+        None
+    }
+
+    /// The structure or union behind a type, through names and qualifiers, but not pointers.
+    fn structure_of(&self, id: u32) -> Option<Struct> {
+        match self.btf.resolve_type_by_id(id).ok()? {
+            Type::Struct(found) | Type::Union(found) => Some(found),
+            Type::Typedef(t) => self.structure_of(t.get_type_id()?),
+            Type::Const(t) | Type::Volatile(t) | Type::Restrict(t) => {
+                self.structure_of(t.get_type_id()?)
+            }
+            Type::TypeTag(t) => self.structure_of(t.get_type_id()?),
+            _ => None,
+        }
+    }
+}
+
+/// The running kernel's version, as it writes it.
+pub(crate) fn release() -> String {
+    uname().release().to_string_lossy().into_owned()
+}
+
+/// Refuses kernels that are too old.
+pub(crate) fn check_version() -> Result<(), Error> {
+    let found = release();
+    if version(&found).is_some_and(|version| version >= OLDEST) {
+        return Ok(());
+    }
+    Err(Error::KernelTooOld { found, needed: OLDEST })
+}
+
+/// Major and minor number of a version such as `6.1.0-56-amd64`.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_as_kernels_write_them() {
+        assert_eq!(version("6.1.0-56-amd64"), Some((6, 1)));
+        assert_eq!(version("6.18.44-fc-v445"), Some((6, 18)));
+        assert_eq!(version("5.10"), Some((5, 10)));
+        assert_eq!(version("7"), None);
+        assert_eq!(version(""), None);
+        assert!((5, 19) < OLDEST && OLDEST <= (6, 1) && OLDEST < (10, 0));
+    }
+
+    #[test]
+    fn this_kernels_offsets_are_told_apart_and_whole() {
+        let types = KernelTypes::read().unwrap();
+        let offsets = types.offsets().unwrap().0;
+        // Members of one structure lie at different places.
+        let places: std::collections::BTreeSet<_> = FIELDS
+            .iter()
+            .zip(offsets)
+            .map(|((structure, _), offset)| (*structure, offset))
+            .collect();
+        assert_eq!(places.len(), FIELDS.len());
+        assert!(offsets.iter().all(|offset| offset % 4 == 0));
+        let unknown = types.offset("task_struct", &["no_such_member"]);
+        assert!(matches!(unknown, Err(Error::UnknownKernel { member: "no_such_member", .. })));
+    }
+}

@@ -1,0 +1,61 @@
+//! Administers Carnet's kernel engine: load, pin, transact policy, list flows, read events.
+//!
+//! There is no daemon: all state is in the kernel, pinned in a bpffs under one directory per
+//! instance ([`Location`]). Every operation locks it, does its work and is done; whatever dies,
+//! redirection goes on, and nothing is ever half configured.
+//!
+//! ```no_run
+//! use carnet_engine::{Engine, Error, Location, UpOptions};
+//!
+//! # fn main() -> Result<(), Error> {
+//! let location = Location::new(None, "default")?;
+//! let mut engine = Engine::up(&location, &UpOptions::new("/sys/fs/cgroup/app.slice"))?;
+//! engine.transact(|policy| {
+//!     // policy.add_service(…), policy.add_filter(…)
+//!     # let _ = policy;
+//!     Ok::<_, Error>(())
+//! })?;
+//! engine.down()
+//! # }
+//! ```
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `location` | where an instance lives, and the locks on it |
+//! | `engine` | up, open, upgrade, down |
+//! | `transaction` | changing the policy, all of it or not at all |
+//! | `tables` | the maps: layouts, sizes, contents |
+//! | `links` | which program is attached to which cgroup |
+//! | `object` | the kernel engine as it was built, and how it is loaded |
+//! | `kernel` | where things lie in the running kernel's structures |
+//! | `flows`, `events`, `listeners`, `status` | what is going on |
+//! | `files`, `namespace`, [`cgroup`] | names of the kernel for what people name |
+//! | [`doctor`] | whether Carnet can work here |
+//! | `sys` | system calls for which there is no safe library |
+
+pub mod cgroup;
+mod engine;
+mod error;
+mod events;
+mod files;
+mod flows;
+mod kernel;
+mod links;
+mod listeners;
+mod location;
+mod mounts;
+mod namespace;
+mod object;
+mod status;
+mod sys;
+mod tables;
+mod transaction;
+
+pub use engine::{Engine, UpOptions, UpgradeReport};
+pub use error::Error;
+pub use events::EventReader;
+pub use flows::{Flow, FlowApp, FlowHop, LegKind};
+pub use listeners::Listener;
+pub use location::Location;
+pub use object::BuildId;
+pub use status::{LinkStatus, ProgramStatus, Status, TableStatus};

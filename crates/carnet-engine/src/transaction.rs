@@ -1,0 +1,110 @@
+//! Changing the policy, all of it or not at all.
+//!
+//! The tables exist twice. A transaction writes the bank that is not in force, together with what
+//! both banks share and the new policy needs in addition, and then puts it in force with a single
+//! store. Until then nothing that it did makes a difference to any connection, and it is taken
+//! back on an error. Afterwards it waits until no hook runs any more that may have begun under the
+//! old policy, and removes what only that needed.
+
+use carnet_core::{
+    compile::{CompiledPolicy, compile},
+    object::Policy,
+};
+
+use crate::{
+    Engine, Error,
+    links::plan,
+    sys::GracePeriod,
+    tables::{InForce, other},
+};
+
+impl Engine {
+    /// Changes the policy. `change` gets the one in force; what it makes of it is in force when this
+    /// returns, for every connection that begins afterwards. If `change` fails, or the new policy
+    /// cannot be put in force, nothing has changed.
+    ///
+    /// Nobody else can read or change the policy while `change` runs.
+    ///
+    /// # Errors
+    /// What `change` returned. Otherwise [`Error::NotUp`], [`Error::UnknownLayout`];
+    /// [`Error::Compile`] and [`Error::TooLarge`] if the policy is too large;
+    /// [`Error::CgroupGone`], [`Error::ServiceAroundScope`] and [`Error::Attach`] if the hooks for a
+    /// service's cgroup cannot be attached; [`Error::Map`].
+    pub fn transact<T, E: From<Error>>(
+        &mut self,
+        change: impl FnOnce(&mut Policy) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let _lock = self.location().lock_to_change()?;
+        self.instance()?;
+        let before = self.tables().in_force()?;
+        let mut policy = before.policy.clone();
+        let result = change(&mut policy)?;
+        if policy != before.policy {
+            self.install(&before, &policy)?;
+        }
+        Ok(result)
+    }
+
+    fn install(&self, before: &InForce, after: &Policy) -> Result<(), Error> {
+        let bank = other(before.bank);
+        let compiled = compile(after, before.generation.wrapping_add(1))?;
+        let document = after.to_bytes();
+        self.tables().check_room(&compiled, &document)?;
+        // All that can fail is prepared before the store.
+        let grace = GracePeriod::prepare().map_err(Error::io("prepare", "a grace period"))?;
+        let stored = self
+            .prepare(&before.policy, after, &compiled)
+            .and_then(|()| self.tables().write_bank(bank, &compiled, &document))
+            .and_then(|()| self.tables().flip(bank));
+        if let Err(error) = stored {
+            if let Err(second) = self.take_back(before, bank) {
+                tracing::warn!("{second}");
+            }
+            return Err(error);
+        }
+        // The new policy is in force: what cannot be tidied now, the next transaction tidies.
+        let tidied = grace
+            .wait()
+            .map_err(Error::io("wait for", "a grace period"))
+            .and_then(|()| self.tidy(after, &compiled, before.bank));
+        if let Err(error) = tidied {
+            tracing::warn!("{error}");
+        }
+        Ok(())
+    }
+
+    /// Adds what the new policy needs and the old one does not have.
+    fn prepare(
+        &self,
+        before: &Policy,
+        after: &Policy,
+        compiled: &CompiledPolicy,
+    ) -> Result<(), Error> {
+        let plan = plan(self.instance()?, after)?;
+        let had = |id| before.services().iter().any(|service| service.cgroup.id == id);
+        // A service whose cgroup has gone does not keep the administrator from changing others.
+        self.links().attach_missing(&plan, |id| had(id) || id == self.scope_id())?;
+        self.tables().add_contexts(compiled)?;
+        self.tables().add_cgroups(after)
+    }
+
+    /// Undoes [`Engine::prepare`].
+    fn take_back(&self, before: &InForce, bank: u32) -> Result<(), Error> {
+        let compiled = compile(&before.policy, before.generation)?;
+        self.tables().add_cgroups(&before.policy)?;
+        self.tidy(&before.policy, &compiled, bank)
+    }
+
+    /// Removes what neither `policy` nor anybody else needs. `bank` is not in force.
+    fn tidy(&self, policy: &Policy, compiled: &CompiledPolicy, bank: u32) -> Result<(), Error> {
+        self.tables().clear_slots(bank)?;
+        self.tables().retain_contexts(compiled)?;
+        self.tables().retain_cgroups(policy)?;
+        self.tables().retain_listeners(policy)?;
+        self.links().detach_superfluous(&plan(self.instance()?, policy)?)
+    }
+
+    fn scope_id(&self) -> u64 {
+        self.instance().map_or(0, |instance| instance.scope_id)
+    }
+}
