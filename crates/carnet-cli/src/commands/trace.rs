@@ -1,0 +1,387 @@
+//! `carnet trace`: what happens to connections, as it happens.
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use anstyle::Style;
+use carnet_core::{
+    classify::Reason,
+    event::{Event, EventKind},
+    object::Policy,
+    record::RecordError,
+};
+use carnet_engine::Engine;
+use serde::Serialize;
+
+use super::{DONE, filter::name_or_id};
+use crate::{
+    console::{BAD, FAINT, GOOD, WARNING, plain, styled},
+    failure::Failure,
+    moment,
+    session::Session,
+};
+
+/// Print what happens to connections, as it happens
+///
+/// One line for each event: redirects, onward connections, refusals with their reason, services
+/// that forgot to set the redirect record, ends of connections.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// End after this many events
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    count: Option<u64>,
+
+    /// End after this time, for example 10s; a number alone is seconds
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    timeout: Option<Duration>,
+}
+
+fn duration(text: &str) -> Result<Duration, humantime::DurationError> {
+    match text.parse() {
+        Ok(seconds) => Ok(Duration::from_secs(seconds)),
+        Err(_) => humantime::parse_duration(text),
+    }
+}
+
+/// JSON of `trace`: one of these on each line. What an event does not have is left out.
+#[derive(Debug, Serialize)]
+struct Traced {
+    /// When, RFC 3339, UTC.
+    time: String,
+    /// `redirected`, `onward`, `blocked`, `record_forgotten`, `closed`, `record_refused` or
+    /// `listener_registered`.
+    event: &'static str,
+    /// Why a connection was blocked (`filter`, `service_unavailable`, `loop`), or a record refused
+    /// (`malformed`, `forged`, `foreign`, `expired`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'static str>,
+    /// The flow.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    flow: Option<u64>,
+    /// The service that gets the connection, is missing, forgot the record or set it: its name, or
+    /// the handle of one that was removed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service: Option<String>,
+    /// The filter that decided: its name or id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    filter: Option<String>,
+    /// The services that were passed over because they had no live listener.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    skipped: Vec<String>,
+    /// The process that acted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid: Option<u32>,
+    /// Its user.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uid: Option<u32>,
+    /// Its command name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    command: Option<String>,
+    /// The destination that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    destination: Option<SocketAddr>,
+    /// Redirected legs so far.
+    legs: u32,
+    /// Hops in the record.
+    hops: u32,
+    /// Of a connection that ended: bytes that the connecting side sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes_sent: Option<u64>,
+    /// Of a connection that ended: bytes that the connecting side received.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes_received: Option<u64>,
+    #[serde(skip)]
+    kind: Option<EventKind>,
+}
+
+pub(super) fn run(arguments: Arguments, session: &mut Session<'_>) -> Result<u8, Failure> {
+    let engine = session.engine()?;
+    let mut events = engine.events()?;
+    let mut policy = engine.policy()?;
+    let mut seen = 0;
+    if !session.global.json {
+        session.console.note(styled(FAINT, "waiting for connections; Ctrl-C ends"))?;
+    }
+    let end = arguments.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    while arguments.count.is_none_or(|count| seen < count) {
+        let left = match end {
+            Some(end) => end.saturating_duration_since(Instant::now()),
+            None => Duration::from_secs(3600),
+        };
+        let Some(event) = events.next_timeout(left)? else {
+            if end.is_some_and(|end| Instant::now() >= end) {
+                break;
+            }
+            continue;
+        };
+        seen += 1;
+        if !knows(&policy, &event) {
+            policy = refreshed(&engine, policy)?;
+        }
+        let traced = Traced::new(&event, &policy);
+        if session.global.json {
+            session.console.json_line(&traced)?;
+        } else {
+            session.console.line(traced.line())?;
+        }
+    }
+    Ok(DONE)
+}
+
+/// Whether the policy has names for what the event speaks of.
+fn knows(policy: &Policy, event: &Event) -> bool {
+    (event.handle == 0 || policy.service_by_handle(event.handle).is_some())
+        && (event.filter == 0 || policy.filter_by_id(event.filter).is_some())
+}
+
+/// The policy as it is now. An instance that was taken down meanwhile has none, and its last events
+/// are shown all the same.
+fn refreshed(engine: &Engine, old: Policy) -> Result<Policy, Failure> {
+    Ok(engine.policy().unwrap_or(old))
+}
+
+impl Traced {
+    fn new(event: &Event, policy: &Policy) -> Self {
+        let kind = EventKind::from_number(event.kind);
+        let closed = kind == Some(EventKind::Closed);
+        let set = |number: u64| (number != 0).then_some(number);
+        let skipped = policy.services().iter().enumerate().filter(|(slot, _)| {
+            1_u64.checked_shl(*slot as u32).is_some_and(|bit| event.skipped & bit != 0)
+        });
+        Self {
+            time: moment::rfc3339(moment::time_of_day(event.time_ns)),
+            event: match kind {
+                Some(EventKind::Redirected) => "redirected",
+                Some(EventKind::Onward) => "onward",
+                Some(EventKind::Blocked) => "blocked",
+                Some(EventKind::RecordForgotten) => "record_forgotten",
+                Some(EventKind::Closed) => "closed",
+                Some(EventKind::RecordRefused) => "record_refused",
+                Some(EventKind::ListenerRegistered) => "listener_registered",
+                None => "unknown",
+            },
+            reason: match kind {
+                Some(EventKind::Blocked) => Some(reason(Reason::from_number(event.reason))),
+                Some(EventKind::RecordRefused) => Some(refusal(event.reason)),
+                _ => None,
+            },
+            flow: set(event.flow),
+            service: set(event.handle).map(|handle| service_name(policy, handle)),
+            filter: set(event.filter).map(|id| filter_name(policy, id)),
+            skipped: skipped.map(|(_, service)| service.name.clone()).collect(),
+            pid: (event.pid != 0).then_some(event.pid),
+            uid: (event.pid != 0).then_some(event.uid),
+            command: command_name(&event.command),
+            destination: (event.requested.port != 0).then(|| event.requested.into()),
+            legs: event.legs,
+            hops: event.hops,
+            bytes_sent: closed.then_some(event.bytes_sent),
+            bytes_received: closed.then_some(event.bytes_received),
+            kind,
+        }
+    }
+
+    /// The event as a line for people.
+    fn line(&self) -> String {
+        let (style, what) = self.words();
+        // The time of day is enough where events are watched.
+        let time = self.time.get(11..23).unwrap_or(&self.time);
+        let flow = self.flow.map(|flow| format!("flow {flow} ")).unwrap_or_default();
+        let process = match (&self.command, self.pid) {
+            (Some(command), Some(pid)) => format!("{}[{pid}]: ", plain(command)),
+            _ => String::new(),
+        };
+        let skipped = match &self.skipped[..] {
+            [] => String::new(),
+            names => format!(", passing over {} (no live listener)", names.join(", ")),
+        };
+        format!("{} {flow}{process}{}{skipped}", styled(FAINT, time), styled(style, what))
+    }
+
+    fn words(&self) -> (Style, String) {
+        let service = self.service.as_deref().unwrap_or("?");
+        let destination = self.destination.map_or_else(|| "?".into(), |to| to.to_string());
+        let by_filter = self.filter.as_ref().map(|f| format!(" by filter {f}")).unwrap_or_default();
+        match self.kind {
+            Some(EventKind::Redirected) => {
+                (Style::new(), format!("to {destination}: redirected to {service}{by_filter}"))
+            }
+            Some(EventKind::Onward) => {
+                (GOOD, format!("onwards to {destination} after {}", services(self.hops)))
+            }
+            Some(EventKind::Blocked) => (BAD, {
+                let why = match self.reason {
+                    Some("service_unavailable") => {
+                        format!("service {service} has no live listener{by_filter}")
+                    }
+                    Some("loop") => format!(
+                        "loop ended after {} legs: a service forgets to set the record, and \
+                         {service} would have had the flow again",
+                        self.legs
+                    ),
+                    _ => format!("blocked{by_filter}"),
+                };
+                format!("to {destination}: refused: {why}")
+            }),
+            Some(EventKind::RecordForgotten) => {
+                (WARNING, format!("to {destination}: service {service} forgot to set the record"))
+            }
+            Some(EventKind::Closed) => (FAINT, {
+                let sent = self.bytes_sent.unwrap_or(0);
+                let received = self.bytes_received.unwrap_or(0);
+                let whose = match &self.service {
+                    Some(service) => format!("to {destination} through {service}"),
+                    None => format!("onwards to {destination}"),
+                };
+                format!("{whose}: ended, {sent} bytes sent, {received} received")
+            }),
+            Some(EventKind::RecordRefused) => (BAD, {
+                let reason = self.reason.unwrap_or("?");
+                match &self.service {
+                    Some(service) => format!("record refused, which {service} set: {reason}"),
+                    None => format!("record refused: {reason}"),
+                }
+            }),
+            Some(EventKind::ListenerRegistered) => {
+                (Style::new(), format!("service {service} registered a listener"))
+            }
+            None => (WARNING, "an event that this version does not know".into()),
+        }
+    }
+}
+
+fn services(number: u32) -> String {
+    if number == 1 { "1 service".into() } else { format!("{number} services") }
+}
+
+fn reason(reason: Reason) -> &'static str {
+    match reason {
+        Reason::NoFilter | Reason::Filter => "filter",
+        Reason::ServiceUnavailable => "service_unavailable",
+        Reason::Loop => "loop",
+    }
+}
+
+fn refusal(number: u32) -> &'static str {
+    const NAMES: [(RecordError, &str); 4] = [
+        (RecordError::Malformed, "malformed"),
+        (RecordError::Forged, "forged"),
+        (RecordError::Foreign, "foreign"),
+        (RecordError::Expired, "expired"),
+    ];
+    let known = NAMES.into_iter().find(|(error, _)| *error as u32 == number);
+    known.map_or("unknown", |(_, name)| name)
+}
+
+/// The name of the service with this handle, or what can be said of one that was removed.
+pub(super) fn service_name(policy: &Policy, handle: u64) -> String {
+    let service = policy.service_by_handle(handle);
+    service.map_or_else(|| format!("removed-{handle}"), |service| service.name.clone())
+}
+
+fn filter_name(policy: &Policy, id: u64) -> String {
+    policy.filter_by_id(id).map_or_else(|| id.to_string(), name_or_id)
+}
+
+/// A command name as the kernel pads it.
+fn command_name(bytes: &[u8]) -> Option<String> {
+    let name = bytes.split(|byte| *byte == 0).next()?;
+    (!name.is_empty()).then(|| String::from_utf8_lossy(name).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use carnet_core::object::{CgroupRef, FailurePolicy, NewService, Trust};
+
+    use super::*;
+
+    fn policy() -> Policy {
+        let mut policy = Policy::new();
+        policy.add_provider("acme", "").unwrap();
+        for (id, name) in [(1, "tls"), (2, "av")] {
+            policy
+                .add_service(NewService {
+                    name: name.into(),
+                    provider: "acme".into(),
+                    cgroup: CgroupRef { path: "/s".into(), id },
+                    on_failure: FailurePolicy::Skip,
+                    trust: Trust::None,
+                })
+                .unwrap();
+        }
+        policy
+    }
+
+    fn event(kind: EventKind) -> Event {
+        let mut command = [0; 16];
+        command[..4].copy_from_slice(b"curl");
+        Event {
+            kind: kind as u32,
+            flow: 7,
+            handle: policy().services()[0].handle,
+            pid: 42,
+            requested: "192.0.2.1:443".parse::<SocketAddr>().unwrap().into(),
+            legs: 1,
+            hops: 1,
+            command,
+            ..Event::default()
+        }
+    }
+
+    fn told(event: &Event) -> String {
+        let line = anstream::adapter::strip_str(&Traced::new(event, &policy()).line()).to_string();
+        // Without the time.
+        line.split_once(' ').unwrap().1.to_owned()
+    }
+
+    #[test]
+    fn events_are_told_with_names() {
+        let redirected = Event { skipped: 2, ..event(EventKind::Redirected) };
+        assert_eq!(
+            told(&redirected),
+            "flow 7 curl[42]: to 192.0.2.1:443: redirected to tls, passing over av (no live \
+             listener)"
+        );
+        assert_eq!(
+            told(&event(EventKind::RecordForgotten)),
+            "flow 7 curl[42]: to 192.0.2.1:443: service tls forgot to set the record"
+        );
+        assert_eq!(
+            told(&Event { handle: 0, ..event(EventKind::Onward) }),
+            "flow 7 curl[42]: onwards to 192.0.2.1:443 after 1 service"
+        );
+        let unavailable = Reason::ServiceUnavailable as u32;
+        assert_eq!(
+            told(&Event { reason: unavailable, ..event(EventKind::Blocked) }),
+            "flow 7 curl[42]: to 192.0.2.1:443: refused: service tls has no live listener"
+        );
+        let forged = RecordError::Forged as u32;
+        assert_eq!(
+            told(&Event { reason: forged, ..event(EventKind::RecordRefused) }),
+            "flow 7 curl[42]: record refused, which tls set: forged"
+        );
+    }
+
+    #[test]
+    fn what_an_event_does_not_have_is_not_in_its_json() {
+        let event = Event { kind: EventKind::ListenerRegistered as u32, ..Event::default() };
+        let json = serde_json::to_value(Traced::new(&event, &policy())).unwrap();
+        let keys: Vec<_> = json.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(keys, ["event", "hops", "legs", "time"]);
+    }
+
+    #[test]
+    fn a_service_that_was_removed_keeps_its_handle() {
+        assert_eq!(service_name(&policy(), 99), "removed-99");
+    }
+
+    #[test]
+    fn times_are_numbers_of_seconds_or_have_units() {
+        assert_eq!(duration("3"), Ok(Duration::from_secs(3)));
+        assert_eq!(duration("1500ms"), Ok(Duration::from_millis(1500)));
+        assert!(duration("soon").is_err());
+        assert!(duration("-1").is_err());
+    }
+}
