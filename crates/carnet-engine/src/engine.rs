@@ -150,7 +150,7 @@ impl Engine {
         self.check_maps()?;
         let policy = self.tables.in_force()?.policy;
         let plan = plan(&instance, &policy)?;
-        let loaded = object::load(&self.location.path("maps"), None)?;
+        let loaded = object::load(Some(&self.location.path("maps")), None)?;
         let links = Links::of(self.location.directory());
 
         // The new pins are made aside, so that all that is left to do after the links is to rename.
@@ -286,7 +286,7 @@ impl Engine {
 }
 
 /// Refuses to go on without the capabilities that all this needs.
-fn check_privileges() -> Result<(), Error> {
+pub(crate) fn check_privileges() -> Result<(), Error> {
     let needed = [
         (CapabilitySet::BPF, "CAP_BPF"),
         (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN"),
@@ -324,7 +324,7 @@ fn build(
     for name in ["maps", "programs", "links", "reader"] {
         create_directory(&workshop.path.join(name))?;
     }
-    let loaded = object::load(&maps, Some(capacities))?;
+    let loaded = object::load(Some(&maps), Some(capacities))?;
     pin_programs(&loaded, &programs)?;
     let instance = Instance {
         max_filters,

@@ -34,6 +34,7 @@
 //! | `sys` | system calls for which there is no safe library |
 
 pub mod cgroup;
+pub mod doctor;
 mod engine;
 mod error;
 mod events;

@@ -101,8 +101,8 @@ pub(crate) fn map_definitions() -> Result<Vec<MapDefinition>, Error> {
 }
 
 /// Loads all programs over the maps that are pinned in `maps`; those that are not are made, with
-/// `capacities`, and pinned there.
-pub(crate) fn load(maps: &Path, capacities: Option<&Capacities>) -> Result<Ebpf, Error> {
+/// `capacities`, and pinned there. Without `maps` nothing is pinned.
+pub(crate) fn load(maps: Option<&Path>, capacities: Option<&Capacities>) -> Result<Ebpf, Error> {
     let types = KernelTypes::read()?;
     let offsets = Wire(types.offsets()?);
     let has_mptcp = u32::from(types.has_struct("mptcp_sock"));
@@ -117,8 +117,10 @@ pub(crate) fn load(maps: &Path, capacities: Option<&Capacities>) -> Result<Ebpf,
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global("OFFSETS", &offsets, true)
         .override_global("HAS_MPTCP", &has_mptcp, true);
-    for definition in &definitions {
-        loader.map_pin_path(&definition.name, maps.join(&definition.name));
+    if let Some(maps) = maps {
+        for MapDefinition { name, .. } in &definitions {
+            loader.map_pin_path(name, maps.join(name));
+        }
     }
     for (name, entries) in capacities.into_iter().flat_map(Capacities::map_entries) {
         loader.map_max_entries(name, entries);

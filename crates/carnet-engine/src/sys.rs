@@ -320,18 +320,17 @@ const QUERY_EFFECTIVE: u32 = 1;
 /// Most programs that one cgroup's hook can run, those of 64 levels included.
 const MAX_EFFECTIVE: usize = 1024;
 
-/// The ids of the programs that run at a hook for the sockets of a cgroup; with `effective` those
-/// of the cgroups above included.
-pub(crate) fn programs_at(
+/// The ids of the programs that run at a hook for the sockets of a cgroup, those that are attached
+/// to the cgroups above included.
+pub(crate) fn effective_programs(
     cgroup: BorrowedFd<'_>,
     attach_type: bpf_attach_type,
-    effective: bool,
 ) -> io::Result<Vec<u32>> {
     let mut ids = vec![0_u32; MAX_EFFECTIVE];
     let mut attributes = ProgramQuery {
         target: number(cgroup),
         attach_type: attach_type as u32,
-        query_flags: if effective { QUERY_EFFECTIVE } else { 0 },
+        query_flags: QUERY_EFFECTIVE,
         attach_flags: 0,
         ids: address(ids.as_mut_ptr()),
         count: MAX_EFFECTIVE as u32,
