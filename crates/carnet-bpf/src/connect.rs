@@ -37,7 +37,7 @@ use carnet_core::{
 use crate::{
     ctx::{fetch_add, load32, load64, store32},
     decide::{Request, netns_of},
-    maps::{CONFIG, CONTEXTS, DELIVERED, LEGS, SET_RECORDS},
+    maps::{CONFIG, CONTEXTS, LEGS, SET_RECORDS},
     process::{self, Process},
     report::{count, event_of_caller, now},
     socket::{Socket, TCP, storage},
@@ -81,11 +81,18 @@ fn connect(ctx: *mut bpf_sock_addr, destination: Endpoint, rewrite: impl Fn(&End
     let Some(socket) = Socket::new(load64!(ctx, 64) as *mut _) else {
         return PASS;
     };
-    // The kernel keeps what an earlier connect left over `connect(AF_UNSPEC)`.
-    socket.delete(&LEGS);
-    socket.delete(&DELIVERED);
+    // The kernel keeps what an earlier connect left over `connect(AF_UNSPEC)`. Asked for first:
+    // removing what is not there costs more than looking.
+    if socket.get(&LEGS).is_some() {
+        socket.delete(&LEGS);
+    }
     let record = set_record(socket);
-    let mut request = Request::new(destination);
+    let mut request = Request::new(destination, record);
+    if !request.concerns_somebody(ctx) && record.is_none() {
+        // The common case.
+        count(Counter::Passed);
+        return PASS;
+    }
     request.settle(ctx, record);
     let decision = &request.decision;
     if decision.skipped != 0 {

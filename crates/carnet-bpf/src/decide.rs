@@ -9,10 +9,10 @@ use carnet_core::{
     Decision,
     address::{Endpoint, Wide},
     chain::Chain,
-    classify::{Connection, Listeners, Pending, Unobserved, decide, settle},
+    classify::{Connection, Listeners, Pending, Unobserved, decide, leaf_of, settle},
     flow::GuardKey,
     record::{FileId, Record},
-    table::{Field, Tables as _},
+    table::{Field, LeafRow, Tables as _},
 };
 
 use crate::{
@@ -34,6 +34,10 @@ pub(crate) struct Request {
     chain: Chain,
     /// The executable with which the flow began, if there is a record; else zero.
     original: FileId,
+    /// Not 0: there is a record.
+    recorded: u64,
+    /// The filters that may match.
+    leaf: LeafRow,
     /// Slots of services that turned out to have no live listener.
     dead: u64,
     /// The service that the caller belongs to, if it holds flows for this destination and the
@@ -44,14 +48,19 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    /// A connect to `destination`.
+    /// A connect to `destination`, with the record that was set on its socket.
     #[inline(always)]
-    pub(crate) fn new(destination: Endpoint) -> Self {
+    pub(crate) fn new(destination: Endpoint, record: Option<&Record>) -> Self {
         Self {
             destination,
             target: destination,
             chain: Chain::empty(0),
-            original: FileId { device: 0, inode: 0 },
+            original: match record {
+                Some(record) => record.app.executable,
+                None => FileId { device: 0, inode: 0 },
+            },
+            recorded: u64::from(record.is_some()),
+            leaf: LeafRow { first: 0, count: 0 },
             dead: 0,
             forgetful: 0,
             decision: Decision::PASS,
@@ -59,15 +68,17 @@ impl Request {
         }
     }
 
+    /// Whether any filter may match.
+    #[inline(always)]
+    pub(crate) fn concerns_somebody(&mut self, ctx: *mut bpf_sock_addr) -> bool {
+        carnet_leaf(ctx, self) != 0
+    }
+
     /// Decides, given the record that was set on the socket.
     #[inline(always)]
     pub(crate) fn settle(&mut self, ctx: *mut bpf_sock_addr, record: Option<&Record>) {
-        let Some(header) = self.bank.header() else {
-            return;
-        };
-        let services = header.services;
+        let services = self.bank.header().map_or(0, |header| header.services);
         if let Some(record) = record {
-            self.original = record.app.executable;
             carnet_chain(record, self);
         }
         settle(record.is_some(), self.chain.legs, services, &mut Kernel { ctx, request: self });
@@ -78,6 +89,18 @@ impl Request {
     pub(crate) fn generation(&self) -> u64 {
         self.bank.header().map_or(0, |header| header.generation)
     }
+}
+
+/// Finds the filters that may match; gives their number.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn carnet_leaf(ctx: *mut bpf_sock_addr, request: *mut Request) -> u32 {
+    // SAFETY: the verifier makes callers pass a whole value, or null.
+    let Some(request) = (unsafe { request.as_mut() }) else {
+        return 0;
+    };
+    request.leaf = leaf_of(&request.bank, &Facts { ctx, request });
+    request.leaf.count
 }
 
 /// Reads the chain of the record into the request.
@@ -101,7 +124,8 @@ extern "C" fn carnet_decide(ctx: *mut bpf_sock_addr, request: *mut Request) -> i
         return 0;
     };
     let facts = Facts { ctx, request };
-    let decision = decide(&request.bank, &facts, &request.chain, request.dead, &mut Unobserved);
+    let decision =
+        decide(&request.bank, &request.leaf, &facts, &request.chain, request.dead, &mut Unobserved);
     request.decision = decision;
     0
 }
@@ -116,11 +140,10 @@ impl Connection for Facts<'_> {
     #[inline(always)]
     fn value(&self, field: u32, argument: u32) -> Wide {
         let file = |id: FileId| Wide { hi: id.device, lo: id.inode };
-        let request = self.request;
         if field == Field::DestinationAddress as u32 {
-            request.destination.value()
+            self.request.destination.value()
         } else if field == Field::DestinationPort as u32 {
-            Wide::from_u64(request.destination.port.into())
+            Wide::from_u64(self.request.destination.port.into())
         } else if field == Field::Protocol as u32 {
             Wide::from_u64(TCP.into())
         } else if field == Field::Cgroup as u32 {
@@ -128,11 +151,11 @@ impl Connection for Facts<'_> {
         } else if field == Field::User as u32 {
             Wide::from_u64(process::uid().into())
         } else if field == Field::Executable as u32
-            || field == Field::OriginalExecutable as u32 && request.chain.hops == 0
+            || field == Field::OriginalExecutable as u32 && self.request.recorded == 0
         {
             file(Process::current().executable())
         } else if field == Field::OriginalExecutable as u32 {
-            file(request.original)
+            file(self.request.original)
         } else if field == Field::NetworkNamespace as u32 {
             Wide::from_u64(netns_of(self.ctx))
         } else {

@@ -21,6 +21,7 @@ use aya_ebpf::{
 use carnet_core::{
     abi::{self, FlowInfo, errno},
     address::{AF_INET, AF_INET6, Endpoint},
+    flow::LegState,
     record::{AppIdentity, MAX_RECORD},
     table::Step,
 };
@@ -53,7 +54,7 @@ pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
         unsafe { bpf_set_retval(error) };
     } else if name == abi::SO_ORIGINAL_DST && (level == abi::SOL_IP || level == abi::SOL_IPV6) {
         // Whoever asks on a connection that was not redirected gets the kernel's own answer.
-        if let Some(leg) = socket.get(&DELIVERED)
+        if let Some(leg) = delivered(socket)
             && let Some(length) = original_destination(ctx, level, &leg.requested)
         {
             store32!(ctx, 32, length);
@@ -62,6 +63,14 @@ pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
         }
     }
     1
+}
+
+/// The leg with which the socket was accepted. It can still be asked for when the connection is
+/// over, but not when the socket has been connected elsewhere since.
+#[inline(always)]
+fn delivered(socket: Socket) -> Option<&'static mut LegState> {
+    let leg = socket.get(&DELIVERED)?;
+    if leg.kind != 0 || socket.state() == CLOSE { Some(leg) } else { None }
 }
 
 /// Answers an option of the control interface: the number of bytes, or an errno.
@@ -80,7 +89,7 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
     {
         return Err(errno::EOPNOTSUPP);
     }
-    let Some(leg) = socket.get(&DELIVERED) else {
+    let Some(leg) = delivered(socket) else {
         let state = socket.state();
         return Err(if state == CLOSE || state == LISTEN || state == SYN_SENT {
             errno::ENOTCONN

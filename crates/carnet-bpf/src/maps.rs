@@ -107,7 +107,8 @@ pub(crate) static REGISTERED: SkStorage<u64> = SkStorage::new();
 #[btf_map]
 pub(crate) static LEGS: SkStorage<LegState> = SkStorage::new();
 
-/// On an accepted socket: the leg that ended here. Writer: sockops. Reader: getsockopt.
+/// On an accepted socket: the leg that ended here. Writer: sockops, which at the connection's end
+/// sets its kind to 0. Reader: getsockopt.
 #[btf_map]
 pub(crate) static DELIVERED: SkStorage<LegState> = SkStorage::new();
 

@@ -8,7 +8,7 @@ use crate::{
     arbitration::{Verdict, action_of},
     chain::{Chain, hop_limit, slot_bit},
     table::{
-        Action, FAILURE_SKIP, FilterRow, LEAF, MAX_CANDIDATES, MAX_CONDITIONS, MAX_DEPTH,
+        Action, FAILURE_SKIP, FilterRow, LEAF, LeafRow, MAX_CANDIDATES, MAX_CONDITIONS, MAX_DEPTH,
         MAX_SERVICES, NO_SLOT, Step, Tables,
     },
 };
@@ -158,8 +158,15 @@ where
     O: Observer,
 {
     let services = tables.header().map_or(0, |header| header.services);
-    let mut pending =
-        HostPending { tables, connection, chain, listeners, observer, decision: Decision::PASS };
+    let mut pending = HostPending {
+        tables,
+        leaf: leaf_of(tables, connection),
+        connection,
+        chain,
+        listeners,
+        observer,
+        decision: Decision::PASS,
+    };
     settle(chain.hops != 0, chain.legs, services, &mut pending);
     pending.decision
 }
@@ -208,6 +215,7 @@ pub fn settle<P: Pending>(recorded: bool, legs: u32, services: u32, pending: &mu
 /// [`Pending`] over references, as [`classify`] is given them.
 struct HostPending<'a, T, C, L, O> {
     tables: &'a T,
+    leaf: LeafRow,
     connection: &'a C,
     chain: &'a Chain,
     listeners: &'a mut L,
@@ -234,7 +242,8 @@ where
 {
     fn decide(&mut self, dead: u64) {
         self.observer.begin();
-        self.decision = decide(self.tables, self.connection, self.chain, dead, self.observer);
+        self.decision =
+            decide(self.tables, &self.leaf, self.connection, self.chain, dead, self.observer);
     }
 
     fn decision(&mut self) -> &mut Decision {
@@ -242,11 +251,39 @@ where
     }
 }
 
-/// The inner half of [`classify`]: the decision if just the services in `dead`, a set of slots, have
-/// no live listener.
+/// Where the connection's place in the tree is: the run of its candidates, empty if no filter can
+/// match.
+#[inline(always)]
+pub fn leaf_of<T: Tables, C: Connection>(tables: &T, connection: &C) -> LeafRow {
+    const NONE: LeafRow = LeafRow { first: 0, count: 0 };
+    let Some(header) = tables.header() else {
+        return NONE;
+    };
+    let mut at = header.root;
+    // A loop of its own, not `Repeat`: it is short, and every connect walks it.
+    for _ in 0..MAX_DEPTH {
+        if at & LEAF != 0 {
+            break;
+        }
+        let Some(node) = tables.node(at) else {
+            return NONE;
+        };
+        let value = connection.value(node.field, node.argument);
+        at = if value.below(node.split) { node.left } else { node.right };
+    }
+    // The way ends in a leaf with every table that the compiler made.
+    if at & LEAF == 0 {
+        return NONE;
+    }
+    tables.leaf(at & !LEAF).copied().unwrap_or(NONE)
+}
+
+/// The inner half of [`classify`]: the decision by the candidates in `leaf`, if just the services in
+/// `dead`, a set of slots, have no live listener.
 #[inline(always)]
 pub fn decide<T, C, O>(
     tables: &T,
+    leaf: &LeafRow,
     connection: &C,
     chain: &Chain,
     dead: u64,
@@ -257,20 +294,6 @@ where
     C: Connection,
     O: Observer,
 {
-    let Some(header) = tables.header() else {
-        return Decision::PASS;
-    };
-    let mut walk = Walk { tables, connection, at: header.root };
-    if walk.at & LEAF == 0 {
-        T::repeat(MAX_DEPTH, &mut walk);
-    }
-    // The way ends in a leaf with every table that the compiler made.
-    if walk.at & LEAF == 0 {
-        return Decision::PASS;
-    }
-    let Some(leaf) = tables.leaf(walk.at & !LEAF) else {
-        return Decision::PASS;
-    };
     if leaf.count == 0 {
         return Decision::PASS;
     }
@@ -309,25 +332,6 @@ where
         }
     }
     decision
-}
-
-/// The way down the tree.
-struct Walk<'a, T, C> {
-    tables: &'a T,
-    connection: &'a C,
-    at: u32,
-}
-
-impl<T: Tables, C: Connection> Step for Walk<'_, T, C> {
-    #[inline(always)]
-    fn step(&mut self, _index: u32) -> bool {
-        let Some(node) = self.tables.node(self.at) else {
-            return false;
-        };
-        let value = self.connection.value(node.field, node.argument);
-        self.at = if value.below(node.split) { node.left } else { node.right };
-        self.at & LEAF == 0
-    }
 }
 
 /// The way through a leaf's candidates.
