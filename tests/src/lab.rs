@@ -1,0 +1,440 @@
+//! A scope of its own with an engine, and a network to use it in.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    error::Error,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use aya::maps::{HashMap, Map, MapData};
+use carnet_core::{
+    event::{Counter, Event, EventKind},
+    flow::{LegState, Tuple},
+    object::{
+        CgroupRef, Conditions, Context, FailurePolicy, FilterAction, NewFilter, NewService, Policy,
+        Trust, Weight,
+    },
+};
+use carnet_engine::{Engine, EventReader, Location, UpOptions};
+use carnet_testbed::{BpfDirectory, Cgroup, EchoServer, PeerClient, Topology, require_root};
+
+use crate::{Must as _, PATIENCE, Report, Running, puppet::Puppet, service::Behaviour, until};
+
+/// Any error.
+pub type Anything = Box<dyn Error + Send + Sync>;
+
+/// Two namespaces, and an echo server on both addresses of the one that is called destination.
+#[derive(Debug)]
+pub struct Network {
+    echo: EchoServer,
+    /// The namespaces.
+    pub topology: Topology,
+}
+
+/// A scope with an engine that is up, and services. See the crate's documentation.
+#[derive(Debug)]
+pub struct Lab {
+    // In the order in which they are to go.
+    engine: Mutex<Option<Engine>>,
+    services: Mutex<BTreeMap<String, Arc<Cgroup>>>,
+    apps: Cgroup,
+    scope: Cgroup,
+    location: Location,
+    pins: BpfDirectory,
+    network: Arc<Network>,
+}
+
+/// A service that a test wants: in a sublayer of its own, with one filter that redirects.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The sublayer's weight.
+    pub weight: u16,
+    /// What happens while it has no listener.
+    pub on_failure: FailurePolicy,
+    /// Whom it trusts.
+    pub trust: Trust,
+    /// What the filter matches; everything unless said otherwise.
+    pub conditions: Conditions,
+    /// The filter's context.
+    pub context: Option<Vec<u8>>,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            weight: 100,
+            on_failure: FailurePolicy::Block,
+            trust: Trust::None,
+            conditions: Conditions::default(),
+            context: None,
+        }
+    }
+}
+
+impl Network {
+    /// Makes the namespaces and starts the server.
+    #[track_caller]
+    pub fn new() -> Self {
+        require_root().must("test without root");
+        let topology = Topology::client_and_destination().must("make a network");
+        let addresses =
+            [(Topology::DESTINATION_V4, 0).into(), (Topology::DESTINATION_V6, 0).into()];
+        let echo =
+            EchoServer::start_in(&topology.destination, addresses).must("start an echo server");
+        Self { echo, topology }
+    }
+
+    /// The echo server.
+    pub fn echo(&self) -> &EchoServer {
+        &self.echo
+    }
+
+    /// Another echo server, at a free IPv4 port of the destination.
+    #[track_caller]
+    pub fn another_echo(&self) -> EchoServer {
+        let address = (Topology::DESTINATION_V4, 0).into();
+        EchoServer::start_in(&self.topology.destination, [address]).must("start an echo server")
+    }
+
+    /// The echo server over IPv4.
+    pub fn v4(&self) -> SocketAddr {
+        self.echo.addresses()[0]
+    }
+
+    /// The echo server over IPv6.
+    pub fn v6(&self) -> SocketAddr {
+        self.echo.addresses()[1]
+    }
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Lab {
+    /// A lab with a network of its own.
+    #[track_caller]
+    pub fn new() -> Self {
+        Self::beside(&Arc::new(Network::new()))
+    }
+
+    /// A lab, with a scope and an engine of its own, on a network that others use as well.
+    #[track_caller]
+    pub fn beside(network: &Arc<Network>) -> Self {
+        let pins = BpfDirectory::create("carnet-e2e").must("make a bpffs");
+        let scope = Cgroup::create("carnet-e2e").must("make a cgroup");
+        let apps = scope.child("apps").must("make a cgroup");
+        let location = Location::new(Some(pins.path().to_owned()), "e2e").must("name a place");
+        let options = UpOptions::new(scope.path());
+        let engine = Engine::up(&location, &options).must("bring the engine up");
+        Self {
+            engine: Mutex::new(Some(engine)),
+            services: Mutex::default(),
+            apps,
+            scope,
+            location,
+            pins,
+            network: Arc::clone(network),
+        }
+    }
+
+    /// The network.
+    pub fn network(&self) -> &Arc<Network> {
+        &self.network
+    }
+
+    /// The redirected cgroup.
+    pub fn scope(&self) -> &Cgroup {
+        &self.scope
+    }
+
+    /// The cgroup of the clients, in the scope.
+    pub fn apps(&self) -> &Cgroup {
+        &self.apps
+    }
+
+    /// Where the engine's pins are.
+    pub fn location(&self) -> &Location {
+        &self.location
+    }
+
+    /// The bpffs.
+    pub fn pins(&self) -> &BpfDirectory {
+        &self.pins
+    }
+
+    /// The destination over IPv4.
+    pub fn v4(&self) -> SocketAddr {
+        self.network.v4()
+    }
+
+    /// The destination over IPv6.
+    pub fn v6(&self) -> SocketAddr {
+        self.network.v6()
+    }
+
+    /// Another handle of the engine.
+    #[track_caller]
+    pub fn engine(&self) -> Engine {
+        Engine::open(&self.location).must("open the engine")
+    }
+
+    fn own_engine(&self) -> MutexGuard<'_, Option<Engine>> {
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the engine down.
+    #[track_caller]
+    pub fn down(&self) {
+        let engine = self.own_engine().take().expect("an engine that is up");
+        engine.down().must("take the engine down");
+    }
+
+    /// Changes the policy in one transaction.
+    #[track_caller]
+    pub fn change<T>(&self, change: impl FnOnce(&mut Policy) -> Result<T, Anything>) -> T {
+        let mut engine = self.own_engine();
+        let engine = engine.as_mut().expect("an engine that is up");
+        engine.transact(change).must("change the policy")
+    }
+
+    /// Adds a service that gets every connection, in a sublayer of this weight.
+    #[track_caller]
+    pub fn service(&self, name: &str, weight: u16) {
+        self.service_with(name, Plan { weight, ..Plan::default() });
+    }
+
+    /// Adds a service with its cgroup, provider, sublayer and filter; all of them have its name.
+    #[track_caller]
+    pub fn service_with(&self, name: &str, plan: Plan) {
+        let cgroup = self.scope.child(&format!("service-{name}")).must("make a cgroup");
+        let reference = reference_of(&cgroup);
+        let Plan { weight, on_failure, trust, conditions, context } = plan;
+        self.change(|policy| {
+            policy.add_provider(name, "")?;
+            policy.add_sublayer(name, name, weight)?;
+            policy.add_service(NewService {
+                name: name.into(),
+                provider: name.into(),
+                cgroup: reference,
+                on_failure,
+                trust,
+            })?;
+            let context = context.map(Context::new).transpose()?;
+            policy.add_filter(NewFilter {
+                name: Some(name.into()),
+                sublayer: name.into(),
+                weight: Weight::Auto,
+                conditions,
+                action: FilterAction::Redirect { service: name.into(), context },
+            })?;
+            Ok(())
+        });
+        let mut services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
+        services.insert(name.into(), Arc::new(cgroup));
+    }
+
+    /// A service's cgroup.
+    #[track_caller]
+    pub fn cgroup_of(&self, service: &str) -> Arc<Cgroup> {
+        let services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(services.get(service).expect("a service that the test has added"))
+    }
+
+    /// A service's redirect handle.
+    #[track_caller]
+    pub fn handle_of(&self, service: &str) -> u64 {
+        self.policy().service(service).must("find the service").handle
+    }
+
+    /// The policy, as the kernel keeps it.
+    #[track_caller]
+    pub fn policy(&self) -> Policy {
+        self.engine().policy().must("read the policy")
+    }
+
+    /// Starts an honest service.
+    #[track_caller]
+    pub fn start(&self, service: &str) -> Running {
+        self.start_with(service, &Behaviour::default())
+    }
+
+    /// Starts a service.
+    #[track_caller]
+    pub fn start_with(&self, service: &str, behaviour: &Behaviour) -> Running {
+        let cgroup = self.cgroup_of(service);
+        Running::start(&self.network.topology.client, &cgroup, behaviour)
+    }
+
+    /// Adds and starts honest services, the heaviest first.
+    #[track_caller]
+    pub fn start_chain(&self, names: &[&str]) -> Vec<Running> {
+        let start = |(weight, name): (u16, &&str)| {
+            self.service(name, weight);
+            self.start(name)
+        };
+        (1000 - names.len() as u16..1000).rev().zip(names).map(start).collect()
+    }
+
+    /// A puppet in a service's cgroup, in the clients' network namespace.
+    #[track_caller]
+    pub fn puppet_of(&self, service: &str) -> Puppet {
+        let cgroup = self.cgroup_of(service);
+        Puppet::start(&self.network.topology.client, &cgroup, None)
+    }
+
+    /// A puppet among the clients.
+    #[track_caller]
+    pub fn puppet(&self) -> Puppet {
+        Puppet::start(&self.network.topology.client, &self.apps, None)
+    }
+
+    /// A client of the echo server, among the clients.
+    pub fn client(&self, to: SocketAddr) -> PeerClient<'_> {
+        PeerClient::new(to)
+            .in_namespace(&self.network.topology.client)
+            .in_cgroup(&self.apps)
+            .timeout(PATIENCE)
+    }
+
+    /// Has a client make one connection and checks every byte.
+    #[track_caller]
+    pub fn exchange(&self, to: SocketAddr) {
+        let reports = self.client(to).run().must("run a client");
+        assert!(reports.iter().all(|report| report.ok), "{reports:?}");
+    }
+
+    /// Has a client make one connection that must fail to connect; gives the errno's name.
+    #[track_caller]
+    pub fn refused(&self, to: SocketAddr) -> String {
+        let reports = self.client(to).run().must("run a client");
+        let [report] = &reports[..] else { panic!("one report instead of {reports:?}") };
+        assert!(!report.ok && report.stage == Some(carnet_testbed::Stage::Connect), "{report:?}");
+        report.errno.clone().unwrap_or_default()
+    }
+
+    /// A reader of the engine's events from now on.
+    #[track_caller]
+    pub fn trace(&self) -> Trace {
+        let engine = self.engine();
+        let reader = engine.events().must("read events");
+        Trace { _engine: engine, reader, events: Vec::new() }
+    }
+
+    /// A counter's value.
+    #[track_caller]
+    pub fn counter(&self, counter: Counter) -> u64 {
+        let counters = self.engine().counters().must("read the counters");
+        let found = counters.iter().find(|(candidate, _)| *candidate == counter);
+        found.expect("every counter").1
+    }
+
+    /// Waits until the kernel keeps nothing of any connection any more: no flow is listed, and no
+    /// leg waits to be handed over.
+    #[track_caller]
+    pub fn settle(&self) {
+        let engine = self.engine();
+        let state = || {
+            let flows = engine.flows().must("list flows");
+            (flows, waiting(&engine))
+        };
+        until("the end of all flows", state, |(flows, waiting)| flows.is_empty() && *waiting == 0);
+    }
+}
+
+impl Default for Lab {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// How many legs wait to be handed over to the accepting side.
+#[track_caller]
+fn waiting(engine: &Engine) -> usize {
+    const KEY: usize = size_of::<Tuple>();
+    const VALUE: usize = size_of::<LegState>();
+    let pin = engine.location().directory().join("maps/HANDOVER");
+    let map = Map::HashMap(MapData::from_pin(pin).must("open the map HANDOVER"));
+    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(map).must("read the map HANDOVER");
+    map.keys().count()
+}
+
+/// A cgroup, as policies name it.
+#[track_caller]
+pub fn reference_of(cgroup: &Cgroup) -> CgroupRef {
+    let root = carnet_engine::cgroup::mount_point().must("find the cgroup2 hierarchy");
+    let path = cgroup.path().strip_prefix(root).must("name a cgroup");
+    CgroupRef { path: format!("/{}", path.display()), id: cgroup.id() }
+}
+
+/// What the engine tells of its decisions, collected.
+#[derive(Debug)]
+pub struct Trace {
+    reader: EventReader,
+    _engine: Engine,
+    events: Vec<Event>,
+}
+
+impl Trace {
+    /// Reads events until there is enough; gives all since the trace began.
+    #[track_caller]
+    pub fn until(&mut self, what: &str, enough: impl Fn(&[Event]) -> bool) -> &[Event] {
+        let deadline = Instant::now() + PATIENCE;
+        while !enough(&self.events) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "waited {PATIENCE:?} in vain for {what}: {:#?}", self.events);
+            let next = self.reader.next_timeout(left.min(Duration::from_secs(1)));
+            self.events.extend(next.must("read an event"));
+        }
+        &self.events
+    }
+
+    /// Reads events until one is of this kind, and gives the first such one.
+    #[track_caller]
+    pub fn first(&mut self, kind: EventKind) -> Event {
+        let is_it = |event: &&Event| event.kind == kind as u32;
+        let events = self.until(&format!("{kind:?}"), |events| events.iter().any(|e| is_it(&e)));
+        *events.iter().find(is_it).expect("the event that was waited for")
+    }
+
+    /// Reads what is there already, without waiting for more.
+    #[track_caller]
+    pub fn drain(&mut self) -> &[Event] {
+        while let Some(event) = self.reader.next_timeout(Duration::ZERO).must("read an event") {
+            self.events.push(event);
+        }
+        &self.events
+    }
+}
+
+/// Checks that the services, given in the order in which they are to see every flow, have handed on
+/// the same `count` flows, each exactly once, with records that name all services before; gives the
+/// flows' numbers.
+#[track_caller]
+pub fn handed_on(chain: &[(u64, Vec<Report>)], count: usize) -> BTreeSet<u64> {
+    let flows_of =
+        |reports: &[Report]| -> BTreeSet<u64> { reports.iter().map(|r| r.flow).collect() };
+    let flows = chain.first().map(|(_, reports)| flows_of(reports)).unwrap_or_default();
+    assert_eq!(flows.len(), count, "{chain:#?}");
+    let handles: Vec<u64> = chain.iter().map(|(handle, _)| *handle).collect();
+    for (place, (handle, reports)) in chain.iter().enumerate() {
+        assert_eq!(reports.len(), count, "the service in place {place}: {reports:#?}");
+        assert_eq!(flows_of(reports), flows, "the service in place {place}");
+        for report in reports {
+            let hops = place + 1;
+            assert_eq!(report.handle, *handle, "{report:#?}");
+            assert_eq!(report.hops as usize, hops, "{report:#?}");
+            assert_eq!(report.legs as usize, hops, "{report:#?}");
+            assert_eq!(report.record.len(), 400 + 16 * hops, "{report:#?}");
+            let record = report.parsed();
+            let named: Vec<u64> = record.hops[..hops].iter().map(|hop| hop.handle).collect();
+            assert_eq!(named, handles[..hops], "{report:#?}");
+            assert!(report.onward.is_ok(), "{report:#?}");
+        }
+    }
+    flows
+}

@@ -1,0 +1,85 @@
+//! Carnet end to end: what the tests in `tests/e2e` need.
+//!
+//! - [`Lab`]: a scope of its own with an engine, two network namespaces, a destination that echoes,
+//!   and whatever services a test wants. Nothing of it outlives the value.
+//! - [`Running`]: a redirect service at work (the program `test-service`, on the library `carnet`),
+//!   which reports what it knows of every connection.
+//! - [`puppet::Puppet`]: a process that makes single socket calls as the test tells it to.
+//!
+//! All of it panics when something does not work that is not what is being tested, and says what.
+//! Everything that waits is bounded. Root is needed: a test without root fails, in words.
+
+use std::{
+    env,
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
+
+mod lab;
+pub mod puppet;
+pub mod service;
+pub mod sys;
+
+pub use lab::{Anything, Lab, Network, Plan, Trace, handed_on};
+pub use service::{Report, Running};
+
+/// The longest that a test waits for anything that takes moments.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Success, or a panic that says what did not work and why, with all causes.
+pub trait Must<T> {
+    /// The value. `what` completes the sentence "cannot …".
+    #[track_caller]
+    fn must(self, what: &str) -> T;
+}
+
+impl<T, E: Into<Anything>> Must<T> for Result<T, E> {
+    fn must(self, what: &str) -> T {
+        match self {
+            Ok(value) => value,
+            Err(error) => {
+                let error: Anything = error.into();
+                let mut message = error.to_string();
+                let mut cause = error.source();
+                while let Some(error) = cause {
+                    message = format!("{message}: {error}");
+                    cause = error.source();
+                }
+                panic!("cannot {what}: {message}");
+            }
+        }
+    }
+}
+
+/// A program of this workspace, which lies in the directory of the running executable or in the one
+/// above.
+#[track_caller]
+pub fn program(name: &str) -> PathBuf {
+    let executable = env::current_exe().must("find the running executable");
+    let places = executable.ancestors().skip(1).take(2).map(|place| place.join(name));
+    let found = places.clone().find(|path| path.is_file());
+    found.unwrap_or_else(|| {
+        let places: Vec<_> = places.collect();
+        panic!("{name} is none of {places:?}: build it with `cargo build --workspace`")
+    })
+}
+
+/// Waits until a condition holds that nothing announces; panics after [`PATIENCE`]. `state` is what
+/// the condition is about.
+#[track_caller]
+pub fn until<T: std::fmt::Debug>(
+    what: &str,
+    mut state: impl FnMut() -> T,
+    holds: impl Fn(&T) -> bool,
+) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let now = state();
+        if holds(&now) {
+            return now;
+        }
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} in vain for {what}: {now:?}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}

@@ -1,0 +1,582 @@
+//! A process that makes socket calls one by one, as a test tells it to.
+//!
+//! What a socket may do depends on the cgroup, the network namespace and the user of the process
+//! that makes it, and a cgroup holds whole processes. So the process is another one (`test-puppet`),
+//! and the test pulls the strings: an [`Order`] a line, an answer a line, over a socket pair.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    net::SocketAddr,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::net::UnixStream,
+    },
+    process::{Child, Command, Stdio},
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use carnet_testbed::{Cgroup, NetworkNamespace, run_as};
+use rustix::{event::PollFd, event::PollFlags, event::Timespec};
+use serde::{Deserialize, Serialize};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+use crate::{Must as _, program, sys};
+
+/// The longest that a puppet's call may block.
+const CALL_LIMIT: Duration = Duration::from_secs(20);
+/// The longest that a test waits for an answer: longer, so that the puppet says what failed.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// A call that a puppet is to make. Sockets are numbered by the test.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Order {
+    /// `socket(2)`, as the number `socket`.
+    Open {
+        /// The socket's number from now on.
+        socket: u32,
+        /// Its family.
+        family: Family,
+        /// Its type and protocol.
+        kind: Kind,
+    },
+    /// `accept(2)` on a listener, as the number `socket`.
+    Accept {
+        /// The listener.
+        listener: u32,
+        /// The accepted socket's number from now on.
+        socket: u32,
+    },
+    /// A call on a socket.
+    On {
+        /// The socket.
+        socket: u32,
+        /// The call.
+        call: Call,
+    },
+    /// Become an ordinary user without capabilities.
+    BecomeUser(u32),
+}
+
+/// A call on one socket.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Call {
+    /// `bind(2)`, with `SO_REUSEADDR`.
+    Bind(SocketAddr),
+    /// `SO_REUSEPORT`.
+    SharePort,
+    /// `IPV6_V6ONLY`.
+    OnlyV6(bool),
+    /// `SO_BINDTODEVICE`.
+    BindDevice(String),
+    /// `listen(2)`.
+    Listen,
+    /// `connect(2)`.
+    Connect(SocketAddr),
+    /// `connect(2)` to `AF_UNSPEC`.
+    Disconnect,
+    /// `connect(2)` without blocking, and waiting until it has succeeded or failed.
+    ConnectNonblocking(SocketAddr),
+    /// `sendto(2)` with `MSG_FASTOPEN`.
+    FastOpen(SocketAddr, Vec<u8>),
+    /// `getpeername(2)`.
+    Peer,
+    /// `getsockname(2)`.
+    Local,
+    /// `getsockopt(2)`: level, option, length of the buffer.
+    Get(i32, i32, usize),
+    /// `setsockopt(2)`: level, option, value.
+    Set(i32, i32, Vec<u8>),
+    /// Send all of this.
+    Send(Vec<u8>),
+    /// Receive this many bytes, or fewer if the stream ends before.
+    Receive(usize),
+    /// End the sending half.
+    EndSending,
+    /// `close(2)`.
+    Close,
+}
+
+/// The family of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Family {
+    /// `AF_INET`.
+    V4,
+    /// `AF_INET6`.
+    V6,
+    /// `AF_UNIX`.
+    Unix,
+}
+
+/// The type and protocol of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// A TCP socket; for `AF_UNIX` a stream.
+    Tcp,
+    /// A Multipath TCP socket.
+    Multipath,
+    /// A UDP socket; for `AF_UNIX` datagrams.
+    Udp,
+}
+
+/// What a call gave.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Answer {
+    /// Nothing but success.
+    Done,
+    /// An address.
+    Address(SocketAddr),
+    /// Bytes.
+    Bytes(Vec<u8>),
+    /// An errno.
+    Failed(i32),
+}
+
+/// An errno that a puppet's call failed with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Errno(pub i32);
+
+impl fmt::Debug for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Errno({}: {})", self.0, io::Error::from_raw_os_error(self.0))
+    }
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+impl std::error::Error for Errno {}
+
+/// What a puppet's call gives.
+pub type Result<T> = std::result::Result<T, Errno>;
+
+/// A puppet; killed when dropped. All methods panic when the process itself fails; a failing call
+/// is the [`Errno`] in the result.
+#[derive(Debug)]
+pub struct Puppet {
+    child: Child,
+    strings: Mutex<Strings>,
+}
+
+#[derive(Debug)]
+struct Strings {
+    stream: BufReader<UnixStream>,
+    sockets: u32,
+}
+
+impl Puppet {
+    /// Starts one in a cgroup and a network namespace, as root or as another user.
+    #[track_caller]
+    pub fn start(namespace: &NetworkNamespace, cgroup: &Cgroup, user: Option<u32>) -> Self {
+        let (ours, theirs) = UnixStream::pair().must("make a socket pair");
+        ours.set_read_timeout(Some(ANSWER_LIMIT)).must("limit the wait for answers");
+        let mut command = Command::new(program("test-puppet"));
+        command.stdin(Stdio::from(OwnedFd::from(theirs)));
+        cgroup.enter_command(&mut command).must("enter the cgroup");
+        namespace.enter_command(&mut command).must("enter the namespace");
+        if let Some(user) = user {
+            run_as(&mut command, user, user);
+        }
+        let child = command.spawn().must("start a puppet");
+        let strings = Mutex::new(Strings { stream: BufReader::new(ours), sockets: 0 });
+        Self { child, strings }
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Has it become an ordinary user, without capabilities, for good.
+    #[track_caller]
+    pub fn become_user(&self, uid: u32) {
+        self.order(&Order::BecomeUser(uid)).must("change the user");
+    }
+
+    /// Has it open a socket.
+    ///
+    /// # Errors
+    /// The call's errno.
+    #[track_caller]
+    pub fn open(&self, family: Family, kind: Kind) -> Result<Hand<'_>> {
+        let socket = self.number();
+        self.order(&Order::Open { socket, family, kind })?;
+        Ok(Hand { puppet: self, socket })
+    }
+
+    /// Has it open a TCP socket of the family of an address.
+    #[track_caller]
+    pub fn tcp(&self, like: SocketAddr) -> Hand<'_> {
+        self.open(Family::of(like), Kind::Tcp).must("open a TCP socket")
+    }
+
+    /// Has it connect a new TCP socket.
+    ///
+    /// # Errors
+    /// The call's errno.
+    #[track_caller]
+    pub fn connect(&self, to: SocketAddr) -> Result<Hand<'_>> {
+        let socket = self.tcp(to);
+        socket.connect(to)?;
+        Ok(socket)
+    }
+
+    /// Has it listen on an address.
+    #[track_caller]
+    pub fn listen(&self, on: SocketAddr) -> Hand<'_> {
+        let socket = self.tcp(on);
+        socket.bind(on).must("bind");
+        socket.listen().must("listen");
+        socket
+    }
+
+    /// Has it listen on an address, and register the listener.
+    #[track_caller]
+    pub fn serve(&self, on: SocketAddr) -> Hand<'_> {
+        let listener = self.listen(on);
+        listener.register(&[]).must("register the listener");
+        listener
+    }
+
+    #[track_caller]
+    fn number(&self) -> u32 {
+        let mut strings = self.strings.lock().unwrap_or_else(PoisonError::into_inner);
+        strings.sockets += 1;
+        strings.sockets
+    }
+
+    #[track_caller]
+    fn order(&self, order: &Order) -> Result<Answer> {
+        let mut strings = self.strings.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut line = serde_json::to_string(order).must("write an order");
+        line.push('\n');
+        strings.stream.get_mut().write_all(line.as_bytes()).must("give an order");
+        line.clear();
+        strings.stream.read_line(&mut line).must("wait for an answer");
+        match serde_json::from_str(&line).must("read an answer") {
+            Answer::Failed(errno) => Err(Errno(errno)),
+            answer => Ok(answer),
+        }
+    }
+}
+
+impl Drop for Puppet {
+    fn drop(&mut self) {
+        // Both fail only for a process that is gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A socket of a puppet; closed when dropped.
+#[derive(Debug)]
+pub struct Hand<'a> {
+    puppet: &'a Puppet,
+    socket: u32,
+}
+
+impl Hand<'_> {
+    #[track_caller]
+    fn call(&self, call: Call) -> Result<Answer> {
+        self.puppet.order(&Order::On { socket: self.socket, call })
+    }
+
+    #[track_caller]
+    fn done(&self, call: Call) -> Result<()> {
+        self.call(call).map(drop)
+    }
+
+    #[track_caller]
+    fn address(&self, call: Call) -> Result<SocketAddr> {
+        match self.call(call)? {
+            Answer::Address(address) => Ok(address),
+            other => panic!("{other:?} is no address"),
+        }
+    }
+
+    #[track_caller]
+    fn bytes(&self, call: Call) -> Result<Vec<u8>> {
+        match self.call(call)? {
+            Answer::Bytes(bytes) => Ok(bytes),
+            other => panic!("{other:?} are no bytes"),
+        }
+    }
+
+    /// Binds it, with `SO_REUSEADDR`.
+    ///
+    /// # Errors
+    /// The call's errno, as of all methods here.
+    #[track_caller]
+    pub fn bind(&self, address: SocketAddr) -> Result<()> {
+        self.done(Call::Bind(address))
+    }
+
+    /// Lets other sockets of the user listen on the same port.
+    #[track_caller]
+    pub fn share_port(&self) -> Result<()> {
+        self.done(Call::SharePort)
+    }
+
+    /// Restricts it to IPv6, or not.
+    #[track_caller]
+    pub fn only_v6(&self, only: bool) -> Result<()> {
+        self.done(Call::OnlyV6(only))
+    }
+
+    /// Binds it to a device.
+    #[track_caller]
+    pub fn bind_device(&self, device: &str) -> Result<()> {
+        self.done(Call::BindDevice(device.into()))
+    }
+
+    /// Listens.
+    #[track_caller]
+    pub fn listen(&self) -> Result<()> {
+        self.done(Call::Listen)
+    }
+
+    /// Registers it as its service's listener; `value` is the option's.
+    #[track_caller]
+    pub fn register(&self, value: &[u8]) -> Result<()> {
+        self.set(carnet_core::abi::LEVEL, carnet_core::abi::REGISTER_LISTENER, value)
+    }
+
+    /// Accepts a connection.
+    #[track_caller]
+    pub fn accept(&self) -> Result<Self> {
+        let socket = self.puppet.number();
+        self.puppet.order(&Order::Accept { listener: self.socket, socket })?;
+        Ok(Self { puppet: self.puppet, socket })
+    }
+
+    /// Connects it.
+    #[track_caller]
+    pub fn connect(&self, to: SocketAddr) -> Result<()> {
+        self.done(Call::Connect(to))
+    }
+
+    /// Connects it without blocking, and waits for the outcome.
+    #[track_caller]
+    pub fn connect_nonblocking(&self, to: SocketAddr) -> Result<()> {
+        self.done(Call::ConnectNonblocking(to))
+    }
+
+    /// Connects it with data in the first packet, where the kernel sees fit.
+    #[track_caller]
+    pub fn fast_open(&self, to: SocketAddr, data: &[u8]) -> Result<()> {
+        self.done(Call::FastOpen(to, data.into()))
+    }
+
+    /// Dissolves its connection, so that it can be connected anew.
+    #[track_caller]
+    pub fn disconnect(&self) -> Result<()> {
+        self.done(Call::Disconnect)
+    }
+
+    /// Whom it is connected to, as it is told.
+    #[track_caller]
+    pub fn peer(&self) -> Result<SocketAddr> {
+        self.address(Call::Peer)
+    }
+
+    /// Its own address.
+    #[track_caller]
+    pub fn local(&self) -> Result<SocketAddr> {
+        self.address(Call::Local)
+    }
+
+    /// `getsockopt(2)` with a buffer of `length` bytes.
+    #[track_caller]
+    pub fn get(&self, level: i32, option: i32, length: usize) -> Result<Vec<u8>> {
+        self.bytes(Call::Get(level, option, length))
+    }
+
+    /// `setsockopt(2)`.
+    #[track_caller]
+    pub fn set(&self, level: i32, option: i32, value: &[u8]) -> Result<()> {
+        self.done(Call::Set(level, option, value.into()))
+    }
+
+    /// An option of the control interface, with a buffer that holds any answer.
+    #[track_caller]
+    pub fn query(&self, option: i32) -> Result<Vec<u8>> {
+        self.get(carnet_core::abi::LEVEL, option, 2048)
+    }
+
+    /// Sets a redirect record.
+    #[track_caller]
+    pub fn set_record(&self, record: &[u8]) -> Result<()> {
+        self.set(carnet_core::abi::LEVEL, carnet_core::abi::SET_REDIRECT_RECORDS, record)
+    }
+
+    /// Sends bytes.
+    #[track_caller]
+    pub fn send(&self, bytes: &[u8]) -> Result<()> {
+        self.done(Call::Send(bytes.into()))
+    }
+
+    /// Receives bytes: fewer than `length` if the stream ends before.
+    #[track_caller]
+    pub fn receive(&self, length: usize) -> Result<Vec<u8>> {
+        self.bytes(Call::Receive(length))
+    }
+
+    /// Ends the sending half.
+    #[track_caller]
+    pub fn end_sending(&self) -> Result<()> {
+        self.done(Call::EndSending)
+    }
+}
+
+impl Drop for Hand<'_> {
+    fn drop(&mut self) {
+        // Not through `call`, which panics: a panic on the way out of a failing test would hide
+        // why it failed.
+        let mut strings = self.puppet.strings.lock().unwrap_or_else(PoisonError::into_inner);
+        let order = Order::On { socket: self.socket, call: Call::Close };
+        if let Ok(mut line) = serde_json::to_string(&order) {
+            line.push('\n');
+            let sent = strings.stream.get_mut().write_all(line.as_bytes());
+            let _ = sent.and_then(|()| strings.stream.read_line(&mut line));
+        }
+    }
+}
+
+impl Family {
+    /// The family of an address.
+    pub fn of(address: SocketAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+}
+
+/// The puppet's side: carries out orders from standard input until it ends.
+///
+/// # Errors
+/// What keeps it from reading an order or from answering.
+pub fn obey() -> io::Result<()> {
+    let strings = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let mut answers = strings.try_clone()?;
+    let mut sockets = BTreeMap::new();
+    for line in BufReader::new(strings).lines() {
+        let order = serde_json::from_str(&line?)?;
+        let answer = carry_out(order, &mut sockets)
+            .unwrap_or_else(|error| Answer::Failed(error.raw_os_error().unwrap_or(libc::EPROTO)));
+        let mut line = serde_json::to_string(&answer)?;
+        line.push('\n');
+        answers.write_all(line.as_bytes())?;
+    }
+    Ok(())
+}
+
+fn carry_out(order: Order, sockets: &mut BTreeMap<u32, Socket>) -> io::Result<Answer> {
+    let unknown = || io::Error::from_raw_os_error(libc::EBADF);
+    match order {
+        Order::Open { socket, family, kind } => {
+            let domain = match family {
+                Family::V4 => Domain::IPV4,
+                Family::V6 => Domain::IPV6,
+                Family::Unix => Domain::UNIX,
+            };
+            let (kind, protocol) = match kind {
+                Kind::Tcp => (Type::STREAM, None),
+                Kind::Multipath => (Type::STREAM, Some(Protocol::MPTCP)),
+                Kind::Udp => (Type::DGRAM, None),
+            };
+            let new = Socket::new(domain, kind, protocol)?;
+            limit(&new)?;
+            sockets.insert(socket, new);
+        }
+        Order::Accept { listener, socket } => {
+            let (accepted, _) = sockets.get(&listener).ok_or_else(unknown)?.accept()?;
+            limit(&accepted)?;
+            sockets.insert(socket, accepted);
+        }
+        Order::On { socket, call: Call::Close } => {
+            sockets.remove(&socket).ok_or_else(unknown)?;
+        }
+        Order::On { socket, call } => {
+            return call_on(sockets.get(&socket).ok_or_else(unknown)?, call);
+        }
+        Order::BecomeUser(user) => {
+            let (uid, gid) =
+                (rustix::process::Uid::from_raw(user), rustix::process::Gid::from_raw(user));
+            rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+            rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+        }
+    }
+    Ok(Answer::Done)
+}
+
+/// Bounds every blocking call.
+fn limit(socket: &Socket) -> io::Result<()> {
+    socket.set_read_timeout(Some(CALL_LIMIT))?;
+    socket.set_write_timeout(Some(CALL_LIMIT))
+}
+
+fn call_on(mut socket: &Socket, call: Call) -> io::Result<Answer> {
+    let no_address = || io::Error::from_raw_os_error(libc::EAFNOSUPPORT);
+    match call {
+        Call::Bind(address) => {
+            socket.set_reuse_address(true)?;
+            socket.bind(&address.into())?;
+        }
+        Call::SharePort => socket.set_reuse_port(true)?,
+        Call::OnlyV6(only) => socket.set_only_v6(only)?,
+        Call::BindDevice(device) => socket.bind_device(Some(device.as_bytes()))?,
+        Call::Listen => socket.listen(1024)?,
+        Call::Connect(address) => socket.connect(&address.into())?,
+        Call::Disconnect => rustix::net::connect_unspec(socket)?,
+        Call::ConnectNonblocking(address) => {
+            socket.set_nonblocking(true)?;
+            let result = connect_nonblocking(socket, address);
+            socket.set_nonblocking(false)?;
+            result?;
+        }
+        Call::FastOpen(address, data) => {
+            let sent = socket.send_to_with_flags(&data, &address.into(), libc::MSG_FASTOPEN)?;
+            if sent != data.len() {
+                return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+            }
+        }
+        Call::Peer => {
+            let address = socket.peer_addr()?.as_socket().ok_or_else(no_address)?;
+            return Ok(Answer::Address(address));
+        }
+        Call::Local => {
+            let address = socket.local_addr()?.as_socket().ok_or_else(no_address)?;
+            return Ok(Answer::Address(address));
+        }
+        Call::Get(level, option, length) => {
+            return sys::get_option(socket, level, option, length).map(Answer::Bytes);
+        }
+        Call::Set(level, option, value) => sys::set_option(socket, level, option, &value)?,
+        Call::Send(bytes) => socket.write_all(&bytes)?,
+        Call::Receive(length) => {
+            let mut bytes = Vec::new();
+            socket.take(length as u64).read_to_end(&mut bytes)?;
+            return Ok(Answer::Bytes(bytes));
+        }
+        Call::EndSending => socket.shutdown(std::net::Shutdown::Write)?,
+        Call::Close => {}
+    }
+    Ok(Answer::Done)
+}
+
+fn connect_nonblocking(socket: &Socket, address: SocketAddr) -> io::Result<()> {
+    match socket.connect(&address.into()) {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
+        // Loopback may answer at once.
+        result => return result,
+    }
+    let limit = Timespec::try_from(CALL_LIMIT).map_err(io::Error::other)?;
+    let mut polled = [PollFd::new(socket, PollFlags::OUT)];
+    if rustix::event::poll(&mut polled, Some(&limit))? == 0 {
+        return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
+    }
+    SockRef::from(socket).take_error()?.map_or(Ok(()), Err)
+}

@@ -1,0 +1,237 @@
+//! The policy changes, and the programs are replaced, while connections are made.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Instant,
+};
+
+use carnet_core::{
+    event::{Counter, Event, EventKind},
+    object::{Conditions, FilterAction, NewFilter, Policy, Weight},
+};
+use carnet_tests::{Anything, Lab, Must as _, PATIENCE, Running, handed_on};
+
+/// Runs `meanwhile` again and again while 8 clients make 50 connections each; gives how often.
+#[track_caller]
+fn under_load(lab: &Lab, mut meanwhile: impl FnMut()) -> usize {
+    let client = lab.client(lab.v4()).count(400).parallel(8).bytes(4000);
+    let done = AtomicBool::new(false);
+    let deadline = Instant::now() + 4 * PATIENCE;
+    thread::scope(|scope| {
+        let clients = scope.spawn(|| {
+            let reports = client.run();
+            done.store(true, Ordering::Release);
+            reports
+        });
+        let mut rounds = 0;
+        while !done.load(Ordering::Acquire) && Instant::now() < deadline {
+            meanwhile();
+            rounds += 1;
+        }
+        let reports = clients.join().expect("the clients' thread").must("run the clients");
+        let failed: Vec<_> = reports.iter().filter(|report| !report.ok).collect();
+        assert!(failed.is_empty(), "{failed:#?}");
+        rounds
+    })
+}
+
+/// Lets every service see every connection, in the order of its place in `order`.
+fn redirect_in_order(policy: &mut Policy, order: [&str; 2]) -> Result<(), Anything> {
+    let old: Vec<_> = policy.filters().iter().map(|filter| filter.id.to_string()).collect();
+    for filter in old {
+        policy.remove_filter(&filter)?;
+    }
+    for (sublayer, service) in ["heavy", "light"].into_iter().zip(order) {
+        policy.add_filter(NewFilter {
+            name: None,
+            sublayer: sublayer.into(),
+            weight: Weight::Auto,
+            conditions: Conditions::default(),
+            action: FilterAction::Redirect { service: service.into(), context: None },
+        })?;
+    }
+    Ok(())
+}
+
+/// The order of two services is turned round under load: every connection is decided by one version
+/// of the policy, so every flow passes both services, each once.
+#[test]
+fn every_connection_is_decided_by_one_version_of_the_policy() {
+    let lab = Lab::new();
+    let services = lab.start_chain(&["alpha", "bravo"]);
+    lab.change(|policy| {
+        policy.add_sublayer("heavy", "alpha", 2)?;
+        policy.add_sublayer("light", "alpha", 1)?;
+        redirect_in_order(policy, ["alpha", "bravo"])
+    });
+    let engine = lab.engine();
+    let generation = || engine.status().must("ask for the status").generation;
+    let mut first_of = BTreeMap::from([(generation(), "alpha")]);
+    let mut trace = lab.trace();
+    let mut turned = false;
+    let rounds = under_load(&lab, || {
+        turned = !turned;
+        let order = if turned { ["bravo", "alpha"] } else { ["alpha", "bravo"] };
+        lab.change(|policy| redirect_in_order(policy, order));
+        first_of.insert(generation(), order[0]);
+        trace.drain();
+    });
+    assert!(rounds >= 10, "only {rounds} changes under load");
+    lab.settle();
+    trace.drain();
+
+    let reports: Vec<_> = services.into_iter().map(Running::finish).collect();
+    let flows: BTreeSet<_> = reports[0].iter().map(|report| report.flow).collect();
+    assert_eq!(flows.len(), 400);
+    for of_service in &reports {
+        assert_eq!(of_service.len(), 400);
+        assert_eq!(of_service.iter().map(|report| report.flow).collect::<BTreeSet<_>>(), flows);
+    }
+    assert_eq!(lab.counter(Counter::Redirected), 800);
+    assert_eq!(lab.counter(Counter::Onward), 400);
+
+    // The first leg went where the generation that decided it sends it.
+    assert_eq!(lab.counter(Counter::EventsLost), 0);
+    let is_first = |event: &&Event| event.kind == EventKind::Redirected as u32 && event.hops == 1;
+    let first: Vec<_> = trace.drain().iter().filter(is_first).collect();
+    assert_eq!(first.len(), 400);
+    for event in first {
+        let service = first_of.get(&event.generation).expect("a generation that there was");
+        assert_eq!(event.handle, lab.handle_of(service), "{event:#?}");
+    }
+    let generations: BTreeSet<_> = trace.drain().iter().map(|event| event.generation).collect();
+    assert!(generations.len() > 3, "{generations:?}");
+}
+
+/// A service comes and goes: each flow passes it or not, and arrives.
+#[test]
+fn filters_come_and_go_under_load() {
+    let lab = Lab::new();
+    let services = lab.start_chain(&["alpha", "bravo"]);
+    let bravo = lab.policy().filter("bravo").must("find the filter").clone();
+    let again = || NewFilter {
+        name: bravo.name.clone(),
+        sublayer: bravo.sublayer.clone(),
+        weight: bravo.weight,
+        conditions: bravo.conditions.clone(),
+        action: bravo.action.clone(),
+    };
+    let mut present = true;
+    let rounds = under_load(&lab, || {
+        present = !present;
+        lab.change(|policy| {
+            if present {
+                policy.add_filter(again())?;
+            } else {
+                policy.remove_filter("bravo")?;
+            }
+            Ok(())
+        });
+    });
+    assert!(rounds >= 10, "only {rounds} changes under load");
+    lab.settle();
+    let [alpha, bravo] = &services.into_iter().map(Running::finish).collect::<Vec<_>>()[..] else {
+        panic!("two services")
+    };
+    let flows = |reports: &[carnet_tests::Report]| -> BTreeSet<u64> {
+        reports.iter().map(|report| report.flow).collect()
+    };
+    assert_eq!((alpha.len(), flows(alpha).len()), (400, 400));
+    assert_eq!(flows(bravo).len(), bravo.len());
+    assert!(flows(bravo).is_subset(&flows(alpha)));
+    assert!(alpha.iter().all(|report| report.hops == 1));
+    assert!(bravo.iter().all(|report| report.hops == 2));
+    assert_eq!(lab.counter(Counter::Onward), 400);
+    assert_eq!(lab.counter(Counter::Passed), 0);
+}
+
+#[test]
+fn an_upgrade_under_load_loses_nothing() {
+    let lab = Lab::new();
+    let services = lab.start_chain(&["alpha", "bravo"]);
+    let mut engine = lab.engine();
+    let before = engine.status().must("ask for the status");
+    let rounds = under_load(&lab, || {
+        engine.upgrade().must("upgrade");
+    });
+    assert!(rounds >= 1);
+    lab.settle();
+    let after = engine.status().must("ask for the status");
+    assert_eq!(after.epoch, before.epoch);
+    assert_eq!(after.generation, before.generation);
+    let handles = ["alpha", "bravo"].map(|name| lab.handle_of(name));
+    let chain: Vec<_> =
+        handles.into_iter().zip(services.into_iter().map(Running::finish)).collect();
+    handed_on(&chain, 400);
+    // And the new programs are there to stay.
+    let services = ["alpha", "bravo"].map(|name| lab.start(name));
+    lab.exchange(lab.v4());
+    drop(services);
+}
+
+#[test]
+fn two_hundred_clients_at_a_time_through_two_services() {
+    let lab = Lab::new();
+    let services = lab.start_chain(&["alpha", "bravo"]);
+    let client = lab.client(lab.v4()).count(400).parallel(200).bytes(50_000);
+    let reports = client.run().must("run the clients");
+    let failed: Vec<_> = reports.iter().filter(|report| !report.ok).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+    lab.settle();
+    let handles = ["alpha", "bravo"].map(|name| lab.handle_of(name));
+    let chain: Vec<_> =
+        handles.into_iter().zip(services.into_iter().map(Running::finish)).collect();
+    handed_on(&chain, 400);
+    let finished =
+        lab.network().echo().wait_for_finished(400, PATIENCE).must("see all connections end");
+    assert_eq!(finished.len(), 400);
+    assert!(finished.iter().all(|connection| connection.received == 50_000));
+    assert_eq!(lab.counter(Counter::HandoverFailed), 0);
+}
+
+#[test]
+fn a_flow_goes_on_under_the_policy_that_it_met() {
+    let lab = Lab::new();
+    let services = lab.start_chain(&["alpha", "bravo"]);
+    let client = lab.puppet();
+    let connection = client.connect(lab.v4()).must("connect");
+    let word = |connection: &carnet_tests::puppet::Hand<'_>| {
+        connection.send(b"word").must("send");
+        assert_eq!(connection.receive(4), Ok(b"word".to_vec()));
+    };
+    word(&connection);
+    // All gone, filters, services and all: what is established stays (contract C42).
+    lab.change(|policy| {
+        for name in ["alpha", "bravo"] {
+            policy.remove_filter(name)?;
+            policy.remove_service(name)?;
+        }
+        Ok(())
+    });
+    word(&connection);
+    let direct = client.connect(lab.v4()).must("connect");
+    word(&direct);
+    assert_eq!(lab.counter(Counter::Passed), 1);
+    drop((connection, direct));
+    lab.settle();
+    drop(services);
+}
+
+#[test]
+fn a_transaction_that_fails_changes_nothing() {
+    let lab = Lab::new();
+    lab.service("alpha", 1);
+    let before = (lab.policy(), lab.engine().status().must("ask for the status").generation);
+    let mut engine = lab.engine();
+    let result = engine.transact(|policy| {
+        policy.remove_filter("alpha")?;
+        policy.remove_service("alpha")?;
+        Err::<(), Anything>("never mind".into())
+    });
+    assert_eq!(result.expect_err("an error").to_string(), "never mind");
+    let after = (lab.policy(), lab.engine().status().must("ask for the status").generation);
+    assert_eq!(before, after);
+    assert_eq!(lab.refused(lab.v4()), "ECONNREFUSED");
+}

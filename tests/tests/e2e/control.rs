@@ -1,0 +1,351 @@
+//! The control interface, option by option and errno by errno, as `carnet_core::abi` has it.
+
+use std::net::SocketAddr;
+
+use carnet_core::{
+    abi::{self, FlowInfo},
+    address::Endpoint,
+    event::{Counter, EventKind},
+    record::{AppIdentity, RecordError},
+};
+use carnet_tests::{
+    Lab, Must as _, PATIENCE, Plan, Report,
+    puppet::{Errno, Family, Hand, Kind, Puppet},
+    service::read_record,
+};
+use zerocopy::FromBytes as _;
+
+/// Options that are got, with the length of the answer of a first hop.
+const GET: [(i32, usize); 7] = [
+    (abi::QUERY_REDIRECT_RECORDS, 416),
+    (abi::QUERY_REDIRECT_CONTEXT, 5),
+    (abi::REDIRECT_RECORDS_LENGTH, 4),
+    (abi::REDIRECT_CONTEXT_LENGTH, 4),
+    (abi::ORIGINAL_DESTINATION, 24),
+    (abi::ORIGINAL_APP, 328),
+    (abi::FLOW, 40),
+];
+
+fn loopback() -> SocketAddr {
+    "127.0.0.1:0".parse().expect("an address")
+}
+
+fn fails<T>(errno: i32) -> Result<T, Errno> {
+    Err(Errno(errno))
+}
+
+/// A lab with a service whose filter has a context of five bytes, and a puppet for it.
+fn scene() -> (Lab, Puppet, Puppet) {
+    let lab = Lab::new();
+    let context = Some(b"hello".to_vec());
+    lab.service_with("alpha", Plan { context, ..Plan::default() });
+    let (service, client) = (lab.puppet_of("alpha"), lab.puppet());
+    (lab, service, client)
+}
+
+/// A redirected connection: the client's socket and the accepted one.
+#[track_caller]
+fn redirected<'a>(client: &'a Puppet, to: SocketAddr, listener: &Hand<'a>) -> (Hand<'a>, Hand<'a>) {
+    let connection = client.connect(to).must("connect");
+    (connection, listener.accept().must("accept"))
+}
+
+#[test]
+fn every_option_answers_and_asking_again_gives_the_same() {
+    let (lab, service, client) = scene();
+    let listener = service.serve(loopback());
+    let (_connection, accepted) = redirected(&client, lab.v4(), &listener);
+    for (option, length) in GET {
+        let first = accepted.query(option).must("query");
+        assert_eq!(first.len(), length, "option {option}");
+        assert_eq!(accepted.query(option), Ok(first.clone()), "option {option}");
+        // Exactly enough room is enough, a byte less is not.
+        assert_eq!(accepted.get(abi::LEVEL, option, length), Ok(first), "option {option}");
+        for room in [0, 1, length - 1] {
+            let answer = accepted.get(abi::LEVEL, option, room);
+            assert_eq!(answer, fails(libc::ERANGE), "option {option} with room for {room}");
+        }
+    }
+    let number = |option| {
+        let bytes = accepted.query(option).must("query");
+        u32::from_ne_bytes(bytes.try_into().expect("four bytes"))
+    };
+    assert_eq!(number(abi::REDIRECT_RECORDS_LENGTH), 416);
+    assert_eq!(number(abi::REDIRECT_CONTEXT_LENGTH), 5);
+    assert_eq!(accepted.query(abi::QUERY_REDIRECT_CONTEXT), Ok(b"hello".to_vec()));
+
+    let handle = lab.handle_of("alpha");
+    let destination = accepted.query(abi::ORIGINAL_DESTINATION).must("query");
+    assert_eq!(Endpoint::read_from_bytes(&destination), Ok(Endpoint::from(lab.v4())));
+    let flow = accepted.query(abi::FLOW).must("query");
+    let flow = FlowInfo::read_from_bytes(&flow).expect("40 bytes");
+    assert_eq!((flow.handle, flow.hops, flow.legs), (handle, 1, 1));
+    let record = read_record(&accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query"));
+    assert_eq!((record.flow, record.hops[0].handle), (flow.flow, handle));
+    assert_eq!(record.hops[0].filter, flow.filter);
+    assert_eq!(record.destination, Endpoint::from(lab.v4()));
+    let app = accepted.query(abi::ORIGINAL_APP).must("query");
+    let app = AppIdentity::read_from_bytes(&app).expect("328 bytes");
+    assert_eq!(app, record.app);
+    assert_eq!((app.pid, app.uid, app.cgroup), (client.id(), 0, lab.apps().id()));
+}
+
+#[test]
+fn a_redirect_without_a_context_has_none() {
+    let lab = Lab::new();
+    lab.service("alpha", 1);
+    let (service, client) = (lab.puppet_of("alpha"), lab.puppet());
+    let listener = service.serve(loopback());
+    let (_connection, accepted) = redirected(&client, lab.v4(), &listener);
+    for option in [abi::QUERY_REDIRECT_CONTEXT, abi::REDIRECT_CONTEXT_LENGTH] {
+        assert_eq!(accepted.query(option), fails(libc::ENODATA), "option {option}");
+    }
+    assert!(accepted.query(abi::QUERY_REDIRECT_RECORDS).is_ok());
+}
+
+#[test]
+fn asking_the_wrong_socket() {
+    let (lab, service, client) = scene();
+    let listener = service.serve(loopback());
+    let idle = service.tcp(lab.v4());
+    let udp = service.open(Family::V4, Kind::Udp).must("open");
+    let local = service.open(Family::Unix, Kind::Tcp).must("open");
+    for (option, _) in GET {
+        assert_eq!(listener.query(option), fails(libc::ENOTCONN), "option {option}");
+        assert_eq!(idle.query(option), fails(libc::ENOTCONN), "option {option}");
+        assert_eq!(udp.query(option), fails(libc::EINVAL), "option {option}");
+        assert_eq!(local.query(option), fails(libc::EOPNOTSUPP), "option {option}");
+    }
+    // A connection that came here directly: from outside the scope.
+    let port = listener.local().must("ask for the address");
+    let direct = lab
+        .network()
+        .topology
+        .client
+        .run(|| std::net::TcpStream::connect(port))
+        .must("enter the namespace")
+        .must("connect");
+    let accepted = listener.accept().must("accept");
+    for (option, _) in GET {
+        assert_eq!(accepted.query(option), fails(libc::ENODATA), "option {option}");
+    }
+    drop(direct);
+    // The client's side belongs to no service: the kernel itself answers.
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    for (option, _) in GET {
+        let errno = connection.query(option).expect_err("an errno").0;
+        assert!([libc::ENOPROTOOPT, libc::EOPNOTSUPP].contains(&errno), "{errno}");
+    }
+    // What cannot be got.
+    for option in
+        [0, 80, 219, abi::SET_REDIRECT_RECORDS, abi::REGISTER_LISTENER, abi::FLOW + 1, i32::MAX, -1]
+    {
+        assert_eq!(accepted.query(option), fails(libc::EOPNOTSUPP), "option {option}");
+    }
+    // What cannot be set.
+    for option in GET.map(|(option, _)| option).into_iter().chain([0, 219, 229, -1]) {
+        let answer = idle.set(abi::LEVEL, option, &[0; 8]);
+        assert_eq!(answer, fails(libc::EOPNOTSUPP), "option {option}");
+    }
+}
+
+#[test]
+fn options_of_other_levels_work_as_ever() {
+    let (_lab, service, _client) = scene();
+    let socket = service.tcp(loopback());
+    socket.set(libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1_u32.to_ne_bytes()).must("set");
+    assert_eq!(
+        socket.get(libc::SOL_SOCKET, libc::SO_KEEPALIVE, 4),
+        Ok(1_u32.to_ne_bytes().to_vec())
+    );
+    socket.set(libc::IPPROTO_TCP, libc::TCP_CONGESTION, b"reno").must("set");
+    let name = socket.get(libc::IPPROTO_TCP, libc::TCP_CONGESTION, 16).must("get");
+    assert!(name.starts_with(b"reno\0"), "{name:?}");
+    assert_eq!(socket.set(libc::IPPROTO_TCP, 9999, &[0; 4]), fails(libc::ENOPROTOOPT));
+    // Longer than a page.
+    assert_eq!(socket.set(abi::LEVEL, abi::SET_REDIRECT_RECORDS, &[0; 5000]), fails(libc::EINVAL));
+}
+
+#[test]
+fn a_record_that_was_tampered_with_is_refused_and_the_one_before_stays() {
+    let (lab, service, client) = scene();
+    let mut trace = lab.trace();
+    let listener = service.serve(loopback());
+    let (_connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let record = accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+    let onward = service.tcp(lab.v4());
+    onward.set_record(&record).must("set the record");
+
+    let refused = |bytes: &[u8], what: &str| {
+        assert_eq!(onward.set_record(bytes), fails(libc::EINVAL), "{what}");
+    };
+    refused(&[], "nothing");
+    for length in [1, 8, 16, 399, 400, 415] {
+        refused(&record[..length], "truncated");
+    }
+    for more in [1, 16, 496, 497, 3000] {
+        refused(&[record.clone(), vec![0; more]].concat(), "extended");
+    }
+    let malformed = lab.counter(Counter::RecordsMalformed);
+    assert_eq!(malformed, 12);
+    for bit in 0..8 * record.len() {
+        let mut flipped = record.clone();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        refused(&flipped, "a flipped bit");
+    }
+    let of_bits = 8 * record.len() as u64;
+    let (malformed, forged) =
+        (lab.counter(Counter::RecordsMalformed), lab.counter(Counter::RecordsForged));
+    assert_eq!(malformed + forged, 12 + of_bits);
+    // Magic, version, length and number of hops are looked at before the MAC.
+    assert_eq!(malformed, 12 + 8 * (4 + 2 + 2 + 4));
+
+    // A record of another instance.
+    let (other_lab, other_service, other_client) = scene();
+    let other_listener = other_service.serve(loopback());
+    let (_other, other) = redirected(&other_client, other_lab.v4(), &other_listener);
+    let foreign = other.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+    refused(&foreign, "of another instance");
+
+    let event = trace.first(EventKind::RecordRefused);
+    assert_eq!(event.reason, RecordError::Malformed as u32);
+    assert_eq!((event.handle, event.pid), (lab.handle_of("alpha"), service.id()));
+
+    // The first one is still in force.
+    onward.connect(lab.v4()).must("connect onwards");
+    assert_eq!(lab.counter(Counter::Onward), 1);
+    assert_eq!(lab.counter(Counter::RecordsSet), 1);
+    onward.send(b"still").must("send");
+    assert_eq!(onward.receive(5), Ok(b"still".to_vec()));
+}
+
+#[test]
+fn a_record_is_set_before_the_connect_or_not_at_all() {
+    let (lab, service, client) = scene();
+    let listener = service.serve(loopback());
+    let (_connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let record = accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+    assert_eq!(listener.set_record(&record), fails(libc::EINVAL), "a listener");
+    assert_eq!(accepted.set_record(&record), fails(libc::EINVAL), "an accepted socket");
+    let onward = service.tcp(lab.v4());
+    onward.bind("0.0.0.0:0".parse().expect("an address")).must("bind");
+    onward.set_record(&record).must("set the record on a bound socket");
+    onward.connect(lab.v4()).must("connect onwards");
+    assert_eq!(onward.set_record(&record), fails(libc::EINVAL), "a connected socket");
+    for (kind, errno) in
+        [(Family::V4, libc::EINVAL), (Family::V6, libc::EINVAL), (Family::Unix, libc::EOPNOTSUPP)]
+    {
+        let udp = service.open(kind, Kind::Udp).must("open");
+        assert_eq!(udp.set_record(&record), fails(errno), "{kind:?}");
+        assert_eq!(udp.register(&[]), fails(errno), "{kind:?}");
+    }
+    // The same record serves any number of connections: a service may try again.
+    for _ in 0..3 {
+        let again = service.tcp(lab.v6());
+        again.set_record(&record).must("set the record again");
+        again.connect(lab.v6()).must("connect onwards");
+    }
+    assert_eq!(lab.counter(Counter::Onward), 4);
+}
+
+#[test]
+fn a_record_serves_only_the_service_that_it_was_delivered_to() {
+    let (lab, service, client) = scene();
+    lab.service("bravo", 1);
+    let other = lab.puppet_of("bravo");
+    let other_listener = other.serve(loopback());
+    let listener = service.serve(loopback());
+    let (_connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let record = accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+    let theft = other.tcp(lab.v4());
+    assert_eq!(theft.set_record(&record), fails(libc::EACCES));
+    assert_eq!(lab.counter(Counter::AccessDenied), 1);
+    // Nor may a service give back the record that its successor got.
+    let onward = service.tcp(lab.v4());
+    onward.set_record(&record).must("set the record");
+    onward.connect(lab.v4()).must("connect onwards");
+    let second = other_listener.accept().must("accept");
+    let second = second.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+    assert_eq!(second.len(), 432);
+    assert_eq!(service.tcp(lab.v4()).set_record(&second), fails(libc::EACCES));
+    other.tcp(lab.v4()).set_record(&second).must("set the record");
+}
+
+#[test]
+fn who_is_of_no_service_may_nothing() {
+    let (lab, service, client) = scene();
+    let listener = service.serve(loopback());
+    let (_connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let record = accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+
+    // Sockets of another cgroup: no hook is there to answer.
+    let outsider = lab.puppet();
+    let socket = outsider.tcp(lab.v4());
+    let errno = socket.set_record(&record).expect_err("an errno").0;
+    assert!([libc::ENOPROTOOPT, libc::EOPNOTSUPP].contains(&errno), "{errno}");
+    let errno = outsider.listen(loopback()).register(&[]).expect_err("an errno").0;
+    assert!([libc::ENOPROTOOPT, libc::EOPNOTSUPP].contains(&errno), "{errno}");
+
+    // Sockets of the service, in the hands of a process that is not in it.
+    let deserter = lab.puppet_of("alpha");
+    let socket = deserter.tcp(lab.v4());
+    let listening = deserter.listen(loopback());
+    lab.apps().add_process(deserter.id()).must("move a process");
+    deserter.become_user(65534);
+    assert_eq!(socket.set_record(&record), fails(libc::EACCES));
+    assert_eq!(listening.register(&[]), fails(libc::EACCES));
+    let handle = lab.handle_of("alpha").to_ne_bytes();
+    assert_eq!(listening.register(&handle), fails(libc::EACCES));
+    assert_eq!(lab.counter(Counter::AccessDenied), 3);
+}
+
+#[test]
+fn only_a_listening_socket_is_registered() {
+    let (lab, service, _client) = scene();
+    let idle = service.tcp(loopback());
+    assert_eq!(idle.register(&[]), fails(libc::EINVAL), "an idle socket");
+    idle.bind(loopback()).must("bind");
+    assert_eq!(idle.register(&[]), fails(libc::EINVAL), "a bound socket");
+    idle.listen().must("listen");
+    for length in [1, 4, 7, 9, 16] {
+        assert_eq!(idle.register(&vec![0; length]), fails(libc::EINVAL), "{length} bytes");
+    }
+    assert_eq!(idle.register(&[]), Ok(()));
+    let device = service.tcp(loopback());
+    device.bind_device("lo").must("bind to a device");
+    device.bind(loopback()).must("bind");
+    device.listen().must("listen");
+    assert_eq!(device.register(&[]), fails(libc::EINVAL), "a socket on a device");
+
+    // A handle is for administrators, and for one's own.
+    let [own, other] = [lab.handle_of("alpha"), lab.handle_of("alpha") + 1];
+    service.become_user(65534);
+    assert_eq!(idle.register(&own.to_ne_bytes()), Ok(()));
+    assert_eq!(idle.register(&other.to_ne_bytes()), fails(libc::EACCES));
+}
+
+#[test]
+fn the_library_says_the_same_in_words() {
+    let lab = Lab::new();
+    lab.service("alpha", 1);
+    let service = lab.start("alpha");
+    // A direct connection is turned away, and said so.
+    let to = service.addresses()[0];
+    let direct = lab
+        .network()
+        .topology
+        .client
+        .run(|| std::net::TcpStream::connect(to))
+        .must("enter the namespace")
+        .must("connect");
+    direct.set_read_timeout(Some(PATIENCE)).must("limit the wait");
+    let mut rest = Vec::new();
+    std::io::Read::read_to_end(&mut &direct, &mut rest).must("see the end");
+    assert!(rest.is_empty());
+    let reports: Vec<Report> = service.finish();
+    assert!(reports.is_empty());
+    // Outside of every service there is no engine.
+    let listener = std::net::TcpListener::bind(loopback()).must("listen");
+    let error = carnet::register_listener(&listener).expect_err("an error");
+    assert!(matches!(error, carnet::Error::NoEngine { .. }), "{error:?}");
+}

@@ -1,0 +1,15 @@
+//! Carnet on the real kernel, from the application's connect() to the destination.
+//!
+//! One module a story. Each test has namespaces, cgroups and an engine of its own (see
+//! `carnet_tests::Lab`), so they run side by side; all need root.
+
+mod chains;
+mod changes;
+mod control;
+mod failures;
+mod families;
+mod filters;
+mod instances;
+mod listeners;
+mod loops;
+mod programs;

@@ -1,0 +1,228 @@
+//! Real programs at both ends, and Carnet's own service between them.
+
+use std::{
+    env, fs,
+    net::{SocketAddr, TcpStream},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use carnet_testbed::{Process, Topology};
+use carnet_tests::{Lab, Must as _, PATIENCE, program, until};
+
+/// A directory that is gone afterwards.
+struct Directory(PathBuf);
+
+impl Directory {
+    #[track_caller]
+    fn new(name: &str) -> Self {
+        let path = env::temp_dir().join(format!("carnet-e2e-{}-{name}", std::process::id()));
+        fs::create_dir(&path).must("make a directory");
+        Self(path)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            eprintln!("cannot remove {}: {error}", self.0.display());
+        }
+    }
+}
+
+/// A program of the system, by its real path: what the kernel calls it.
+#[track_caller]
+fn installed(name: &str) -> PathBuf {
+    let places = ["/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"];
+    let found = places.iter().map(|place| Path::new(place).join(name)).find(|path| path.is_file());
+    let path = found.unwrap_or_else(|| {
+        panic!("{name} is in none of {places:?}: install it, as `cargo xtask test` does")
+    });
+    fs::canonicalize(path).must("find a program")
+}
+
+/// Runs a program to its end inside the scope; gives its process id and what it printed.
+#[track_caller]
+fn run_inside(lab: &Lab, command: &mut Command) -> (u32, String) {
+    lab.apps().enter_command(command).must("enter the cgroup");
+    run(lab, command)
+}
+
+/// Runs a program to its end among the clients, but outside of every scope.
+#[track_caller]
+fn run(lab: &Lab, command: &mut Command) -> (u32, String) {
+    lab.network().topology.client.enter_command(command).must("enter the namespace");
+    let mut process = Process::spawn(command).must("start a program");
+    let status = process.wait(PATIENCE).must("wait for a program");
+    let output = process.lines().join("\n");
+    assert!(status.success(), "{command:?} ended with {status}: {output}");
+    (process.id(), output)
+}
+
+/// nginx at the destination, with one file; killed when dropped.
+#[track_caller]
+fn web_server(lab: &Lab, directory: &Directory) -> (Process, SocketAddr) {
+    // A port that was free a moment ago, in a namespace that nobody else uses.
+    let destination = &lab.network().topology.destination;
+    let address = destination
+        .run(|| std::net::TcpListener::bind((Topology::DESTINATION_V4, 0))?.local_addr())
+        .must("enter the namespace")
+        .must("find a free port");
+    let root = directory.0.display();
+    let page: String = (0..20_000).map(|line| format!("line {line} of a page\n")).collect();
+    fs::write(directory.0.join("page.txt"), page).must("write a page");
+    let configuration = format!(
+        "daemon off; master_process off; pid {root}/pid; error_log stderr;\n\
+         events {{}}\n\
+         http {{ access_log off; root {root}; client_body_temp_path {root}/t1;\n\
+         proxy_temp_path {root}/t2; fastcgi_temp_path {root}/t3; uwsgi_temp_path {root}/t4;\n\
+         scgi_temp_path {root}/t5; server {{ listen {address}; }} }}\n"
+    );
+    let file = directory.0.join("nginx.conf");
+    fs::write(&file, configuration).must("write nginx's configuration");
+    let mut command = Command::new(installed("nginx"));
+    command.arg("-c").arg(&file).arg("-p").arg(&directory.0).arg("-e").arg("stderr");
+    destination.enter_command(&mut command).must("enter the namespace");
+    let process = Process::spawn(&mut command).must("start nginx");
+    let reach = || {
+        let reached = destination.run(|| TcpStream::connect(address)).must("enter the namespace");
+        reached.map(drop).map_err(|error| error.kind())
+    };
+    until("nginx to listen", reach, Result::is_ok);
+    (process, address)
+}
+
+/// Carnet's own service, which writes its log to a file.
+#[track_caller]
+fn inspect(lab: &Lab, name: &str, log: &Path) -> Process {
+    let mut command = Command::new(program("carnet-inspect"));
+    command.args(["--name", name, "--log", "json", "--ready-fd", "1", "--user", "65534"]);
+    command.arg("--log-file").arg(log).stderr(Stdio::null());
+    lab.cgroup_of(name).enter_command(&mut command).must("enter the service's cgroup");
+    lab.network().topology.client.enter_command(&mut command).must("enter the namespace");
+    let process = Process::spawn(&mut command).must("start carnet-inspect");
+    let is_ready = |line: &str| line.starts_with("ready ");
+    process.wait_for_line("the line \"ready\"", PATIENCE, is_ready).must("wait for the service");
+    process
+}
+
+/// Ends a service in order, and gives the lines of its log.
+#[track_caller]
+fn end(mut service: Process, log: &Path) -> Vec<serde_json::Value> {
+    service.terminate().must("end the service");
+    service.wait(PATIENCE).must("wait for the service's end");
+    let text = fs::read_to_string(log).must("read the log");
+    text.lines().map(|line| serde_json::from_str(line).must("read a line of the log")).collect()
+}
+
+#[test]
+fn curl_and_python_through_two_inspecting_services() {
+    let lab = Lab::new();
+    let directory = Directory::new("web");
+    let (_nginx, address) = web_server(&lab, &directory);
+    let url = format!("http://{address}/page.txt");
+    let curl = || {
+        let mut command = Command::new(installed("curl"));
+        // The address as the server's name; nothing of the tester's own configuration.
+        command.args(["-q", "--silent", "--show-error", "--fail", "--noproxy", "*"]);
+        command.args(["--max-time", "20", &url]);
+        command
+    };
+    let python = || {
+        let mut command = Command::new(installed("python3"));
+        let script = "import sys, urllib.request as request\n\
+                      opener = request.build_opener(request.ProxyHandler({}))\n\
+                      sys.stdout.write(opener.open(sys.argv[1], timeout=20).read().decode())";
+        command.args(["-I", "-c", script, &url]);
+        command
+    };
+    let (_, expected) = run(&lab, &mut curl());
+    assert_eq!(expected.lines().count(), 20_000);
+
+    let names = ["alpha", "bravo"];
+    names.iter().zip([2, 1]).for_each(|(name, weight)| lab.service(name, weight));
+    let logs = names.map(|name| directory.0.join(format!("{name}.log")));
+    let services = [inspect(&lab, names[0], &logs[0]), inspect(&lab, names[1], &logs[1])];
+    let runs: Vec<_> = [("curl", curl()), ("python3", python())]
+        .into_iter()
+        .map(|(name, mut command)| {
+            let (pid, page) = run_inside(&lab, &mut command);
+            assert!(page == expected, "{name} gets another page with Carnet than without");
+            (pid, installed(name))
+        })
+        .collect();
+    lab.settle();
+
+    for (place, (service, log)) in services.into_iter().zip(&logs).enumerate() {
+        let lines = end(service, log);
+        assert_eq!(lines.len(), runs.len(), "{lines:#?}");
+        for (line, (pid, executable)) in lines.iter().zip(&runs) {
+            assert_eq!(line["service"], names[place], "{line:#}");
+            assert_eq!(line["hops"], place + 1, "{line:#}");
+            assert_eq!(line["pid"], *pid, "{line:#}");
+            assert_eq!(line["executable"], executable.display().to_string(), "{line:#}");
+            assert_eq!(line["destination"], address.to_string(), "{line:#}");
+            assert_eq!(line["protocol"], "http", "{line:#}");
+            assert_eq!(line["host"], address.ip().to_string(), "{line:#}");
+            assert_eq!(line["verdict"], "allow", "{line:#}");
+        }
+    }
+}
+
+#[test]
+fn a_static_program_cannot_slip_by() {
+    let lab = Lab::new();
+    let directory = Directory::new("static");
+    let source = directory.0.join("client.c");
+    // System calls of its own, no library that could be interposed.
+    fs::write(
+        &source,
+        r#"
+        #include <arpa/inet.h>
+        #include <stdio.h>
+        #include <stdlib.h>
+        #include <sys/socket.h>
+        #include <sys/time.h>
+        #include <unistd.h>
+        int main(int argc, char **argv) {
+            if (argc != 3) return 2;
+            struct timeval limit = {20, 0};
+            struct sockaddr_in to = {AF_INET, htons(atoi(argv[2]))};
+            if (inet_pton(AF_INET, argv[1], &to.sin_addr) != 1) return 2;
+            int s = socket(AF_INET, SOCK_STREAM, 0);
+            setsockopt(s, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+            setsockopt(s, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
+            if (connect(s, (struct sockaddr *)&to, sizeof to)) return 3;
+            if (write(s, "static\n", 7) != 7) return 4;
+            char word[8] = {0};
+            if (recv(s, word, 7, MSG_WAITALL) != 7) return 5;
+            fputs(word, stdout);
+            return 0;
+        }
+        "#,
+    )
+    .must("write a program");
+    let client = directory.0.join("client");
+    // The linker that Rust needs, too.
+    let compiled = Command::new("cc")
+        .arg("-static")
+        .arg("-o")
+        .args([&client, &source])
+        .status()
+        .must("compile a program (cc)");
+    assert!(compiled.success(), "cc -static: {compiled}");
+
+    let services = lab.start_chain(&["alpha"]);
+    let mut command = Command::new(&client);
+    command.args([lab.v4().ip().to_string(), lab.v4().port().to_string()]);
+    let (pid, output) = run_inside(&lab, &mut command);
+    assert_eq!(output, "static");
+    lab.settle();
+    for service in services {
+        let reports = service.finish();
+        assert_eq!(reports.len(), 1);
+        assert_eq!(reports[0].pid, pid);
+        assert_eq!(reports[0].executable.as_deref(), Some(&*client));
+        assert_eq!(reports[0].command, "client");
+    }
+}
