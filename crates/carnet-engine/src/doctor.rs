@@ -77,7 +77,9 @@ pub fn examine(cgroup: Option<&Path>) -> Vec<Finding> {
         bpffs(),
     ];
     let types = KernelTypes::read().and_then(|types| types.offsets().map(|_| types));
-    findings.extend(types.as_ref().ok().map(multipath_tcp));
+    if let Ok(types) = &types {
+        findings.extend([iterators(types), multipath_tcp(types)]);
+    }
     findings.push(Finding::from("type information", types.map(|_| kernel::BTF_PATH)));
     findings.extend([program_types(), map_types(), helpers(), engine(), unseen_protocols()]);
     if let Some(path) = cgroup {
@@ -123,10 +125,15 @@ fn program_types() -> Finding {
         ("cgroup_sock_addr", ProgramType::CgroupSockAddr),
         ("cgroup_sockopt", ProgramType::CgroupSockopt),
         ("sock_ops", ProgramType::SockOps),
-        ("tracing", ProgramType::Tracing),
     ];
     let there = |program| is_program_supported(program).unwrap_or(false);
     complete("program types", types.map(|(name, program)| (name, there(program))))
+}
+
+fn iterators(types: &KernelTypes) -> Finding {
+    let iterators = ["bpf_sk_storage_map", "task_file"];
+    let there = |name| types.has_function(&format!("bpf_iter_{name}"));
+    complete("iterators", iterators.map(|name| (name, there(name))))
 }
 
 fn map_types() -> Finding {
@@ -155,8 +162,7 @@ fn helpers() -> Finding {
         ("ktime_get_boot_ns", BpfHelper::BPF_FUNC_ktime_get_boot_ns),
         ("ringbuf_reserve", BpfHelper::BPF_FUNC_ringbuf_reserve),
     ];
-    let there =
-        |helper| is_helper_supported(ProgramType::CgroupSockAddr, helper).unwrap_or(false);
+    let there = |helper| is_helper_supported(ProgramType::CgroupSockAddr, helper).unwrap_or(false);
     complete("helpers", helpers.map(|(name, helper)| (name, there(helper))))
 }
 
@@ -211,7 +217,8 @@ fn unseen_protocols() -> Finding {
 fn unseen_in(table: &str) -> Vec<&'static str> {
     let has = |name: &&str| {
         table.lines().filter_map(|line| line.split_whitespace().next()).any(|protocol| {
-            protocol == *name || protocol.strip_suffix("v6").or(protocol.strip_suffix('6')) == Some(*name)
+            protocol == *name
+                || protocol.strip_suffix("v6").or(protocol.strip_suffix('6')) == Some(*name)
         })
     };
     ["SCTP", "DCCP", "SMC"].into_iter().filter(has).collect()

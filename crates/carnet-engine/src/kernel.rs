@@ -69,6 +69,12 @@ impl KernelTypes {
         self.find_struct(name).is_some()
     }
 
+    /// Whether the kernel has a function of this name.
+    pub(crate) fn has_function(&self, name: &str) -> bool {
+        let types = self.btf.resolve_types_by_name(name).unwrap_or_default();
+        types.iter().any(|found| matches!(found, Type::Func(_)))
+    }
+
     pub(crate) fn offsets(&self) -> Result<Offsets, Error> {
         let mut offsets = [0; FIELDS.len()];
         for (offset, (structure, members)) in offsets.iter_mut().zip(FIELDS) {

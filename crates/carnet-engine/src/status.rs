@@ -2,7 +2,7 @@
 
 use std::{os::fd::AsFd as _, path::PathBuf, time::Duration};
 
-use carnet_core::{compile::compile, event::Counter};
+use carnet_core::{compile::compile, event::Counter, object::Policy};
 
 use crate::{
     BuildId, Engine, Error, cgroup::Place, links::list, object::LAYOUT, sys, tables::Tables,
@@ -118,10 +118,6 @@ impl Engine {
         uses.push(("listeners", registered, capacity));
         let table = |(what, used, capacity)| TableStatus { what, used, capacity };
         let scope_alive = Place::at(self.scope()).is_ok_and(|scope| scope.id == instance.scope_id);
-        let service_of = |cgroup| {
-            let mut services = in_force.policy.services().iter();
-            services.find(|service| service.cgroup.id == cgroup).map(|s| s.name.clone())
-        };
         Ok(Status {
             instance: self.location().instance().to_owned(),
             directory: self.location().directory().to_owned(),
@@ -136,7 +132,7 @@ impl Engine {
             own_build: BuildId::own(),
             max_filters: instance.max_filters,
             programs: self.programs()?,
-            links: self.link_status(service_of)?,
+            links: self.link_status(&in_force.policy, scope_alive.then_some(instance.scope_id))?,
             counters: tables.counters()?,
             tables: uses.into_iter().map(table).collect(),
         })
@@ -160,21 +156,26 @@ impl Engine {
         Ok(programs)
     }
 
-    fn link_status(
-        &self,
-        service_of: impl Fn(u64) -> Option<String>,
-    ) -> Result<Vec<LinkStatus>, Error> {
+    /// `scope` is the id of the scope's cgroup, if that is there.
+    fn link_status(&self, policy: &Policy, scope: Option<u64>) -> Result<Vec<LinkStatus>, Error> {
         let mut links = Vec::new();
         for pinned in self.links().pinned()? {
             let link = pinned.open()?;
             let info = sys::link_info(link.as_fd())
                 .map_err(Error::io("examine the link", pinned.path.display()))?;
+            let id = pinned.cgroup;
+            let service = policy.services().iter().find(|service| service.cgroup.id == id);
+            // The kernel lets go of a link some time after its cgroup was removed.
+            let there = match service {
+                Some(service) => Place::referred_by(&service.cgroup)?.is_some(),
+                None => scope == Some(id),
+            };
             links.push(LinkStatus {
                 id: info.id,
                 program_id: info.program,
-                cgroup: pinned.cgroup,
-                service: service_of(pinned.cgroup),
-                alive: info.cgroup == pinned.cgroup,
+                cgroup: id,
+                service: service.map(|service| service.name.clone()),
+                alive: there && info.cgroup == id,
                 hook: pinned.hook,
             });
         }

@@ -1,130 +1,13 @@
 //! Instances: up, policy, upgrade, down, on the real kernel.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
+mod common;
 
-use carnet_core::object::{
-    CgroupRef, Conditions, Context, FailurePolicy, FilterAction, NewFilter, NewService, Policy,
-    PolicyError, PortRange, Trust, Weight,
-};
-use carnet_engine::{Engine, Error, Location, UpOptions};
-use carnet_testbed::{BpfDirectory, Cgroup, require_root};
+use std::fs;
 
-/// A scope and a bpffs of the test's own.
-struct World {
-    scope: Cgroup,
-    bpffs: BpfDirectory,
-}
-
-impl World {
-    fn new(name: &str) -> Self {
-        require_root().unwrap();
-        let scope = Cgroup::create(name).unwrap();
-        Self { scope, bpffs: BpfDirectory::create(name).unwrap() }
-    }
-
-    fn location(&self, instance: &str) -> Location {
-        Location::new(Some(self.bpffs.path().to_owned()), instance).unwrap()
-    }
-
-    fn up(&self) -> Engine {
-        Engine::up(&self.location("one"), &UpOptions::new(self.scope.path())).unwrap()
-    }
-
-    /// What is pinned, but for what the kernel itself puts there.
-    fn pins(&self) -> Vec<String> {
-        let mut names: Vec<_> = fs::read_dir(self.bpffs.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .filter(|name| !name.ends_with(".debug"))
-            .collect();
-        names.sort();
-        names
-    }
-}
-
-/// The failure of a transaction: the engine's or the policy's.
-#[derive(Debug)]
-enum Failure {
-    Engine(Error),
-    Policy(PolicyError),
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self::Engine(error)
-    }
-}
-
-impl From<PolicyError> for Failure {
-    fn from(error: PolicyError) -> Self {
-        Self::Policy(error)
-    }
-}
-
-fn reference(cgroup: &Cgroup) -> CgroupRef {
-    let root = carnet_engine::cgroup::mount_point().unwrap();
-    let path = cgroup.path().strip_prefix(root).unwrap();
-    CgroupRef { path: format!("/{}", path.display()), id: cgroup.id() }
-}
-
-fn service(name: &str, cgroup: CgroupRef) -> NewService {
-    NewService {
-        name: name.into(),
-        provider: "acme".into(),
-        cgroup,
-        on_failure: FailurePolicy::Block,
-        trust: Trust::None,
-    }
-}
-
-fn filter(ports: u16, action: FilterAction) -> NewFilter {
-    NewFilter {
-        name: None,
-        sublayer: "main".into(),
-        weight: Weight::Auto,
-        conditions: Conditions {
-            ports: vec![PortRange::new(ports, ports).unwrap()],
-            ..Conditions::default()
-        },
-        action,
-    }
-}
-
-fn redirect(service: &str, context: &[u8]) -> FilterAction {
-    let context = Some(Context::new(context).unwrap());
-    FilterAction::Redirect { service: service.into(), context }
-}
-
-/// A policy with one service and one filter that sends it something.
-fn fill(engine: &mut Engine, cgroup: &Cgroup) {
-    let cgroup = reference(cgroup);
-    let outcome: Result<(), Failure> = engine.transact(|policy| {
-        policy.add_provider("acme", "")?;
-        policy.add_sublayer("main", "acme", 7)?;
-        policy.add_service(service("scan", cgroup))?;
-        policy.add_filter(filter(80, redirect("scan", b"hello")))?;
-        Ok(())
-    });
-    outcome.unwrap();
-}
-
-/// The links that an instance has: the names below its `links`.
-fn links(location: &Location) -> Vec<String> {
-    let mut found = Vec::new();
-    for cgroup in fs::read_dir(location.directory().join("links")).unwrap() {
-        let cgroup = cgroup.unwrap();
-        for hook in fs::read_dir(cgroup.path()).unwrap() {
-            let hook = hook.unwrap().file_name().into_string().unwrap();
-            found.push(format!("{}/{hook}", cgroup.file_name().into_string().unwrap()));
-        }
-    }
-    found.sort();
-    found
-}
-
-fn mode(path: &Path) -> u32 {
-    fs::metadata(path).unwrap().permissions().mode() & 0o777
-}
+use carnet_core::object::{FilterAction, Policy, PolicyError};
+use carnet_engine::{BuildId, Engine, Error, Location, UpOptions, doctor};
+use carnet_testbed::Cgroup;
+use common::{Failure, World, fill, filter, links, mode, redirect, reference, service};
 
 #[test]
 fn up_and_down_leave_nothing() {
@@ -176,4 +59,198 @@ fn the_policy_reads_back_from_the_kernel() {
     outcome.unwrap();
     assert_eq!(links(engine.location()).len(), 5);
     engine.down().unwrap();
+}
+
+#[test]
+fn a_failed_transaction_changes_nothing() {
+    let world = World::new("carnet-engine-fail");
+    let own = world.scope.child("scan").unwrap();
+    let options = UpOptions { max_filters: 2, ..UpOptions::new(world.scope.path()) };
+    let mut engine = Engine::up(&world.location("one"), &options).unwrap();
+    fill(&mut engine, &own);
+    let policy = engine.policy().unwrap();
+    let attached = links(engine.location());
+    let unchanged = |engine: &Engine| {
+        assert_eq!(engine.policy().unwrap(), policy);
+        assert_eq!(engine.status().unwrap().generation, 1);
+        assert_eq!(links(engine.location()), attached);
+    };
+
+    // The change itself fails, after it has begun.
+    let outcome: Result<(), Failure> = engine.transact(|policy| {
+        policy.add_sublayer("half", "acme", 0)?;
+        Ok(policy.add_provider("acme", "").map(drop)?)
+    });
+    assert!(matches!(outcome, Err(Failure::Policy(PolicyError::NameTaken { .. }))));
+    unchanged(&engine);
+
+    // There is no room, although the new service's cgroup is there.
+    let other = world.scope.child("other").unwrap();
+    let outcome: Result<(), Failure> = engine.transact(|policy| {
+        policy.add_service(service("other", reference(&other)))?;
+        for port in 1..=2 {
+            policy.add_filter(filter(port, redirect("other", b"more")))?;
+        }
+        Ok(())
+    });
+    let Err(Failure::Engine(error @ Error::TooLarge { needed: 3, capacity: 2, .. })) = outcome
+    else {
+        panic!("{outcome:?}");
+    };
+    assert!(error.to_string().contains("--max-filters"), "{error}");
+    unchanged(&engine);
+
+    // One new service's hooks are attached before the other one's cannot be.
+    let gone = reference(&world.scope.child("gone").unwrap());
+    let outcome: Result<(), Failure> = engine.transact(|policy| {
+        policy.add_service(service("other", reference(&other)))?;
+        Ok(policy.add_service(service("gone", gone)).map(drop)?)
+    });
+    assert!(matches!(outcome, Err(Failure::Engine(Error::CgroupGone { .. }))), "{outcome:?}");
+    unchanged(&engine);
+
+    // Nothing changes where nothing is changed.
+    let outcome: Result<(), Failure> = engine.transact(|_| Ok(()));
+    outcome.unwrap();
+    unchanged(&engine);
+    engine.down().unwrap();
+}
+
+#[test]
+fn two_instances_live_side_by_side() {
+    let world = World::new("carnet-engine-two");
+    let own = world.scope.child("scan").unwrap();
+    let mut one = world.up();
+    let options = UpOptions::new(world.scope.path());
+    let mut two = Engine::up(&world.location("two"), &options).unwrap();
+    fill(&mut one, &own);
+    assert_eq!(two.policy().unwrap(), Policy::new());
+    fill(&mut two, &own);
+    assert_ne!(one.status().unwrap().epoch, two.status().unwrap().epoch);
+    let names: Vec<_> = Location::list(Some(world.bpffs.path().into())).unwrap();
+    assert_eq!(names.iter().map(Location::instance).collect::<Vec<_>>(), ["one", "two"]);
+    one.down().unwrap();
+    assert_eq!(two.policy().unwrap().filters().len(), 1);
+    assert!(two.status().unwrap().links.iter().all(|link| link.alive));
+    two.down().unwrap();
+    assert_eq!(world.pins(), [] as [&str; 0]);
+}
+
+#[test]
+fn an_upgrade_replaces_the_programs_and_keeps_the_rest() {
+    let world = World::new("carnet-engine-upgrade");
+    let own = world.scope.child("scan").unwrap();
+    let mut engine = world.up();
+    fill(&mut engine, &own);
+    let before = engine.status().unwrap();
+    let policy = engine.policy().unwrap();
+    let report = engine.upgrade().unwrap();
+    assert_eq!((report.from, report.to), (BuildId::own(), BuildId::own()));
+    assert_eq!((report.replaced, report.defunct), (7, 0));
+    let after = engine.status().unwrap();
+    assert_eq!(engine.policy().unwrap(), policy);
+    assert_eq!((after.epoch, after.generation), (before.epoch, before.generation));
+    let pinned: Vec<u32> = after.programs.iter().map(|program| program.id).collect();
+    assert_eq!(pinned.len(), before.programs.len());
+    assert!(before.programs.iter().all(|program| !pinned.contains(&program.id)));
+    assert_eq!(before.links.len(), after.links.len());
+    for (old, new) in before.links.iter().zip(&after.links) {
+        assert_eq!((old.id, &old.hook, old.cgroup), (new.id, &new.hook, new.cgroup));
+        assert!(new.alive && pinned.contains(&new.program_id));
+    }
+    fill_more(&mut engine);
+    engine.down().unwrap();
+    assert_eq!(world.pins(), [] as [&str; 0]);
+}
+
+fn fill_more(engine: &mut Engine) {
+    let outcome: Result<_, Failure> =
+        engine.transact(|policy| Ok(policy.add_filter(filter(81, FilterAction::BLOCK))?.id));
+    outcome.unwrap();
+}
+
+#[test]
+fn an_unknown_layout_can_only_be_taken_down() {
+    let world = World::new("carnet-engine-layout");
+    let location = world.location("one");
+    world.up();
+    fs::remove_file(location.directory().join("maps/INSTANCE")).unwrap();
+    let mut engine = Engine::open(&location).unwrap();
+    let unknown = |error: &Error| matches!(error, Error::UnknownLayout { .. });
+    assert!(unknown(&engine.policy().unwrap_err()));
+    assert!(unknown(&engine.status().unwrap_err()));
+    assert!(unknown(&engine.upgrade().unwrap_err()));
+    assert!(unknown(&engine.transact(|_| Ok::<_, Error>(())).unwrap_err()));
+    engine.down().unwrap();
+    assert_eq!(world.pins(), [] as [&str; 0]);
+}
+
+#[test]
+fn the_hooks_follow_the_services_cgroups() {
+    let world = World::new("carnet-engine-hooks");
+    let outside = Cgroup::create("carnet-engine-outside").unwrap();
+    let mut engine = world.up();
+    fill(&mut engine, &outside);
+    let of = |id: u64| format!("cgroup-{id}/");
+    let count = |engine: &Engine, id| {
+        links(engine.location()).iter().filter(|link| link.starts_with(&of(id))).count()
+    };
+    // Outside the scope, a service needs all hooks.
+    assert_eq!(count(&engine, outside.id()), 7);
+    let inside = world.scope.child("scan").unwrap();
+    let moved: Result<(), Failure> =
+        engine.transact(|policy| Ok(policy.set_cgroup("scan", reference(&inside)).map(drop)?));
+    moved.unwrap();
+    assert_eq!((count(&engine, outside.id()), count(&engine, inside.id())), (0, 2));
+
+    // A cgroup that goes takes nothing along but its own links.
+    let id = inside.id();
+    drop(inside);
+    let status = engine.status().unwrap();
+    let dead: Vec<_> = status.links.iter().filter(|link| !link.alive).collect();
+    assert!(dead.iter().all(|link| link.cgroup == id), "{dead:?}");
+    assert_eq!(dead.len(), 2);
+    fill_more(&mut engine);
+    let report = engine.upgrade().unwrap();
+    assert_eq!(report.replaced + report.defunct, 7);
+    let around = world.scope.path().parent().unwrap();
+    let root = carnet_engine::cgroup::mount_point().unwrap();
+    if around != root {
+        let (id, _) = Engine::resolve_cgroup(around).unwrap();
+        let path = format!("/{}", around.strip_prefix(root).unwrap().display());
+        let cgroup = carnet_core::object::CgroupRef { path, id };
+        let refused: Result<(), Failure> =
+            engine.transact(|policy| Ok(policy.set_cgroup("scan", cgroup).map(drop)?));
+        assert!(matches!(refused, Err(Failure::Engine(Error::ServiceAroundScope { .. }))));
+    }
+    engine.down().unwrap();
+}
+
+#[test]
+fn what_cannot_be_is_refused_in_words_and_leaves_nothing() {
+    let world = World::new("carnet-engine-refused");
+    let location = world.location("one");
+    let refused = |options: &UpOptions| Engine::up(&location, options).unwrap_err();
+    let not_a_cgroup = refused(&UpOptions::new("/tmp"));
+    assert!(matches!(not_a_cgroup, Error::NotACgroup { .. }), "{not_a_cgroup}");
+    let no_filters = UpOptions { max_filters: 0, ..UpOptions::new(world.scope.path()) };
+    assert!(matches!(refused(&no_filters), Error::BadMaxFilters { given: 0, .. }));
+    assert!(matches!(Location::new(Some("/tmp".into()), "one"), Err(Error::NotBpffs { .. })));
+    for name in ["", "a/b", ".", "a.b", &"x".repeat(65)] {
+        let outcome = Location::new(Some(world.bpffs.path().into()), name);
+        assert!(matches!(outcome, Err(Error::BadInstance { .. })), "{name}");
+    }
+    assert_eq!(world.pins(), [] as [&str; 0]);
+}
+
+#[test]
+fn the_doctor_finds_nothing_missing_here() {
+    let world = World::new("carnet-engine-doctor");
+    let _engine = world.up();
+    let findings = doctor::examine(Some(world.scope.path()));
+    let missing: Vec<_> =
+        findings.iter().filter(|finding| finding.state == doctor::State::Missing).collect();
+    assert_eq!(missing, [] as [&doctor::Finding; 0]);
+    let neighbours = findings.iter().find(|finding| finding.name == "other programs").unwrap();
+    assert!(!neighbours.detail.contains("carnet_"), "{}", neighbours.detail);
 }
