@@ -152,3 +152,44 @@ pub(crate) fn plain(text: impl fmt::Display) -> String {
     let text = text.to_string();
     if text.chars().any(char::is_control) { text.escape_debug().to_string() } else { text }
 }
+
+/// `text` on lines of at most [`WIDTH`] characters, all but the first of them indented. A word that
+/// is longer stays whole.
+pub(crate) fn wrapped(text: &str, indent: usize) -> String {
+    let mut lines = String::new();
+    let mut at = indent;
+    for word in text.split_whitespace() {
+        let length = word.chars().count();
+        if at > indent && at + 1 + length > WIDTH {
+            lines += &format!("\n{:indent$}", "");
+            at = indent;
+        } else if at > indent {
+            lines.push(' ');
+            at += 1;
+        }
+        lines += word;
+        at += length;
+    }
+    lines
+}
+
+/// How wide text is that people read.
+const WIDTH: usize = 80;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_wrapped_with_its_indent() {
+        assert_eq!(wrapped("a few  words", 4), "a few words");
+        let (long, short) = ("x".repeat(75), "y".repeat(5));
+        assert_eq!(wrapped(&format!("{long} {short}"), 4), format!("{long}\n    {short}"));
+        assert_eq!(wrapped(&format!("{short} {long} a"), 0), format!("{short}\n{long} a"));
+    }
+
+    #[test]
+    fn text_from_outside_does_not_speak_to_the_terminal() {
+        assert_eq!(plain("caf\u{e9} \u{1b}[31m\n"), "caf\u{e9} \\u{1b}[31m\\n");
+    }
+}

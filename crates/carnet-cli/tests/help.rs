@@ -88,7 +88,9 @@ fn help_texts_are_complete() {
             );
         }
         for line in command.clone().render_help().to_string().lines() {
-            assert!(line.chars().count() <= 80, "{path:?}: too wide: {line}");
+            // Usage lines are not wrapped.
+            let fits = line.chars().count() <= 80 || line.starts_with("Usage:");
+            assert!(fits, "{path:?}: too wide: {line}");
         }
     });
 }

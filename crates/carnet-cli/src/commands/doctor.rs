@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::DONE;
 use crate::{
-    console::{BAD, FAINT, GOOD, WARNING, plain, styled},
+    console::{BAD, FAINT, GOOD, WARNING, plain, styled, wrapped},
     failure::Failure,
     lookup::Cgroup,
     session::Session,
@@ -64,10 +64,11 @@ pub(super) fn run(arguments: Arguments, session: &mut Session<'_>) -> Result<u8,
                 State::Missing => BAD,
             };
             let word = styled(style, format_args!("{:7}", word(finding.state)));
-            let console = &mut *session.console;
-            console.line(format_args!("{word}  {}: {}", finding.name, plain(finding.detail)))?;
+            let found = format!("{}: {}", finding.name, plain(finding.detail));
+            session.console.line(format_args!("{word}  {}", wrapped(&found, 9)))?;
             if let Some(advice) = finding.advice {
-                console.line(format_args!("         {}", styled(FAINT, plain(advice))))?;
+                let advice = styled(FAINT, wrapped(&plain(advice), 9));
+                session.console.line(format_args!("         {advice}"))?;
             }
         }
     }

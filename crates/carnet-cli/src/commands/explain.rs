@@ -13,12 +13,13 @@ use carnet_core::{
     object::{FilterAction, Policy, Protocol, Service},
     table::Field,
 };
-use carnet_engine::{Engine, Listener};
+use carnet_engine::Engine;
 use serde::Serialize;
 
 use super::{
     DONE,
     filter::{action, name_or_id},
+    service::live_listeners,
     trace::service_name,
 };
 use crate::{
@@ -164,11 +165,15 @@ pub(super) fn run(arguments: Arguments, session: &mut Session<'_>) -> Result<u8,
         process,
         original_executable: None,
     };
-    let mut listeners = engine.listeners()?;
-    if let Some(namespace) = connection.process.network_namespace {
-        listeners.retain(|listener| listener.netns == namespace);
-    }
-    let question = Question { policy: &policy, compiled: &compiled, connection, listeners, dead };
+    let listeners = engine.listeners()?;
+    // Services get connections in the network namespaces in which they listen.
+    let namespace = connection.process.network_namespace;
+    let reachable = |service: &&Service| {
+        live_listeners(&listeners, service).any(|l| namespace.is_none_or(|n| n == l.netns))
+    };
+    let live = policy.services().iter().filter(reachable).map(|service| service.handle);
+    let live = live.filter(|handle| !dead.contains(handle)).collect();
+    let question = Question { policy: &policy, compiled: &compiled, connection, live };
     let explained = question.answer(addresses[0]);
     if session.global.json {
         session.console.json(&explained)?;
@@ -211,18 +216,14 @@ struct Question<'a> {
     policy: &'a Policy,
     compiled: &'a CompiledPolicy,
     connection: HostConnection,
-    listeners: Vec<Listener>,
-    dead: Vec<u64>,
+    /// The handles of the services that have a live listener.
+    live: Vec<u64>,
 }
 
 impl Question<'_> {
-    /// The legs, if the service `also_dead` is dead too.
-    fn legs(&self, also_dead: Option<u64>) -> Vec<Leg> {
-        let live = |handle: u64| {
-            !self.dead.contains(&handle)
-                && also_dead != Some(handle)
-                && self.listeners.iter().any(|listener| listener.handle == handle)
-        };
+    /// The legs, if the service `dead` is dead.
+    fn legs(&self, dead: Option<u64>) -> Vec<Leg> {
+        let live = |handle: u64| dead != Some(handle) && self.live.contains(&handle);
         // A service connects from its cgroup; its user and executable may be any.
         let process_of = |service: &Service| Process {
             cgroups: Cgroup::find(service.cgroup.path.as_ref()).and_then(|c| c.lineage()).ok(),
@@ -455,12 +456,7 @@ mod tests {
         let policy = policy();
         let compiled = compile(&policy, 1).unwrap();
         let destination = "192.0.2.1:443".parse::<SocketAddr>().unwrap();
-        let listeners = live.iter().map(|name| Listener {
-            handle: policy.service(name).unwrap().handle,
-            netns: 1,
-            local: "127.0.0.1:1".parse().unwrap(),
-            missed: 0,
-        });
+        let live = live.iter().map(|name| policy.service(name).unwrap().handle);
         let question = Question {
             policy: &policy,
             compiled: &compiled,
@@ -469,8 +465,7 @@ mod tests {
                 destination: destination.into(),
                 ..HostConnection::default()
             },
-            listeners: listeners.collect(),
-            dead: Vec::new(),
+            live: live.collect(),
         };
         question.answer(destination)
     }

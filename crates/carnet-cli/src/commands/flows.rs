@@ -1,7 +1,136 @@
-use crate::{failure::Failure, session::Session};
+//! `carnet flows`: the flows that are alive.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+
+use carnet_engine::{Flow, LegKind};
+use serde::Serialize;
+
+use super::DONE;
+use crate::{console::plain, failure::Failure, moment, session::Session, table::Table};
+
+/// List the live flows, each with the services that it passes
+///
+/// A flow is what an application connected, with all the connections that the services made of it.
+/// Connections that no filter redirects are none.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {}
+
+/// JSON of `flows`: an array of these.
+#[derive(Debug, Serialize)]
+struct Listed {
+    /// The flow's number.
+    flow: u64,
+    /// When its oldest live leg began, RFC 3339, UTC.
+    began: String,
+    /// The destination that the application wanted.
+    destination: SocketAddr,
+    /// The application.
+    application: Application,
+    /// The services that it has been redirected to, oldest first. One that was removed meanwhile
+    /// is `removed-` and its handle.
+    services: Vec<String>,
+    /// Whether it goes on to its destination from the last of them.
+    onward: bool,
+    /// Its live connections, oldest first.
+    legs: Vec<Leg>,
+    #[serde(skip)]
+    age: Duration,
+}
+
+#[derive(Debug, Serialize)]
+struct Application {
+    /// Its process.
+    pid: u32,
+    /// Its user.
+    uid: u32,
+    /// Its group.
+    gid: u32,
+    /// Its executable; null where the kernel could not read the path.
+    executable: Option<PathBuf>,
+    /// Its command name.
+    command: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Leg {
+    /// The process that connected.
+    pid: u32,
+    /// The service to which it goes; null if it goes to the destination.
+    service: Option<String>,
+    /// The id of the filter that redirected it; null if it goes to the destination.
+    filter: Option<u64>,
+    /// Where the process connected to.
+    requested: SocketAddr,
+    /// Where the connection really goes.
+    target: SocketAddr,
+}
+
 pub(super) fn run(_arguments: Arguments, session: &mut Session<'_>) -> Result<u8, Failure> {
-    session.engine()?;
-    Ok(0)
+    let flows = listed(session.engine()?.flows()?);
+    let mut table = Table::new(["FLOW", "AGE", "APPLICATION", "DESTINATION", "THROUGH", "NOW AT"]);
+    for flow in &flows {
+        let Application { pid, command, .. } = &flow.application;
+        let last = flow.services.last().map_or("?", String::as_str);
+        table.row([
+            flow.flow.to_string(),
+            moment::short(flow.age),
+            format!("{}[{pid}]", plain(command)),
+            flow.destination.to_string(),
+            flow.services.join(" > "),
+            if flow.onward { "destination".into() } else { last.into() },
+        ]);
+    }
+    session.list(&flows, "live flows", &table)?;
+    Ok(DONE)
+}
+
+/// The legs, by flow.
+fn listed(legs: Vec<Flow>) -> Vec<Listed> {
+    let mut flows: BTreeMap<u64, Vec<Flow>> = BTreeMap::new();
+    for leg in legs {
+        flows.entry(leg.flow).or_default().push(leg);
+    }
+    flows.into_values().filter_map(|legs| one(&legs)).collect()
+}
+
+/// A flow of its legs, of which the engine gives the oldest first.
+fn one(legs: &[Flow]) -> Option<Listed> {
+    let oldest = legs.first()?;
+    let furthest = legs.iter().max_by_key(|leg| (leg.hops.len(), leg.kind == LegKind::Onward))?;
+    let name = |service: &Option<String>, handle: u64| match service {
+        Some(name) => name.clone(),
+        None => removed(handle),
+    };
+    let began = u64::try_from(oldest.began.as_nanos()).unwrap_or(u64::MAX);
+    let leg = |leg: &Flow| {
+        let redirected = leg.kind == LegKind::Redirected;
+        Leg {
+            pid: leg.pid,
+            service: redirected.then(|| name(&leg.service, leg.handle)),
+            filter: redirected.then_some(leg.filter),
+            requested: leg.requested,
+            target: leg.target,
+        }
+    };
+    Some(Listed {
+        flow: oldest.flow,
+        began: moment::rfc3339(moment::time_of_day(began)),
+        destination: oldest.destination,
+        application: Application {
+            pid: oldest.app.pid,
+            uid: oldest.app.uid,
+            gid: oldest.app.gid,
+            executable: oldest.app.path.clone(),
+            command: oldest.app.command.to_string_lossy().into_owned(),
+        },
+        services: furthest.hops.iter().map(|hop| name(&hop.service, hop.handle)).collect(),
+        onward: furthest.kind == LegKind::Onward,
+        legs: legs.iter().map(leg).collect(),
+        age: moment::age(began),
+    })
+}
+
+/// What can be said of a service that was removed.
+pub(super) fn removed(handle: u64) -> String {
+    format!("removed-{handle}")
 }

@@ -98,7 +98,7 @@ pub(super) fn parse_trust(text: &str) -> Result<Trust, &'static str> {
     }
 }
 
-/// JSON of `service ls`: a service, and its listeners.
+/// JSON of `service ls`: a service, and its live listeners.
 #[derive(Serialize)]
 struct Listed<'a> {
     #[serde(flatten)]
@@ -162,7 +162,10 @@ fn list(engine: &Engine, session: &mut Session<'_>) -> Result<(), Failure> {
     let listed: Vec<_> = policy
         .services()
         .iter()
-        .map(|service| Listed { service, listeners: listeners_of(&listeners, service.handle) })
+        .map(|service| Listed {
+            service,
+            listeners: live_listeners(&listeners, service).map(|l| l.local).collect(),
+        })
         .collect();
     let mut table =
         Table::new(["ID", "NAME", "PROVIDER", "ON FAILURE", "TRUST", "LISTENERS", "CGROUP"]);
@@ -181,9 +184,15 @@ fn list(engine: &Engine, session: &mut Session<'_>) -> Result<(), Failure> {
     session.list(&listed, "services", &table)
 }
 
-/// The registered listeners of a service.
-fn listeners_of(listeners: &[Listener], handle: u64) -> Vec<SocketAddr> {
-    listeners.iter().filter(|l| l.handle == handle).map(|l| l.local).collect()
+/// Where a service listens, as far as can be told: the kernel forgets a listener that was closed
+/// only when a connection does not find it, or its place is needed.
+pub(super) fn live_listeners<'a>(
+    listeners: &'a [Listener],
+    service: &Service,
+) -> impl Iterator<Item = &'a Listener> {
+    let handle = service.handle;
+    let runs = service_run::runs(service).unwrap_or(false);
+    listeners.iter().filter(move |one| one.handle == handle && one.missed == 0 && runs)
 }
 
 fn trust(trust: &Trust) -> String {

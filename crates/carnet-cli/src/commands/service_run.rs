@@ -53,7 +53,7 @@ pub(super) fn run(arguments: Arguments, session: &mut Session<'_>) -> Result<u8,
     let mut command = child::command(&arguments.command);
     let policy = engine.policy()?;
     if let Some(service) = policy.service(&arguments.name).ok()
-        && in_use(service)?
+        && runs(service)?
     {
         return Err(Failure::new(format_args!("service {} is running already", service.name))
             .with_hint(format_args!("its processes: cgroup {}", service.cgroup.path)));
@@ -70,7 +70,7 @@ pub(super) fn run(arguments: Arguments, session: &mut Session<'_>) -> Result<u8,
 }
 
 /// Whether processes run in the service's cgroup.
-fn in_use(service: &Service) -> Result<bool, Failure> {
+pub(super) fn runs(service: &Service) -> Result<bool, Failure> {
     match Cgroup::find(Path::new(&service.cgroup.path)) {
         Ok(cgroup) if cgroup.id == service.cgroup.id => cgroup.populated(),
         _ => Ok(false),

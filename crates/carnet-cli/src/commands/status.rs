@@ -1,7 +1,226 @@
-use crate::{failure::Failure, session::Session};
+//! `carnet status`: what an instance is and does, read back from the kernel.
+
+use std::{fmt, path::PathBuf};
+
+use carnet_engine as engine;
+use serde::Serialize;
+
+use super::DONE;
+use crate::{
+    console::{GOOD, HEADING, WARNING, plain, styled},
+    failure::Failure,
+    session::Session,
+    table::Table,
+};
+
+/// Show the state of an engine instance
+///
+/// All of it is read back from the kernel: what is attached, how full the tables are, what has been
+/// counted. How long programs run is shown if the kernel counts it: sysctl
+/// kernel.bpf_stats_enabled=1.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {}
+
+/// JSON of `status`.
+#[derive(Serialize)]
+struct Status {
+    /// The instance's name.
+    instance: String,
+    /// Where its pins are.
+    directory: PathBuf,
+    /// The cgroup whose connections are redirected.
+    cgroup: Cgroup,
+    /// The instance's epoch, in hexadecimal: records of another one are refused.
+    epoch: String,
+    /// Number of the last change of the policy; 0 if there was none.
+    generation: u64,
+    /// Number of flows that have begun.
+    flows_begun: u64,
+    /// Layout of the tables.
+    layout: u32,
+    /// The build of the programs that run.
+    build: String,
+    /// Whether it is the build of this version of the command.
+    up_to_date: bool,
+    /// The programs.
+    programs: Vec<Program>,
+    /// What is attached, and to which cgroup.
+    links: Vec<Link>,
+    /// The counters.
+    counters: Vec<Count>,
+    /// How full the tables are.
+    tables: Vec<Use>,
+}
+
+#[derive(Serialize)]
+struct Cgroup {
+    /// Its directory.
+    path: PathBuf,
+    /// Its id.
+    id: u64,
+    /// Whether it is still there.
+    alive: bool,
+}
+
+#[derive(Serialize)]
+struct Program {
+    /// Its name.
+    name: String,
+    /// The kernel's number for it.
+    id: u32,
+    /// The kernel's digest of its instructions, in hexadecimal.
+    tag: String,
+    /// Instructions that the verifier looked at.
+    verified_instructions: u32,
+    /// Times that it ran, if the kernel counts.
+    run_count: u64,
+    /// Nanoseconds that it ran in all, if the kernel counts.
+    run_time_ns: u128,
+}
+
+#[derive(Serialize)]
+struct Link {
+    /// The kernel's number for it.
+    id: u32,
+    /// The hook.
+    hook: String,
+    /// The program's number.
+    program: u32,
+    /// Id of the cgroup.
+    cgroup: u64,
+    /// The service whose cgroup it is; null for that whose connections are redirected.
+    service: Option<String>,
+    /// Whether it is attached; if not, the cgroup is gone.
+    alive: bool,
+}
+
+#[derive(Serialize)]
+struct Count {
+    name: &'static str,
+    value: u64,
+}
+
+#[derive(Serialize)]
+struct Use {
+    /// What the table holds.
+    what: &'static str,
+    /// How many there are.
+    used: usize,
+    /// How many there can be.
+    capacity: usize,
+}
+
 pub(super) fn run(_arguments: Arguments, session: &mut Session<'_>) -> Result<u8, Failure> {
-    session.engine()?;
-    Ok(0)
+    let status = Status::from(session.engine()?.status()?);
+    if session.global.json {
+        session.console.json(&status)?;
+    } else {
+        session.console.line(&status)?;
+    }
+    Ok(DONE)
+}
+
+impl From<engine::Status> for Status {
+    fn from(status: engine::Status) -> Self {
+        let program = |program: engine::ProgramStatus| Program {
+            name: program.name,
+            id: program.id,
+            tag: program.tag.iter().map(|byte| format!("{byte:02x}")).collect(),
+            verified_instructions: program.verified_instructions,
+            run_count: program.run_count,
+            run_time_ns: program.run_time.as_nanos(),
+        };
+        let link = |link: engine::LinkStatus| Link {
+            id: link.id,
+            hook: link.hook,
+            program: link.program_id,
+            cgroup: link.cgroup,
+            service: link.service,
+            alive: link.alive,
+        };
+        let counters = status.counters.into_iter();
+        Self {
+            instance: status.instance,
+            directory: status.directory,
+            cgroup: Cgroup { path: status.scope, id: status.scope_id, alive: status.scope_alive },
+            epoch: format!("{:016x}", status.epoch),
+            generation: status.generation,
+            flows_begun: status.flows_begun,
+            layout: status.layout,
+            build: status.build.to_string(),
+            up_to_date: status.build == status.own_build,
+            programs: status.programs.into_iter().map(program).collect(),
+            links: status.links.into_iter().map(link).collect(),
+            counters: counters
+                .map(|(counter, value)| Count { name: counter_name(counter), value })
+                .collect(),
+            tables: status
+                .tables
+                .into_iter()
+                .map(|table| Use { what: table.what, used: table.used, capacity: table.capacity })
+                .collect(),
+        }
+    }
+}
+
+/// The name under which a counter is shown.
+fn counter_name(counter: carnet_core::event::Counter) -> &'static str {
+    let named = carnet_core::event::Counter::ALL.iter().find(|(known, _)| *known == counter);
+    named.map_or("unknown", |(_, name)| name)
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Cgroup { path, alive, .. } = &self.cgroup;
+        let state = if *alive {
+            styled(GOOD, "up")
+        } else {
+            styled(WARNING, "up, but its cgroup is gone: take it down")
+        };
+        let build = if self.up_to_date {
+            "this version's"
+        } else {
+            "another version's: carnet upgrade brings this one's in"
+        };
+        writeln!(f, "instance     {}, {state}", self.instance)?;
+        writeln!(f, "cgroup       {}", plain(path.display()))?;
+        writeln!(f, "pins         {}", plain(self.directory.display()))?;
+        writeln!(f, "build        {:.12}, {build}", self.build)?;
+        writeln!(f, "policy       changed {} times", self.generation)?;
+        writeln!(f, "flows begun  {}", self.flows_begun)?;
+
+        let attached = self.links.iter().filter(|link| link.alive);
+        let gone = self.links.len() - attached.clone().count();
+        let mut table = Table::new(["PROGRAM", "ID", "ATTACHED", "RUNS", "NS EACH"]);
+        for program in &self.programs {
+            let Program { name, id, run_count, run_time_ns, .. } = program;
+            let links = attached.clone().filter(|link| link.program == *id).count();
+            let each = run_time_ns.checked_div(u128::from(*run_count));
+            table.row([
+                name.clone(),
+                id.to_string(),
+                if links == 0 { String::new() } else { links.to_string() },
+                if *run_count == 0 { String::new() } else { run_count.to_string() },
+                each.map(|each| each.to_string()).unwrap_or_default(),
+            ]);
+        }
+        writeln!(f, "\n{table}")?;
+        if gone > 0 {
+            let what = format!("{gone} more were attached to cgroups that are gone");
+            writeln!(f, "{}", styled(WARNING, what))?;
+        }
+
+        let mut table = Table::new(["TABLE", "USED", "ROOM FOR"]);
+        for Use { what, used, capacity } in &self.tables {
+            table.row([(*what).into(), used.to_string(), capacity.to_string()]);
+        }
+        writeln!(f, "\n{table}\n")?;
+
+        write!(f, "{}", styled(HEADING, "COUNTED"))?;
+        let mut counted = self.counters.iter().filter(|count| count.value > 0).peekable();
+        if counted.peek().is_none() {
+            write!(f, "\nnothing yet")?;
+        }
+        counted.try_for_each(|Count { name, value }| write!(f, "\n{name:22} {value}"))
+    }
 }

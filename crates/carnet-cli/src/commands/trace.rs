@@ -15,7 +15,7 @@ use carnet_core::{
 use carnet_engine::Engine;
 use serde::Serialize;
 
-use super::{DONE, filter::name_or_id};
+use super::{DONE, filter::name_or_id, flows::removed};
 use crate::{
     console::{BAD, FAINT, GOOD, WARNING, plain, styled},
     failure::Failure,
@@ -101,9 +101,7 @@ pub(super) fn run(arguments: Arguments, session: &mut Session<'_>) -> Result<u8,
     let mut events = engine.events()?;
     let mut policy = engine.policy()?;
     let mut seen = 0;
-    if !session.global.json {
-        session.console.note(styled(FAINT, "waiting for connections; Ctrl-C ends"))?;
-    }
+    session.console.note(styled(FAINT, "waiting for connections; Ctrl-C ends"))?;
     let end = arguments.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     while arguments.count.is_none_or(|count| seen < count) {
         let left = match end {
@@ -277,8 +275,7 @@ fn refusal(number: u32) -> &'static str {
 
 /// The name of the service with this handle, or what can be said of one that was removed.
 pub(super) fn service_name(policy: &Policy, handle: u64) -> String {
-    let service = policy.service_by_handle(handle);
-    service.map_or_else(|| format!("removed-{handle}"), |service| service.name.clone())
+    policy.service_by_handle(handle).map_or_else(|| removed(handle), |s| s.name.clone())
 }
 
 fn filter_name(policy: &Policy, id: u64) -> String {
