@@ -1,6 +1,6 @@
 //! Which live listener of a service can take a connection.
 
-use core::{ffi::c_void, ptr};
+use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::{bpf_sock_addr, bpf_sock_tuple},
@@ -17,8 +17,8 @@ use crate::{
     bank::repeat,
     ctx::load64,
     decide::{Request, netns_of},
-    maps::{LISTENERS, REGISTERED},
-    socket::{LISTEN, Socket, storage},
+    maps::LISTENERS,
+    socket::{LISTEN, Socket},
 };
 
 /// 127.0.0.1, in network byte order.
@@ -153,20 +153,19 @@ impl Walk<'_> {
         let Some(listener) = Socket::new(sk) else {
             return false;
         };
-        let handle = match listener.get(&REGISTERED) {
-            Some(handle) => *handle,
-            None => {
-                let connection = listener.multipath();
-                if connection.is_null() {
-                    0
-                } else {
-                    storage(&REGISTERED, connection, ptr::null_mut(), 0).map_or(0, |h| *h)
-                }
-            }
-        };
-        let live = listener.state() == LISTEN && handle == self.key.handle;
+        let live = listener.state() == LISTEN && listener.registered_for() == self.key.handle;
         // SAFETY: the socket is a reference that the look-up gave; it is not used after this.
         unsafe { bpf_sk_release(sk.cast::<c_void>()) };
         live
     }
+}
+
+/// Whether two addresses and ports are the same.
+#[inline(always)]
+pub(crate) fn same(a: &Endpoint, b: &Endpoint) -> bool {
+    a.port == b.port
+        && a.address[0] == b.address[0]
+        && a.address[1] == b.address[1]
+        && a.address[2] == b.address[2]
+        && a.address[3] == b.address[3]
 }

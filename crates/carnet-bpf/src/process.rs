@@ -47,6 +47,7 @@ pub(crate) struct Offsets {
     cred_effective: u32,
     cred_user_namespace: u32,
     user_namespace_level: u32,
+    sock_flags: u32,
 }
 
 /// The same, as the loader fills it in: the fields of [`Offsets`] in their order.
@@ -74,6 +75,7 @@ static OFFSETS: Global<Offsets> = Global::new(Offsets {
     cred_effective: 20,
     cred_user_namespace: 21,
     user_namespace_level: 22,
+    sock_flags: 23,
 });
 
 /// `PF_KTHREAD`: the task is a thread of the kernel's own.
@@ -92,6 +94,12 @@ fn read<T: Default>(address: u64, offset: u32) -> T {
     // any source address, and `T` is an integer.
     unsafe { bpf_probe_read_kernel((&raw mut value).cast(), size_of::<T>() as u32, source) };
     value
+}
+
+/// The flags of a `struct sock`.
+#[inline(always)]
+pub(crate) fn socket_flags(sock: u64) -> u64 {
+    read(sock, OFFSETS.load().sock_flags)
 }
 
 /// The calling task.

@@ -20,7 +20,6 @@ use aya_ebpf::{
 };
 use carnet_core::{
     abi::{self, LISTENER_SLOTS, errno},
-    address::Endpoint,
     event::{Counter, EventKind},
     flow::{ListenerEntry, ListenerKey},
     record::{MAX_HOPS, MAX_RECORD, Record, RecordError},
@@ -30,6 +29,7 @@ use carnet_core::{
 use crate::{
     bank::repeat,
     ctx::{load32, load64, opaque, store32},
+    listener::same,
     mac::carnet_mac,
     maps::{CONFIG, LISTENERS, REGISTERED, SET_RECORDS},
     process::{self, Process},
@@ -252,13 +252,4 @@ impl Step for SlotSearch {
             }
         }
     }
-}
-
-#[inline(always)]
-fn same(a: &Endpoint, b: &Endpoint) -> bool {
-    a.port == b.port
-        && a.address[0] == b.address[0]
-        && a.address[1] == b.address[1]
-        && a.address[2] == b.address[2]
-        && a.address[3] == b.address[3]
 }

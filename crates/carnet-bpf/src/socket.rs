@@ -6,11 +6,13 @@ use aya_ebpf::{
     Global,
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     btf_maps::SkStorage,
-    helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get, bpf_skc_to_mptcp_sock},
+    helpers::generated::{
+        bpf_sk_storage_delete, bpf_sk_storage_get, bpf_skc_to_mptcp_sock, bpf_skc_to_tcp_sock,
+    },
 };
 use carnet_core::address::{AF_INET, AF_INET6, Endpoint};
 
-use crate::ctx::load32;
+use crate::{ctx::load32, maps::REGISTERED, process};
 
 /// `IPPROTO_TCP`.
 pub(crate) const TCP: u32 = 6;
@@ -18,10 +20,16 @@ pub(crate) const TCP: u32 = 6;
 pub(crate) const MPTCP: u32 = 262;
 /// `TCP_SYN_SENT`.
 pub(crate) const SYN_SENT: u32 = 2;
+/// `TCP_FIN_WAIT2`.
+pub(crate) const FIN_WAIT2: u32 = 5;
 /// `TCP_CLOSE`: a socket that has not been connected.
 pub(crate) const CLOSE: u32 = 7;
+/// `TCP_LAST_ACK`.
+pub(crate) const LAST_ACK: u32 = 9;
 /// `TCP_LISTEN`.
 pub(crate) const LISTEN: u32 = 10;
+/// `TCP_CLOSING`.
+pub(crate) const CLOSING: u32 = 11;
 
 /// Not 0 where the kernel has Multipath TCP. Set by the loader, since the helper that finds a
 /// subflow's connection is refused elsewhere.
@@ -94,6 +102,29 @@ impl Socket {
                 port,
             )
         }
+    }
+
+    /// Whether the other end has sent all that it will.
+    #[inline(always)]
+    pub(crate) fn has_received_fin(self) -> bool {
+        const SOCK_DONE: u64 = 1 << 1;
+        // SAFETY: the helper takes any socket and gives null for one that is not TCP's.
+        let sock = unsafe { bpf_skc_to_tcp_sock(self.0.cast()) };
+        !sock.is_null() && process::socket_flags(sock as u64) & SOCK_DONE != 0
+    }
+
+    /// The redirect handle of the service for which this listening socket, or the Multipath TCP
+    /// socket behind it, was registered; 0 if it was not.
+    #[inline(always)]
+    pub(crate) fn registered_for(self) -> u64 {
+        if let Some(handle) = self.get(&REGISTERED) {
+            return *handle;
+        }
+        let connection = self.multipath();
+        if connection.is_null() {
+            return 0;
+        }
+        storage(&REGISTERED, connection, ptr::null_mut(), 0).map_or(0, |handle| *handle)
     }
 
     /// The Multipath TCP connection whose subflow this is.

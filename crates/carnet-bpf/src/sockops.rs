@@ -3,7 +3,8 @@
 //!
 //! **What it does.** Before the SYN is sent, when the connection's two ends are known, it puts a
 //! copy of the leg under them; when the other end is established there it takes the copy to the
-//! accepted socket. At the end of a connection it reports the bytes and forgets.
+//! accepted socket. At the end of a connection it reports the bytes and forgets; at the end of a
+//! registered listener it marks its slot as free to take.
 //!
 //! **Why this hook.** The connect hook does not know the local port yet, and the accepting side has
 //! no hook of its own at accept. The copy is in place before the SYN, so there is no race.
@@ -14,23 +15,28 @@
 use aya_ebpf::{
     bindings::{
         BPF_ANY, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
-        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops,
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB,
+        bpf_sock_ops,
     },
     helpers::generated::{bpf_get_netns_cookie, bpf_map_update_elem, bpf_sock_ops_cb_flags_set},
     macros::sock_ops,
     programs::SockOpsContext,
 };
 use carnet_core::{
+    abi::LISTENER_SLOTS,
     address::{AF_INET, Endpoint},
     event::{Counter, EventKind},
-    flow::{GuardEntry, GuardKey, LEG_REDIRECTED, LegState, Tuple},
+    flow::{GuardEntry, GuardKey, LEG_REDIRECTED, LegState, ListenerKey, Tuple},
+    table::Step,
 };
 
 use crate::{
+    bank::repeat,
     ctx::{fetch_add, load32, load64},
-    maps::{DELIVERED, GUARD, HANDOVER, LEGS},
+    listener::same,
+    maps::{DELIVERED, GUARD, HANDOVER, LEGS, LISTENERS},
     report::{count, event},
-    socket::{CLOSE, Socket},
+    socket::{CLOSE, CLOSING, FIN_WAIT2, LAST_ACK, LISTEN, Socket},
 };
 
 #[sock_ops]
@@ -40,6 +46,7 @@ pub fn carnet_sockops(ctx: SockOpsContext) -> u32 {
     if op != BPF_SOCK_OPS_TCP_CONNECT_CB
         && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB
         && op != BPF_SOCK_OPS_STATE_CB
+        && op != BPF_SOCK_OPS_TCP_LISTEN_CB
     {
         return 1;
     }
@@ -50,8 +57,15 @@ pub fn carnet_sockops(ctx: SockOpsContext) -> u32 {
         connecting(ctx, socket);
     } else if op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
         established(ctx, socket);
+    } else if op == BPF_SOCK_OPS_TCP_LISTEN_CB {
+        watch_state(ctx);
     } else if load32!(ctx, 8) == CLOSE {
-        closed(ctx, socket);
+        let before = load32!(ctx, 4);
+        if before == LISTEN {
+            unlisten(ctx, socket);
+        } else {
+            closed(ctx, socket, before);
+        }
     }
     1
 }
@@ -105,9 +119,47 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
     let _absent = HANDOVER.remove(&key);
 }
 
-/// A connection, or an attempt at one, has ended.
+/// A listening socket has been closed: if it was registered, others may take its slot.
 #[inline(always)]
-fn closed(ctx: *mut bpf_sock_ops, socket: Socket) {
+fn unlisten(ctx: *mut bpf_sock_ops, socket: Socket) {
+    let handle = socket.registered_for();
+    if handle == 0 {
+        return;
+    }
+    let local = socket.local();
+    // SAFETY: the helper takes this context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
+    let key = ListenerKey { handle, netns, family: local.family.into(), slot: 0 };
+    repeat(LISTENER_SLOTS, &mut Unlisten { key, local });
+}
+
+/// The way through the slots of a service to that of a listener.
+struct Unlisten {
+    key: ListenerKey,
+    local: Endpoint,
+}
+
+impl Step for Unlisten {
+    #[inline(always)]
+    fn step(&mut self, slot: u32) -> bool {
+        self.key.slot = slot;
+        if let Some(entry) = LISTENERS.get_ptr_mut(&self.key) {
+            // SAFETY: the entry stays allocated until the program ends. Connects count in it too;
+            // whichever store comes last, it is not 0, unless a connect has found another socket
+            // that listens there.
+            let entry = unsafe { &mut *entry };
+            if same(&entry.local, &self.local) {
+                entry.missed = 1;
+                return false;
+            }
+        }
+        true
+    }
+}
+
+/// A connection, or an attempt at one, has ended; `before` is the state that it was in.
+#[inline(always)]
+fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
     if let Some(leg) = socket.get(&DELIVERED)
         && leg.kind != 0
     {
@@ -126,7 +178,10 @@ fn closed(ctx: *mut bpf_sock_ops, socket: Socket) {
         let _absent = HANDOVER.remove(&tuple(leg.netns, &local, &remote));
     }
     leg.kind = 0;
-    let (received, sent) = (load64!(ctx, 168), load64!(ctx, 176));
+    // The kernel counts SYN and FIN as bytes.
+    let fin_acknowledged = before == FIN_WAIT2 || before == CLOSING || before == LAST_ACK;
+    let sent = load64!(ctx, 176).saturating_sub(1 + u64::from(fin_acknowledged));
+    let received = load64!(ctx, 168).saturating_sub(u64::from(socket.has_received_fin()));
     event(EventKind::Closed, |event| {
         event.flow = leg.record.flow;
         event.handle = leg.handle;

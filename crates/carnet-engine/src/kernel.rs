@@ -25,7 +25,7 @@ pub(crate) struct Offsets([u32; FIELDS.len()]);
 
 /// The fields that the programs read, in the order of `Offsets` in `carnet-bpf`'s `process.rs`: a
 /// structure, and the way through its members.
-const FIELDS: [(&str, &[&str]); 22] = [
+const FIELDS: [(&str, &[&str]); 23] = [
     ("task_struct", &["flags"]),
     ("task_struct", &["group_leader"]),
     ("task_struct", &["start_boottime"]),
@@ -48,6 +48,7 @@ const FIELDS: [(&str, &[&str]); 22] = [
     ("cred", &["cap_effective"]),
     ("cred", &["user_ns"]),
     ("user_namespace", &["level"]),
+    ("sock", &["__sk_common", "skc_flags"]),
 ];
 
 /// The types of the running kernel.
