@@ -5,7 +5,7 @@
 //! kernel's own type information (BTF) and writes them into the programs' constants, which the
 //! verifier knows.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use btf_rs::{Btf, BtfType as _, Struct, Type};
 use rustix::system::uname;
@@ -61,7 +61,9 @@ impl KernelTypes {
         if !Path::new(BTF_PATH).exists() {
             return Err(Error::NoBtf { path: BTF_PATH });
         }
-        let btf = Btf::from_file(BTF_PATH).map_err(|source| Error::BadBtf { source })?;
+        // In one piece: reading from the file, the parser asks for its position at every field.
+        let bytes = fs::read(BTF_PATH).map_err(Error::io("read", BTF_PATH))?;
+        let btf = Btf::from_bytes(&bytes).map_err(|source| Error::BadBtf { source })?;
         Ok(Self { btf })
     }
 
