@@ -443,7 +443,71 @@ fn update(link: &Pinned, programs: &Path) -> Result<Option<()>, Error> {
 
 #[cfg(test)]
 mod tests {
+    use carnet_core::object::{CgroupRef, FailurePolicy, NewService, Trust};
+    use carnet_testbed::{BpfDirectory, Cgroup, require_root};
+
     use super::*;
+    use crate::object::{Hook, SCOPE_HOOKS, SERVICE_HOOKS};
+
+    /// Somebody else's program that claims a hook of a cgroup for itself, until the cgroup goes.
+    fn claim(cgroup: &Cgroup, hook: &Hook) {
+        let loaded = object::load(None, None).unwrap();
+        let program = object::program(&loaded, hook.program).unwrap();
+        let place = Place::at(cgroup.path()).unwrap().open().unwrap();
+        sys::exclusive::attach(program.as_fd(), place.as_fd(), hook.attach_type).unwrap();
+    }
+
+    fn assert_claimed(error: &Error) {
+        assert!(matches!(error, Error::Attach { .. }), "{error}");
+        assert!(error.to_string().contains("attached exclusively"), "{error}");
+    }
+
+    #[test]
+    fn where_somebody_else_claims_a_hook_nothing_is_left_behind() {
+        require_root().unwrap();
+        let scope = Cgroup::create("carnet-engine-claimed").unwrap();
+        let bpffs = BpfDirectory::create("carnet-engine-claimed").unwrap();
+        let location = Location::new(Some(bpffs.path().to_owned()), "one").unwrap();
+
+        // The last hook that is attached.
+        let claimed = scope.child("claimed").unwrap();
+        claim(&claimed, &SCOPE_HOOKS[4]);
+        let error = Engine::up(&location, &UpOptions::new(claimed.path())).unwrap_err();
+        assert_claimed(&error);
+        assert!(!bpffs.path().join("carnet").exists());
+        let open = Place::at(claimed.path()).unwrap().open().unwrap();
+        for Hook { attach_type, .. } in &SCOPE_HOOKS[..4] {
+            let programs = sys::effective_programs(open.as_fd(), *attach_type).unwrap();
+            assert!(programs.is_empty(), "{attach_type:?} {programs:?}");
+        }
+
+        // A service's.
+        let calm = scope.child("calm").unwrap();
+        let service = calm.child("service").unwrap();
+        claim(&service, &SERVICE_HOOKS[1]);
+        let mut engine = Engine::up(&location, &UpOptions::new(calm.path())).unwrap();
+        let place = Place::at(service.path()).unwrap();
+        let error = engine
+            .transact(|policy| {
+                policy.add_provider("acme", "").unwrap();
+                let cgroup = CgroupRef { path: format!("/{}", place.path.display()), id: place.id };
+                let service = NewService {
+                    name: "scan".into(),
+                    provider: "acme".into(),
+                    cgroup,
+                    on_failure: FailurePolicy::Block,
+                    trust: Trust::None,
+                };
+                policy.add_service(service).unwrap();
+                Ok::<_, Error>(())
+            })
+            .unwrap_err();
+        assert_claimed(&error);
+        assert_eq!(engine.policy().unwrap(), Policy::new());
+        assert!(engine.links().pinned().unwrap().iter().all(|link| link.cgroup == calm.id()));
+        engine.down().unwrap();
+        assert!(!bpffs.path().join("carnet").exists());
+    }
 
     #[test]
     fn sys_admin_stands_for_the_capabilities_that_were_split_from_it() {

@@ -504,3 +504,34 @@ pub(crate) fn enter_before_exec(command: &mut Command, processes: OwnedFd) {
     // to a descriptor that was opened before, without allocation or locks.
     unsafe { command.pre_exec(enter) };
 }
+
+/// Attaching without a link, for tests.
+#[cfg(test)]
+pub(crate) mod exclusive {
+    use super::*;
+
+    #[derive(FromBytes, IntoBytes)]
+    #[repr(C)]
+    struct ProgramAttach {
+        target: u32,
+        program: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+
+    /// Attaches a program so that no other can be, as programs of before links may.
+    pub(crate) fn attach(
+        program: BorrowedFd<'_>,
+        cgroup: BorrowedFd<'_>,
+        attach_type: bpf_attach_type,
+    ) -> io::Result<()> {
+        let mut attributes = ProgramAttach {
+            target: number(cgroup),
+            program: number(program),
+            attach_type: attach_type as u32,
+            flags: 0,
+        };
+        // SAFETY: the command is given no address.
+        unsafe { bpf(bpf_cmd::BPF_PROG_ATTACH, &mut attributes) }.map(drop)
+    }
+}

@@ -1,14 +1,13 @@
 //! Flows, events, listeners: what the engine shows of real connections.
 
-mod common;
-
 use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
 use carnet_core::event::{Counter, Event, EventKind};
 use carnet_engine::{Engine, Error, EventReader, LegKind};
 use carnet_testbed::{NetworkNamespace, PeerClient, PeerServer};
-use common::{Failure, World, fill, service};
 use rustix::process::{Pid, Signal, kill_process};
+
+use crate::world::{Failure, World, fill, reference, service};
 
 /// Longest wait for something that is about to happen.
 const SOON: Duration = Duration::from_secs(30);
@@ -124,7 +123,7 @@ fn only_sockets_of_the_services_cgroup_can_be_registered() {
     let unknown = engine.register_listener_of("nobody", server.id()).unwrap_err();
     assert!(matches!(unknown, Error::NoService { .. }));
     let outcome: Result<(), Failure> = engine.transact(|policy| {
-        let moved = common::reference(&elsewhere);
+        let moved = reference(&elsewhere);
         Ok(policy.add_service(service("second", moved)).map(drop)?)
     });
     outcome.unwrap();

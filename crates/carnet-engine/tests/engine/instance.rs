@@ -1,13 +1,12 @@
 //! Instances: up, policy, upgrade, down, on the real kernel.
 
-mod common;
-
 use std::fs;
 
 use carnet_core::object::{FilterAction, Policy, PolicyError};
 use carnet_engine::{BuildId, Engine, Error, Location, UpOptions, doctor};
 use carnet_testbed::Cgroup;
-use common::{Failure, World, fill, filter, links, mode, redirect, reference, service};
+
+use crate::world::{Failure, World, fill, filter, links, mode, redirect, reference, service};
 
 #[test]
 fn up_and_down_leave_nothing() {
@@ -17,7 +16,10 @@ fn up_and_down_leave_nothing() {
     let engine = world.up();
     assert_eq!(engine.scope(), world.scope.path());
     assert_eq!(mode(location.directory()), 0o700);
-    assert_eq!(Location::list(Some(world.bpffs.path().into())).unwrap(), [location.clone()]);
+    assert_eq!(
+        Location::list(Some(world.bpffs.path().into())).unwrap(),
+        std::slice::from_ref(&location)
+    );
     assert_eq!(links(&location).len(), 5);
     assert_eq!(engine.policy().unwrap(), Policy::new());
     assert!(engine.counters().unwrap().iter().all(|(_, count)| *count == 0));

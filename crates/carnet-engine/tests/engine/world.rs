@@ -1,5 +1,4 @@
-//! What the tests of instances share.
-#![allow(dead_code, reason = "each test binary uses a part of it")]
+//! What the tests share: a scope and a bpffs of a test's own, and a small policy.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
