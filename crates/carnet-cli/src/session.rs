@@ -26,7 +26,21 @@ impl Session<'_> {
 
     /// The instance, which has to be up.
     pub(crate) fn engine(&self) -> Result<Engine, Failure> {
-        Ok(Engine::open(&self.location()?)?)
+        Engine::open(&self.location()?).map_err(|error| {
+            let not_up = matches!(error, carnet_engine::Error::NotUp { .. });
+            let failure = Failure::from(error);
+            match self.others().filter(|_| not_up) {
+                Some(names) => failure.with_hint(format_args!("up is --instance {names}")),
+                None => failure,
+            }
+        })
+    }
+
+    /// The instances that are up, if there are any.
+    fn others(&self) -> Option<String> {
+        let locations = Location::list(self.global.bpffs.clone()).ok()?;
+        let names: Vec<_> = locations.iter().map(Location::instance).collect();
+        (!names.is_empty()).then(|| names.join(", "))
     }
 
     /// Changes the policy: all of `change`, or nothing.

@@ -173,6 +173,7 @@ fn echo() -> EchoServer {
 fn a_policy_is_built_shown_explained_and_taken_down() {
     let world = World::up("policy");
     world.fails(&["up", "--cgroup", world.cgroup.path().to_str().unwrap()], &["already up"]);
+    world.fails(&["status", "--instance", "tset"], &["not up", "hint: up is --instance test"]);
     let service = world.cgroup.child("tls").unwrap();
     let service = service.path().to_str().unwrap();
 

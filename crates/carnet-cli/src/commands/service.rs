@@ -170,16 +170,21 @@ fn list(engine: &Engine, session: &mut Session<'_>) -> Result<(), Failure> {
     let mut table =
         Table::new(["ID", "NAME", "PROVIDER", "ON FAILURE", "TRUST", "LISTENERS", "CGROUP"]);
     for Listed { service, listeners } in &listed {
-        let listeners: Vec<_> = listeners.iter().map(SocketAddr::to_string).collect();
+        let mut listeners = listeners.iter().map(SocketAddr::to_string);
         table.row([
             service.id.to_string(),
             service.name.clone(),
             service.provider.clone(),
             service.on_failure.to_string(),
             trust(&service.trust),
-            if listeners.is_empty() { "none".into() } else { listeners.join(",") },
+            listeners.next().unwrap_or_else(|| "none".into()),
             plain(&service.cgroup.path),
         ]);
+        for listener in listeners {
+            let mut more = [const { String::new() }; 7];
+            more[5] = listener;
+            table.row(more);
+        }
     }
     session.list(&listed, "services", &table)
 }
