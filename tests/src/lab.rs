@@ -365,7 +365,7 @@ fn waiting(engine: &Engine) -> usize {
 
 /// A cgroup, as policies name it.
 #[track_caller]
-pub fn reference_of(cgroup: &Cgroup) -> CgroupRef {
+fn reference_of(cgroup: &Cgroup) -> CgroupRef {
     let root = carnet_engine::cgroup::mount_point().must("find the cgroup2 hierarchy");
     let path = cgroup.path().strip_prefix(root).must("name a cgroup");
     CgroupRef { path: format!("/{}", path.display()), id: cgroup.id() }

@@ -9,7 +9,7 @@ use carnet_core::{
     record::Record,
 };
 use carnet_engine::LegKind;
-use carnet_tests::{Lab, Must as _, Plan, Running, handed_on};
+use carnet_tests::{Lab, Must as _, Plan, Running, handed_on, puppet::Hand};
 use zerocopy::FromZeros as _;
 
 /// Sends 16 flows through the services and checks all of it.
@@ -99,7 +99,7 @@ fn the_weights_say_the_order_whatever_was_added_first() {
 fn services_of_equal_weight_come_in_the_order_of_their_age() {
     let lab = Lab::new();
     let names = ["older", "newer"];
-    names.map(|name| lab.service(name, 7));
+    names.iter().for_each(|name| lab.service(name, 7));
     let services = names.map(|name| lab.start(name)).into();
     pass_through(&lab, &names, services);
 }
@@ -269,4 +269,58 @@ fn a_context_reaches_its_service_and_no_other() {
     let [with, without] = services.map(Running::finish);
     assert_eq!(with[0].context, context);
     assert_eq!(without[0].context, None);
+}
+
+/// However a connection ends, SYN and FIN are not among the bytes that are told of it.
+#[test]
+fn the_bytes_of_a_leg_are_those_of_its_payload() {
+    let lab = Lab::new();
+    lab.service("alpha", 1);
+    let (service, client) = (lab.puppet_of("alpha"), lab.puppet());
+    let listener = service.serve("127.0.0.1:0".parse().expect("an address"));
+    let mut trace = lab.trace();
+    let mut count = 0;
+    let mut ends = |end: &dyn Fn(Hand<'_>, Hand<'_>)| {
+        let connection = client.connect(lab.v4()).must("connect");
+        let accepted = listener.accept().must("accept");
+        connection.send(b"question").must("send");
+        assert_eq!(accepted.receive(8), Ok(b"question".to_vec()));
+        accepted.send(b"answer").must("send");
+        assert_eq!(connection.receive(6), Ok(b"answer".to_vec()));
+        end(connection, accepted);
+        count += 1;
+        let is_end = |event: &&Event| event.kind == EventKind::Closed as u32;
+        let ended = |events: &[Event]| events.iter().filter(is_end).count() == count;
+        let events = trace.until("the end of a leg", ended);
+        let event = events.iter().rfind(is_end).expect("the end of a leg");
+        (event.bytes_sent, event.bytes_received)
+    };
+    let eof = |hand: &Hand<'_>| assert_eq!(hand.receive(1), Ok(vec![]));
+
+    let client_first = ends(&|connection, accepted| {
+        connection.end_sending().must("end");
+        eof(&accepted);
+        drop(accepted);
+        eof(&connection);
+    });
+    let client_leaves = ends(&|connection, accepted| {
+        drop(connection);
+        eof(&accepted);
+    });
+    let service_first = ends(&|connection, accepted| {
+        accepted.end_sending().must("end");
+        eof(&connection);
+        drop(connection);
+        eof(&accepted);
+    });
+    let service_leaves = ends(&|connection, accepted| {
+        drop(accepted);
+        eof(&connection);
+    });
+    let reset = ends(&|connection, _accepted| {
+        // struct linger { on, 0 seconds }: close() resets the connection.
+        let linger = [1_u32.to_ne_bytes(), 0_u32.to_ne_bytes()].concat();
+        connection.set(libc::SOL_SOCKET, libc::SO_LINGER, &linger).must("set");
+    });
+    assert_eq!([client_first, client_leaves, service_first, service_leaves, reset], [(8, 6); 5]);
 }

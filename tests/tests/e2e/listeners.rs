@@ -28,7 +28,10 @@ fn scene() -> (Lab, Puppet, Puppet) {
 fn arrives(client: &Puppet, to: SocketAddr, listener: &Hand<'_>) -> SocketAddr {
     let connection = client.connect(to).must("connect");
     let accepted = listener.accept().must("accept");
-    assert_eq!(accepted.peer(), connection.local());
+    // A dual-stack listener sees IPv4 addresses in their mapped form.
+    let canonical =
+        |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+    assert_eq!(accepted.peer().map(canonical), connection.local().map(canonical));
     assert_eq!(connection.peer(), Ok(to));
     let original = accepted.query(carnet_core::abi::ORIGINAL_DESTINATION);
     assert_eq!(original.map(|bytes| bytes.len()), Ok(24));

@@ -84,11 +84,9 @@ fn web_server(lab: &Lab, directory: &Directory) -> (Process, SocketAddr) {
     command.arg("-c").arg(&file).arg("-p").arg(&directory.0).arg("-e").arg("stderr");
     destination.enter_command(&mut command).must("enter the namespace");
     let process = Process::spawn(&mut command).must("start nginx");
-    let reach = || {
-        let reached = destination.run(|| TcpStream::connect(address)).must("enter the namespace");
-        reached.map(drop).map_err(|error| error.kind())
-    };
-    until("nginx to listen", reach, Result::is_ok);
+    let reach =
+        || destination.run(|| TcpStream::connect(address)).must("enter the namespace").is_ok();
+    until("nginx to listen", reach, |reached| *reached);
     (process, address)
 }
 
