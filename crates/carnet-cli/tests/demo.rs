@@ -3,7 +3,8 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     time::Duration,
@@ -204,25 +205,59 @@ fn wait_for_cgroup(cgroup: &Path) {
 
 #[test]
 fn without_root_and_sudo_it_says_what_to_do() {
-    require_root().unwrap();
-    let directory = tempfile();
-    let program = directory.join("carnet");
-    fs::copy(env!("CARGO_BIN_EXE_carnet"), &program).unwrap();
-    let mut command = Command::new(&program);
-    command.arg("demo").env("PATH", &directory).stdin(Stdio::null());
-    carnet_testbed::run_as(&mut command, 65534, 65534);
-    let output = command.output();
-    fs::remove_dir_all(&directory).unwrap();
-    let output = output.unwrap();
+    let bin = Bin::new("carnet-demo-alone");
+    let output = bin.as_nobody(&[]);
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("error: the demonstration needs root"), "{said}");
-    assert!(said.contains(&format!("run: {} demo", program.display())), "{said}");
+    assert!(said.contains(&format!("run: {} demo", bin.program().display())), "{said}");
 }
 
-/// A new directory that every user can look into.
-fn tempfile() -> PathBuf {
-    let path = std::env::temp_dir().join(format!("carnet-demo-user-{}", std::process::id()));
-    fs::create_dir(&path).unwrap();
-    path
+#[test]
+fn without_root_it_goes_on_through_sudo_and_says_so() {
+    let bin = Bin::new("carnet-demo-sudo");
+    let sudo = bin.0.join("sudo");
+    fs::write(&sudo, "#!/bin/sh\nprintf '%s\\n' \"$@\"\n").unwrap();
+    fs::set_permissions(&sudo, Permissions::from_mode(0o755)).unwrap();
+    let output = bin.as_nobody(&["--json"]);
+    let program = bin.program();
+    let passed = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success());
+    assert_eq!(passed, format!("--\n{}\ndemo\n--json\n", program.display()));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains(&format!("sudo {} demo", program.display())), "{said}");
+}
+
+/// A directory with the program in it that every user can look into, and that is all there is in
+/// the `PATH`.
+struct Bin(PathBuf);
+
+impl Bin {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("{name}-{}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        let bin = Self(path);
+        fs::copy(env!("CARGO_BIN_EXE_carnet"), bin.program()).unwrap();
+        bin
+    }
+
+    fn program(&self) -> PathBuf {
+        self.0.join("carnet")
+    }
+
+    /// Runs the demonstration as a user without privileges.
+    fn as_nobody(&self, arguments: &[&str]) -> Output {
+        require_root().unwrap();
+        let mut command = Command::new(self.program());
+        command.arg("demo").args(arguments).env("PATH", &self.0).env_remove("NO_COLOR");
+        carnet_testbed::run_as(command.stdin(Stdio::null()), 65534, 65534);
+        command.output().unwrap()
+    }
+}
+
+impl Drop for Bin {
+    fn drop(&mut self) {
+        // It may have been removed from outside.
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }

@@ -3,7 +3,9 @@
 //! It is a process of its own (`carnet demo --client PLAN`) since a cgroup holds whole processes.
 //! It knows nothing of Carnet: plain sockets, a usual HTTP library, a usual TLS library.
 
-use std::{error::Error, io, net::SocketAddr, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    error::Error, ffi::CString, io, net::SocketAddr, str::FromStr, sync::Arc, time::Duration,
+};
 
 use http_body_util::{BodyExt as _, Empty};
 use hyper::{Request, body::Bytes, client::conn::http1, header};
@@ -28,7 +30,7 @@ use super::destination::ALPN;
 use crate::{failure::Failure, session::Session};
 
 /// The application's command name.
-const NAME: &std::ffi::CStr = c"demo-client";
+pub(super) const NAME: &str = "demo-client";
 /// How long a request may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -96,10 +98,10 @@ pub(super) enum Stage {
 
 /// Is the application.
 pub(super) fn run(plan: &Plan, session: &mut Session<'_>) -> Result<(), Failure> {
-    rustix::thread::set_name(NAME)
-        .map_err(|errno| Failure::because("naming the application", &errno))?;
-    let seen =
-        carry_out(plan).map_err(|error| Failure::because("starting the application", &error))?;
+    let failed = |error: io::Error| Failure::because("starting the application", &error);
+    let name = CString::new(NAME).map_err(|error| failed(error.into()))?;
+    rustix::thread::set_name(&name).map_err(|errno| failed(errno.into()))?;
+    let seen = carry_out(plan).map_err(failed)?;
     Ok(session.console.json_line(&seen)?)
 }
 

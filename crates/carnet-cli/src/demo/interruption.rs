@@ -13,7 +13,7 @@ use std::{
 use rustix::process::Signal;
 use tokio::{
     runtime::Builder,
-    signal::unix::{Signal as Signals, SignalKind, signal},
+    signal::unix::{SignalKind, signal},
 };
 
 use crate::failure::Failure;
@@ -36,19 +36,14 @@ impl Interruption {
         let runtime = Builder::new_current_thread().enable_all().build().map_err(failed)?;
         let state = Arc::new(State::default());
         let noted = Arc::clone(&state);
-        let [mut hangup, mut interrupt, mut quit, mut terminate] = {
+        let (mut hangup, mut interrupt, mut quit, mut terminate) = {
             let _entered = runtime.enter();
-            let watched: Result<Vec<Signals>, _> = [
-                SignalKind::hangup(),
-                SignalKind::interrupt(),
-                SignalKind::quit(),
-                SignalKind::terminate(),
-            ]
-            .into_iter()
-            .map(signal)
-            .collect();
-            let watched = watched.map_err(failed)?;
-            watched.try_into().unwrap_or_else(|_| unreachable!("as many as were asked for"))
+            (
+                signal(SignalKind::hangup()).map_err(failed)?,
+                signal(SignalKind::interrupt()).map_err(failed)?,
+                signal(SignalKind::quit()).map_err(failed)?,
+                signal(SignalKind::terminate()).map_err(failed)?,
+            )
         };
         // The thread lives as long as the process: signals stay caught while it cleans up.
         thread::Builder::new()

@@ -12,13 +12,10 @@ use carnet_core::{
 };
 
 use super::{
-    client::{Answer, Plan, Stage as At},
+    client::{Answer, NAME as APPLICATION, Plan, Stage as At},
     report::{Application, Carried, Check, Connect, Flow, Inspected, Outcome, Step, Verdict, Why},
     stage::Finished,
 };
-
-/// The application's command name in the story, as [`client`](super::client) sets it.
-pub(super) const APPLICATION: &str = "demo-client";
 
 /// How a flow should go.
 #[derive(Clone, Copy, Debug)]
