@@ -129,17 +129,25 @@ impl Lab {
         let scope = Cgroup::create("carnet-e2e").must("make a cgroup");
         let apps = scope.child("apps").must("make a cgroup");
         let location = Location::new(Some(pins.path().to_owned()), "e2e").must("name a place");
-        let options = UpOptions::new(scope.path());
-        let engine = Engine::up(&location, &options).must("bring the engine up");
-        Self {
-            engine: Mutex::new(Some(engine)),
+        let lab = Self {
+            engine: Mutex::default(),
             services: Mutex::default(),
             apps,
             scope,
             location,
             pins,
             network: Arc::clone(network),
-        }
+        };
+        lab.up();
+        lab
+    }
+
+    /// Brings the engine up, with an empty policy. That it is already, unless it was taken down.
+    #[track_caller]
+    pub fn up(&self) {
+        let options = UpOptions::new(self.scope.path());
+        let engine = Engine::up(&self.location, &options).must("bring the engine up");
+        *self.own_engine() = Some(engine);
     }
 
     /// The network.

@@ -2,10 +2,13 @@
 
 use std::{fs, sync::Arc};
 
-use carnet_core::event::Counter;
+use carnet_core::{abi, event::Counter};
 use carnet_engine::{Engine, Error};
 use carnet_testbed::Cgroup;
-use carnet_tests::{Lab, Must as _, Network, PATIENCE, puppet::Puppet};
+use carnet_tests::{
+    Lab, Must as _, Network, PATIENCE,
+    puppet::{Errno, Puppet},
+};
 
 #[test]
 fn two_instances_side_by_side_do_not_know_each_other() {
@@ -89,4 +92,29 @@ fn down_leaves_nothing() {
     let errno = listener.register(&[]).expect_err("an errno").0;
     assert!([libc::ENOPROTOOPT, libc::EOPNOTSUPP].contains(&errno), "{errno}");
     drop(services);
+}
+
+#[test]
+fn records_of_a_former_life_are_void() {
+    let lab = Lab::new();
+    lab.service("before", 1);
+    let loopback = "127.0.0.1:0".parse().expect("an address");
+    let record = {
+        let (service, client) = (lab.puppet_of("before"), lab.puppet());
+        let listener = service.serve(loopback);
+        let _connection = client.connect(lab.v4()).must("connect");
+        let accepted = listener.accept().must("accept");
+        accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query the record")
+    };
+    lab.down();
+    lab.up();
+    assert!(lab.policy().services().is_empty());
+    lab.service("after", 1);
+    let service = lab.puppet_of("after");
+    let onward = service.tcp(lab.v4());
+    assert_eq!(onward.set_record(&record), Err(Errno(libc::EINVAL)));
+    // The new instance has another key, so it cannot even tell whose record it was.
+    assert_eq!(lab.counter(Counter::RecordsForged), 1);
+    // Listeners of before are not registered any more either.
+    assert_eq!(lab.refused(lab.v4()), "ECONNREFUSED");
 }
