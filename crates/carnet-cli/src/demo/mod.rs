@@ -11,7 +11,7 @@
 //! | [`story`] | what became of a flow, and whether it is what is claimed |
 //! | [`report`], [`page`] | the facts, as JSON and for people |
 //!
-//! It claims nothing that it has not checked: where a claim does not hold, it says which, and fails.
+//! It claims nothing that it has not checked: where a claim does not hold, it says which and fails.
 
 mod client;
 mod destination;

@@ -41,8 +41,8 @@ pub(super) fn obtain(session: &mut Session<'_>) -> Result<(), Failure> {
     session.console.note(styled(
         FAINT,
         format_args!(
-            "Root is needed from here on, for a cgroup, network namespaces and BPF programs:\n  sudo \
-             {command}"
+            "Root is needed from here on, for a cgroup, network namespaces and BPF programs:\n  \
+             sudo {command}"
         ),
     ))?;
     let mut command = Command::new(sudo);

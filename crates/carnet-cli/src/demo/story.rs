@@ -249,7 +249,8 @@ impl Evidence<'_> {
         vec![
             check(
                 format!("the connection is refused at once, because {service} is not there"),
-                matches!(connects, [only] if only.verdict == refused && only.process == APPLICATION),
+                matches!(connects, [only]
+                    if only.verdict == refused && only.process == APPLICATION),
             ),
             check(
                 "the application's connect() fails with ECONNREFUSED",
@@ -269,7 +270,10 @@ impl Evidence<'_> {
             [legs @ .., last] => (Some(last), legs),
             [] => (None, connects),
         };
-        let again = |connect: &Connect| matches!(&connect.verdict, Verdict::Redirected { service, .. } if service == forgetful);
+        let again = |connect: &Connect| match &connect.verdict {
+            Verdict::Redirected { service, .. } => service == forgetful,
+            Verdict::Onward | Verdict::Refused(_) => false,
+        };
         let forgot = |connect: &Connect| {
             connect.record == Carried::Forgotten && connect.process == forgetful
         };
