@@ -6,13 +6,13 @@
 //! | [`bpf`] | builds the kernel engine, reproducibly, and checks the committed object against it |
 //! | [`test`](mod@test) | runs everything that runs on the local kernel |
 //! | [`ci`] | what CI checks beside the tests |
-//! | [`forward`] | `demo` and `bench`: build a program and start it as root |
+//! | [`bench`] | `bench`: build the benchmarks and start them as root |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
 
+mod bench;
 mod bpf;
 mod cargo;
 mod ci;
-mod forward;
 mod host;
 mod process;
 mod test;
@@ -48,11 +48,6 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Build `carnet` and run `carnet demo` as root; everything given is handed on to it
-    Demo {
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
-    },
 }
 
 fn main() -> ExitCode {
@@ -71,7 +66,6 @@ fn run(command: Command) -> Result<()> {
         Command::Bpf(options) => bpf::run(options),
         Command::Test { arguments } => test::run(&arguments),
         Command::Ci => ci::run(),
-        Command::Bench { arguments } => forward::bench(&arguments),
-        Command::Demo { arguments } => forward::demo(&arguments),
+        Command::Bench { arguments } => bench::run(&arguments),
     }
 }

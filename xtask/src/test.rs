@@ -14,7 +14,7 @@ use crate::host;
 use crate::process::{self, Privilege, announce};
 
 /// The packages whose tests make network namespaces and cgroups and attach BPF programs.
-const PRIVILEGED: [&str; 2] = ["carnet-testbed", "carnet-tests"];
+const PRIVILEGED: [&str; 4] = ["carnet-cli", "carnet-engine", "carnet-testbed", "carnet-tests"];
 
 pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
     let privilege = host::prepare()?;

@@ -43,6 +43,11 @@ pub fn carnet_setsockopt(ctx: SockoptContext) -> i32 {
     if load32!(ctx, 24) as i32 != abi::LEVEL {
         return 1;
     }
+    // A hook of a cgroup below has taken it. That happens for moments, while a service moves from
+    // one cgroup to another.
+    if load32!(ctx, 32) == u32::MAX {
+        return 1;
+    }
     let Some(socket) = Socket::new(load64!(ctx, 0) as *mut _) else {
         return 1;
     };
