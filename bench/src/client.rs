@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use rustix::net::sockopt::set_socket_linger;
 use serde::{Deserialize, Serialize};
 
 use crate::server::{REQUEST, RESPONSE};
@@ -17,7 +18,8 @@ use crate::statistics::percentile;
 /// What one connection consists of, and what of it is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Exchange {
-    /// Nothing is sent, the server closes. Timed: connect() and close(), not the waiting between.
+    /// Nothing: the connection is reset at once, so that neither end keeps its port busy. Timed:
+    /// connect() and close().
     Nothing,
     /// A small HTTP request and response. Timed: from before connect() to the end of the stream.
     Request,
@@ -90,10 +92,14 @@ impl Load {
     fn connect(&self, buffer: &mut [u8; RESPONSE.len() + 1]) -> io::Result<Duration> {
         let begun = Instant::now();
         let mut stream = TcpStream::connect(self.to)?;
-        let connected = begun.elapsed();
-        if self.exchange == Exchange::Request {
-            stream.write_all(REQUEST)?;
+        if self.exchange == Exchange::Nothing {
+            let connected = begun.elapsed();
+            set_socket_linger(&stream, Some(Duration::ZERO))?;
+            let closing = Instant::now();
+            drop(stream);
+            return Ok(connected + closing.elapsed());
         }
+        stream.write_all(REQUEST)?;
         let mut length = 0;
         loop {
             let room = buffer.get_mut(length..).unwrap_or_default();
@@ -102,16 +108,10 @@ impl Load {
                 read => length += read,
             }
         }
-        let expected = if self.exchange == Exchange::Request { RESPONSE } else { b"" };
-        if buffer.get(..length) != Some(expected) {
+        if buffer.get(..length) != Some(RESPONSE) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "not the server's response"));
         }
-        if self.exchange == Exchange::Request {
-            return Ok(begun.elapsed());
-        }
-        let closing = Instant::now();
-        drop(stream);
-        Ok(connected + closing.elapsed())
+        Ok(begun.elapsed())
     }
 }
 

@@ -15,13 +15,11 @@ use serde::Serialize;
 
 use crate::client::Exchange;
 use crate::connect::Plan;
-use crate::site::Site;
+use crate::site::{Runs, Site};
 use crate::statistics::Spread;
 
 /// How many filters the larger policy has.
 const MANY: u16 = 1000;
-/// What the names of the kernel's programs begin with.
-const PREFIX: &str = "carnet_";
 
 /// What was measured of one hook under one policy.
 #[derive(Clone, Debug, Serialize)]
@@ -56,13 +54,6 @@ struct Case {
     exchange: Exchange,
 }
 
-/// Time and number of runs of a program.
-#[derive(Clone, Copy, Default)]
-struct Runs {
-    nanoseconds: u64,
-    count: u64,
-}
-
 /// Measures all policies in turn.
 ///
 /// # Errors
@@ -78,9 +69,9 @@ pub(crate) fn measure(plan: &Plan) -> Result<Vec<Row>> {
     }
     for repetition in plan.repetitions("hooks") {
         for (number, case) in repetition.order(&cases) {
-            let before = case.runs()?;
+            let before = case.site.runs()?;
             let load = case.site.load(case.exchange, plan.connections, 1)?;
-            let ran = case.difference(&before, case.runs()?, load.connections)?;
+            let ran = case.difference(&before, case.site.runs()?, load.connections)?;
             for (hook, Runs { nanoseconds, count }) in ran {
                 let (total, means) = measured.entry((number, hook)).or_default();
                 *total += count;
@@ -112,14 +103,30 @@ fn cases() -> Result<Vec<Case>> {
         let hook = if address == v4 { "connect4" } else { "connect6" };
         Ok(Case { policy, site, hook, runs: 1, all_hooks: false, exchange })
     };
+    let one = |site: &mut Site| site.add_filters(&others_v4(1));
+    let mut reference = Site::near(v4, Exchange::Nothing)?;
+    reference.attach_reference()?;
     let mut cases = vec![
+        Case {
+            policy: "a program that does nothing",
+            site: reference,
+            hook: "connect4",
+            runs: 1,
+            all_hooks: false,
+            exchange: Exchange::Nothing,
+        },
         case("empty", v4, &|_| Ok(()))?,
-        case("1 filter, no match", v4, &|site| site.add_filters(&others_v4(1)))?,
+        case("1 filter, no match", v4, &one)?,
         case("1000 filters, no match", v4, &|site| site.add_filters(&others_v4(MANY)))?,
         case("1 filter, no match", v6, &|site| site.add_filters(&[other_v6.into()]))?,
         case("redirect", v4, &Site::add_sink)?,
     ];
     let exchange = Exchange::Request;
+    let mut site = Site::far(exchange)?;
+    site.bring_engine_up()?;
+    one(&mut site)?;
+    let (policy, hook) = ("1 filter, with requests", "connect4");
+    cases.insert(3, Case { policy, site, hook, runs: 1, all_hooks: false, exchange });
     let mut site = Site::far(exchange)?;
     site.bring_engine_up()?;
     site.add_inspect()?;
@@ -130,17 +137,6 @@ fn cases() -> Result<Vec<Case>> {
 }
 
 impl Case {
-    /// The runs of this site's programs until now, by hook.
-    fn runs(&self) -> Result<BTreeMap<String, Runs>> {
-        let programs = self.site.engine()?.status()?.programs;
-        let runs = programs.into_iter().map(|program| {
-            let hook = program.name.trim_start_matches(PREFIX).to_owned();
-            let nanoseconds = program.run_time.as_nanos() as u64;
-            (hook, Runs { nanoseconds, count: program.run_count })
-        });
-        Ok(runs.collect())
-    }
-
     /// What ran between `before` and `after`, while the client made so many connections.
     ///
     /// # Errors

@@ -6,7 +6,7 @@
 //! | module | job |
 //! |---|---|
 //! | [`connect`] | the benchmark `connect`: what is measured, how much of it |
-//! | [`hooks`] | its first part: nanoseconds of each hook |
+//! | [`hooks`], [`reference`] | its first part: nanoseconds of each hook, and of one that does nothing |
 //! | [`latency`] | its second part: connect() as the application sees it |
 //! | [`services`] | its third part: whole connections through services |
 //! | [`site`] | where one thing is measured: namespaces, cgroups, engine, services |
@@ -20,6 +20,7 @@ mod firewall;
 mod hooks;
 mod interrupt;
 mod latency;
+mod reference;
 mod report;
 mod server;
 mod services;

@@ -2,6 +2,7 @@
 //! what is to lie between them. Sites stand side by side, so that what is compared can be measured
 //! in turn without changing anything.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::net::{IpAddr, SocketAddr};
 use std::process::{Command, Stdio};
@@ -19,6 +20,7 @@ use carnet_testbed::{BpfDirectory, Cgroup, NetworkNamespace, Process, Topology};
 use crate::client::{Exchange, Load, Measured};
 use crate::firewall;
 use crate::interrupt;
+use crate::reference::Reference;
 use crate::server::Server;
 
 /// The user as which relays run: nobody. nftables tells them from the client by it.
@@ -27,8 +29,19 @@ const RELAY_USER: u32 = 65534;
 const READY_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a load may take: a hundred times as long as the largest should.
 const LOAD_DEADLINE: Duration = Duration::from_secs(600);
+/// What the names of the engine's programs begin with.
+const PREFIX: &str = "carnet_";
 /// The provider of all services and sublayers, and the name of the instance.
 const NAME: &str = "bench";
+
+/// Time and number of runs of a BPF program.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Runs {
+    /// The time of all runs.
+    pub(crate) nanoseconds: u64,
+    /// How many there were.
+    pub(crate) count: u64,
+}
 
 /// A place to measure in. See the module's documentation.
 #[derive(Debug)]
@@ -37,6 +50,7 @@ pub(crate) struct Site {
     relays: Vec<Process>,
     server: Server,
     engine: Option<(Engine, BpfDirectory)>,
+    reference: Option<Reference>,
     services: Vec<Cgroup>,
     client: Cgroup,
     scope: Cgroup,
@@ -74,6 +88,7 @@ impl Site {
             relays: Vec::new(),
             server,
             engine: None,
+            reference: None,
             services: Vec::new(),
             client,
             scope,
@@ -97,11 +112,37 @@ impl Site {
         Ok(())
     }
 
-    /// The engine.
+    /// Attaches a program that does nothing to this site's connect hook.
     ///
     /// # Errors
-    /// When none was brought up.
-    pub(crate) fn engine(&self) -> Result<&Engine> {
+    /// When the kernel refuses it.
+    pub(crate) fn attach_reference(&mut self) -> Result<()> {
+        self.reference = Some(Reference::attach(self.scope.path())?);
+        Ok(())
+    }
+
+    /// The runs of this site's BPF programs until now, by hook, since statistics are taken.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub(crate) fn runs(&self) -> Result<BTreeMap<String, Runs>> {
+        let mut all = BTreeMap::new();
+        if let Some(reference) = &self.reference {
+            let (nanoseconds, count) = reference.runs()?;
+            all.insert("connect4".to_owned(), Runs { nanoseconds, count });
+        }
+        if let Some((engine, _)) = &self.engine {
+            for program in engine.status()?.programs {
+                let hook = program.name.trim_start_matches(PREFIX).to_owned();
+                let nanoseconds = program.run_time.as_nanos() as u64;
+                all.insert(hook, Runs { nanoseconds, count: program.run_count });
+            }
+        }
+        Ok(all)
+    }
+
+    /// The engine.
+    fn engine(&self) -> Result<&Engine> {
         let (engine, _) = self.engine.as_ref().context("the engine is not up")?;
         Ok(engine)
     }
