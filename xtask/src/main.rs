@@ -6,7 +6,7 @@
 //! | [`bpf`] | builds the kernel engine, reproducibly, and checks the committed object against it |
 //! | [`test`](mod@test) | runs everything that runs on the local kernel |
 //! | [`ci`] | what CI checks beside the tests |
-//! | [`bench`] | `bench`: build the benchmarks and start them as root |
+//! | [`bench`](mod@bench) | build the benchmarks and start them as root |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
 
 mod bench;
