@@ -6,15 +6,19 @@ use crate::origin::FlowSource;
 use crate::relay::{BUFFER, Leg, LegEnd, Side, Stop, both, discard, reset_on_close};
 use crate::rules::{Action, Decision, Facts, Rules, Verdict};
 use socket2::SockRef;
-use std::future::Future;
+use std::convert::Infallible;
+use std::future::{Future, pending};
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
+/// How long a connection has to last before it is probed whether its server is still there.
+const LASTING: Duration = Duration::from_secs(30);
 /// How long a peer may take to notice that it has been answered for good, before it is closed.
 const LINGER: Duration = Duration::from_secs(2);
 
@@ -48,13 +52,15 @@ struct Traffic {
 }
 
 impl Context {
-    /// Serves an accepted connection until it ends or `stopped` does, and logs it.
+    /// Serves an accepted connection until it ends or `stopped` does, and logs it. It has its
+    /// `place` until then.
     pub(crate) async fn serve(
-        &self,
+        self: Arc<Self>,
         accepted: TcpStream,
         peer: SocketAddr,
         rules: Arc<Rules>,
         stopped: impl Future<Output = ()>,
+        place: impl Sized,
     ) {
         let begun = Instant::now();
         let traffic = Traffic::default();
@@ -73,6 +79,7 @@ impl Context {
         entry.bytes_down = traffic.down.load(Ordering::Relaxed);
         entry.close(begun.elapsed());
         self.log.add(&entry).await;
+        drop(place);
     }
 
     /// The whole conversation. Returns why it ended, if not because both sides were done.
@@ -118,21 +125,32 @@ impl Context {
                 return Some(error.to_string());
             }
         };
-        tune(&server);
-
         let mut inspector = Inspector::new();
-        let up = Upload {
-            leg: Leg::new(client, &server, &traffic.up),
-            inspector: &mut inspector,
-            patience: self.inspect_timeout,
-        };
-        let down = async {
-            let leg = Leg::new(&server, client, &traffic.down);
-            leg.relay(vec![0; BUFFER]).await.map_err(LegEnd::from)
-        };
-        let result = match decision {
-            Decision::Settled(_) => both(up.look(), down).await,
-            Decision::Open => both(up.hold(|seen| settle(rules, facts, seen, entry)), down).await,
+        let result = {
+            let up = Upload {
+                leg: Leg::new(client, &server, &traffic.up),
+                server: &server,
+                inspector: &mut inspector,
+                patience: self.inspect_timeout,
+            };
+            // Pinned where they are: futures that are handed on by value are copied each time, and
+            // these are large.
+            let up = pin!(async {
+                match decision {
+                    Decision::Settled(_) => up.look().await,
+                    Decision::Open => up.hold(|seen| settle(rules, facts, seen, entry)).await,
+                }
+            });
+            let down = pin!(async {
+                let leg = Leg::new(&server, client, &traffic.down);
+                leg.relay(vec![0; BUFFER]).await.map_err(LegEnd::from)
+            });
+            let probe = pin!(probe_later(&server));
+            tokio::select! {
+                biased;
+                result = both(up, down) => result,
+                never = probe => match never {},
+            }
         };
         let seen = inspector.into_seen();
         (entry.protocol, entry.host) = (seen.protocol, seen.host);
@@ -159,12 +177,21 @@ impl Context {
     }
 }
 
-/// Sets what accepted sockets have from their listener. Without it all works, only less well.
-fn tune(server: &TcpStream) {
-    // Whoever sent small segments meant them to go out as they are.
+// Accepted sockets have these options from their listener. The sockets that lead onwards get them
+// when they need them, since every call on a socket costs a service, and most connections are short
+// and send one request. Without them all works, only less well.
+
+/// Makes segments go out as they are: whoever sent small ones meant it. What is written first is not
+/// held back in any case.
+fn send_at_once(server: &TcpStream) {
     let _ = server.set_nodelay(true);
-    // Peers that vanish without a word are found out, in time.
+}
+
+/// Has a peer that vanished without a word found out, in time, if the connection lasts.
+async fn probe_later(server: &TcpStream) -> Infallible {
+    sleep(LASTING).await;
     let _ = SockRef::from(server).set_keepalive(true);
+    pending().await
 }
 
 /// Settles an open decision with what the client said.
@@ -211,6 +238,8 @@ fn broken(side: Side, error: &io::Error) -> String {
 /// The direction from the client, which is inspected.
 struct Upload<'a> {
     leg: Leg<'a>,
+    /// The socket that the leg writes to.
+    server: &'a TcpStream,
     inspector: &'a mut Inspector,
     patience: Duration,
 }
@@ -219,19 +248,21 @@ impl Upload<'_> {
     /// Inspects bytes while they pass.
     async fn look(self) -> Result<(), LegEnd> {
         let mut buffer = vec![0; BUFFER];
-        loop {
+        let mut settled = false;
+        while !settled {
             let length = self.leg.read(&mut buffer).await?;
             let bytes = buffer.get(..length).unwrap_or_default();
-            let settled = self.inspector.feed(bytes);
+            settled = self.inspector.feed(bytes);
             self.leg.write(bytes).await?;
             if length == 0 {
                 return Ok(self.leg.finish()?);
             }
-            if settled {
-                self.inspector.finish();
-                return Ok(self.leg.relay(buffer).await?);
+            if !settled {
+                send_at_once(self.server);
             }
         }
+        self.inspector.finish();
+        self.go_on(buffer).await
     }
 
     /// Holds bytes back until `settle` has decided on them.
@@ -261,7 +292,18 @@ impl Upload<'_> {
         settle(self.inspector.seen())?;
         self.leg.write(&held).await?;
         drop(held);
-        if ended { Ok(self.leg.finish()?) } else { Ok(self.leg.relay(buffer).await?) }
+        if ended { Ok(self.leg.finish()?) } else { self.go_on(buffer).await }
+    }
+
+    /// Relays what comes after the first bytes.
+    async fn go_on(&self, mut buffer: Vec<u8>) -> Result<(), LegEnd> {
+        let length = self.leg.read(&mut buffer).await?;
+        if length == 0 {
+            return Ok(self.leg.finish()?);
+        }
+        send_at_once(self.server);
+        self.leg.write(buffer.get(..length).unwrap_or_default()).await?;
+        Ok(self.leg.relay(buffer).await?)
     }
 }
 

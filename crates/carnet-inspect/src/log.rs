@@ -1,8 +1,9 @@
 //! The log: one line for each flow, at its end.
 //!
 //! Lines are made where the flow ends and written by a thread of their own, so that a slow
-//! terminal or disk never holds a connection up. The thread writes what has gathered at once; at
-//! most `QUEUE` lines wait for it, and then flows wait with ending, not with relaying.
+//! terminal or disk never holds a connection up. The thread writes what has gathered at once, and
+//! lets more gather for a moment: being woken for every line would cost flows more than the lines
+//! do. At most `QUEUE` lines wait for it, and then flows wait with ending, not with relaying.
 
 use crate::inspect::Protocol;
 use crate::rules::Action;
@@ -17,6 +18,8 @@ use tokio::sync::mpsc;
 
 /// How many lines may wait to be written.
 const QUEUE: usize = 4096;
+/// How long lines gather before they are written, after others were.
+const GATHERING: Duration = Duration::from_millis(5);
 /// Longest text from outside in a line for people, in characters. JSON has all of it.
 const LONGEST: usize = 160;
 
@@ -262,6 +265,7 @@ fn write_lines(mut waiting: mpsc::Receiver<String>, mut target: impl Write) {
             }
             Err(_) => {}
         }
+        thread::sleep(GATHERING);
     }
 }
 

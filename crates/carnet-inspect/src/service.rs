@@ -202,11 +202,9 @@ impl Service {
     /// Serves a connection in a task of its own; it has its `place` until it ends.
     fn begin(&self, stream: TcpStream, peer: SocketAddr, place: OwnedSemaphorePermit) {
         let (context, control) = (Arc::clone(&self.context), self.control.clone());
-        tokio::spawn(async move {
-            let stopped = control.reached(Phase::Stopped);
-            context.serve(stream, peer, control.rules(), stopped).await;
-            drop(place);
-        });
+        let rules = control.rules();
+        let stopped = async move { control.reached(Phase::Stopped).await };
+        tokio::spawn(context.serve(stream, peer, rules, stopped, place));
     }
 }
 
