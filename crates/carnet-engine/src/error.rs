@@ -53,11 +53,11 @@ pub enum Error {
         path: &'static str,
     },
 
-    /// The kernel's type information cannot be read.
-    #[error("the kernel's type information cannot be read")]
+    /// The kernel's type information cannot be understood.
+    #[error("the kernel's type information cannot be understood: {problem}")]
     BadBtf {
-        /// The cause.
-        source: btf_rs::Error,
+        /// What is wrong with it.
+        problem: &'static str,
     },
 
     /// The kernel's structures are not as they are known.

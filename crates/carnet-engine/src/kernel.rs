@@ -7,11 +7,13 @@
 
 use std::{fs, path::Path};
 
-use btf_rs::{Btf, BtfType as _, Struct, Type};
 use rustix::system::uname;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::Error;
+use crate::{
+    Error,
+    btf::{Btf, Structure},
+};
 
 /// Where the kernel shows its types.
 pub(crate) const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
@@ -61,21 +63,19 @@ impl KernelTypes {
         if !Path::new(BTF_PATH).exists() {
             return Err(Error::NoBtf { path: BTF_PATH });
         }
-        // In one piece: reading from the file, the parser asks for its position at every field.
         let bytes = fs::read(BTF_PATH).map_err(Error::io("read", BTF_PATH))?;
-        let btf = Btf::from_bytes(&bytes).map_err(|source| Error::BadBtf { source })?;
+        let btf = Btf::parse(bytes).map_err(|problem| Error::BadBtf { problem })?;
         Ok(Self { btf })
     }
 
     /// Whether the kernel has a structure of this name, and knows its members.
     pub(crate) fn has_struct(&self, name: &str) -> bool {
-        self.find_struct(name).is_some()
+        self.btf.structure(name).is_some()
     }
 
     /// Whether the kernel has a function of this name.
     pub(crate) fn has_function(&self, name: &str) -> bool {
-        let types = self.btf.resolve_types_by_name(name).unwrap_or_default();
-        types.iter().any(|found| matches!(found, Type::Func(_)))
+        self.btf.has_function(name)
     }
 
     pub(crate) fn offsets(&self) -> Result<Offsets, Error> {
@@ -86,21 +86,13 @@ impl KernelTypes {
         Ok(Offsets(offsets))
     }
 
-    fn find_struct(&self, name: &str) -> Option<Struct> {
-        let types = self.btf.resolve_types_by_name(name).ok()?;
-        types.into_iter().find_map(|found| match found {
-            Type::Struct(found) => Some(found),
-            _ => None,
-        })
-    }
-
     fn offset(&self, structure: &'static str, members: &[&'static str]) -> Result<u32, Error> {
         let first = members.first().copied().unwrap_or_default();
         let unknown = |member| Error::UnknownKernel { structure, member };
-        let mut within = self.find_struct(structure);
+        let mut within = self.btf.structure(structure);
         let mut bits = 0;
         for member in members {
-            let place = within.and_then(|within| self.member(&within, member));
+            let place = within.and_then(|within| self.member(within, member));
             let (offset, below) = place.ok_or_else(|| unknown(member))?;
             bits += offset;
             within = below;
@@ -111,33 +103,15 @@ impl KernelTypes {
 
     /// A member's offset in bits, and its own structure if it is one. Members of anonymous members
     /// count as the structure's own, as in C.
-    fn member(&self, within: &Struct, name: &str) -> Option<(u32, Option<Struct>)> {
-        for member in &within.members {
-            let named = self.btf.resolve_name(member).unwrap_or_default();
-            if named == name {
-                return Some((member.bit_offset(), self.structure_of(member.get_type_id()?)));
+    fn member(&self, within: Structure, name: &str) -> Option<(u32, Option<Structure>)> {
+        self.btf.members(within).find_map(|member| {
+            if member.name == name.as_bytes() {
+                return Some((member.bits, member.structure));
             }
-            if named.is_empty()
-                && let Some(below) = self.structure_of(member.get_type_id()?)
-                && let Some((offset, found)) = self.member(&below, name)
-            {
-                return Some((member.bit_offset() + offset, found));
-            }
-        }
-        None
-    }
-
-    /// The structure or union behind a type, through names and qualifiers, but not pointers.
-    fn structure_of(&self, id: u32) -> Option<Struct> {
-        match self.btf.resolve_type_by_id(id).ok()? {
-            Type::Struct(found) | Type::Union(found) => Some(found),
-            Type::Typedef(t) => self.structure_of(t.get_type_id()?),
-            Type::Const(t) | Type::Volatile(t) | Type::Restrict(t) => {
-                self.structure_of(t.get_type_id()?)
-            }
-            Type::TypeTag(t) => self.structure_of(t.get_type_id()?),
-            _ => None,
-        }
+            let below = member.structure.filter(|_| member.name.is_empty())?;
+            let (offset, found) = self.member(below, name)?;
+            Some((member.bits + offset, found))
+        })
     }
 }
 

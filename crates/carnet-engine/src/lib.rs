@@ -33,6 +33,7 @@
 //! | [`doctor`] | whether Carnet can work here |
 //! | `sys` | system calls for which there is no safe library |
 
+mod btf;
 pub mod cgroup;
 pub mod doctor;
 mod engine;
