@@ -6,7 +6,7 @@
 //! | module | job |
 //! |---|---|
 //! | [`connect`] | the benchmark `connect`: what is measured, how much of it |
-//! | [`hooks`], [`reference`] | its first part: nanoseconds of each hook, and of one that does nothing |
+//! | [`hooks`], [`reference`](mod@reference) | its first part: nanoseconds of each hook, and of one that does nothing |
 //! | [`latency`] | its second part: connect() as the application sees it |
 //! | [`services`] | its third part: whole connections through services |
 //! | [`site`] | where one thing is measured: namespaces, cgroups, engine, services |
