@@ -1,13 +1,15 @@
-//! Ctrl-C ends a benchmark in order: namespaces, cgroups and pins are removed.
+//! Ctrl-C and SIGTERM end a benchmark in order: namespaces, cgroups and pins are removed.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use anyhow::{Context as _, Result, bail};
+use tokio::signal::unix::{SignalKind, signal};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// From now on, Ctrl-C only makes [`check`] fail. The children of the moment end by it.
+/// From now on, these signals only make [`check`] fail. The children of the moment end by Ctrl-C; on
+/// SIGTERM they finish what they are doing.
 pub(crate) fn prepare() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -16,7 +18,14 @@ pub(crate) fn prepare() -> Result<()> {
     thread::Builder::new()
         .name("interrupt".into())
         .spawn(move || {
-            if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
+            let signalled = runtime.block_on(async {
+                let mut terminated = signal(SignalKind::terminate())?;
+                tokio::select! {
+                    interrupted = tokio::signal::ctrl_c() => interrupted,
+                    _ = terminated.recv() => Ok(()),
+                }
+            });
+            if signalled.is_ok() {
                 INTERRUPTED.store(true, Ordering::Relaxed);
             }
         })
@@ -24,7 +33,7 @@ pub(crate) fn prepare() -> Result<()> {
     Ok(())
 }
 
-/// Fails once Ctrl-C was pressed.
+/// Fails once one of the signals came.
 pub(crate) fn check() -> Result<()> {
     if INTERRUPTED.load(Ordering::Relaxed) {
         bail!("interrupted");
