@@ -41,7 +41,7 @@ impl EventKind {
     }
 }
 
-/// An event, 144 bytes.
+/// An event, 128 bytes.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
