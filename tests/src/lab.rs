@@ -219,7 +219,9 @@ impl Lab {
     /// Adds a service with its cgroup, provider, sublayer and filter; all of them have its name.
     #[track_caller]
     pub fn service_with(&self, name: &str, plan: Plan) {
-        let cgroup = self.scope.child(&format!("service-{name}")).must("make a cgroup");
+        let cgroup = self.made(name).unwrap_or_else(|| {
+            Arc::new(self.scope.child(&format!("service-{name}")).must("make a cgroup"))
+        });
         let reference = reference_of(&cgroup);
         let Plan { weight, on_failure, trust, conditions, context } = plan;
         self.change(|policy| {
@@ -243,14 +245,19 @@ impl Lab {
             Ok(())
         });
         let mut services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
-        services.insert(name.into(), Arc::new(cgroup));
+        services.insert(name.into(), cgroup);
+    }
+
+    /// The cgroup that was made for a service, if one was: it outlives an engine.
+    fn made(&self, service: &str) -> Option<Arc<Cgroup>> {
+        let services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
+        services.get(service).map(Arc::clone)
     }
 
     /// A service's cgroup.
     #[track_caller]
     pub fn cgroup_of(&self, service: &str) -> Arc<Cgroup> {
-        let services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(services.get(service).expect("a service that the test has added"))
+        self.made(service).expect("a service that the test has added")
     }
 
     /// A service's redirect handle.

@@ -5,6 +5,7 @@
 //! - [`Running`]: a redirect service at work (the program `test-service`, on the library `carnet`),
 //!   which reports what it knows of every connection.
 //! - [`puppet::Puppet`]: a process that makes single socket calls as the test tells it to.
+//! - [`contract`]: the C programs of the contract suite, and what they ask of a lab.
 //!
 //! All of it panics when something does not work that is not what is being tested, and says what.
 //! Everything that waits is bounded. Root is needed: a test without root fails, in words.
@@ -16,6 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub mod contract;
 mod lab;
 pub mod puppet;
 pub mod service;
