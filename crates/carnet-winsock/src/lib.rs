@@ -1,0 +1,1 @@
+//! Windows Sockets' calling contract for redirect services, on Carnet's engine.
