@@ -39,9 +39,9 @@ static void fail(const char *file, int line, const char *text, const char *forma
     pthread_mutex_lock(&mutex);
     failures++;
     printf("failed %s %s:%d: %s", current->name, base ? base + 1 : file, line, text);
-    if (*format) {
+    if (format[1]) {
         fputs(" [", stdout);
-        vprintf(format, details);
+        vprintf(format + 1, details);
         putchar(']');
     }
     putchar('\n');
@@ -71,7 +71,7 @@ void contract_unequal(const char *file, int line, const char *what, long long fo
 
 void contract_give_up(const char *file, int line, const char *condition)
 {
-    contract_failed(file, line, condition, "the program ends here, errno %d", errno);
+    contract_failed(file, line, condition, " the program ends here, errno %d", errno);
     exit(2);
 }
 

@@ -32,7 +32,7 @@ void contract_add(struct row *row);
 #define CHECK(condition, ...)                                                                      \
     do {                                                                                           \
         if (!(condition))                                                                          \
-            contract_failed(__FILE__, __LINE__, #condition, "" __VA_ARGS__);                       \
+            contract_failed(__FILE__, __LINE__, #condition, " " __VA_ARGS__);                      \
     } while (0)
 
 /* The same for two numbers, which are shown. */
@@ -40,7 +40,7 @@ void contract_add(struct row *row);
     do {                                                                                           \
         long long found_ = (long long)(found), expected_ = (long long)(expected);                  \
         if (found_ != expected_)                                                                   \
-            contract_unequal(__FILE__, __LINE__, #found, found_, expected_, "" __VA_ARGS__);       \
+            contract_unequal(__FILE__, __LINE__, #found, found_, expected_, " " __VA_ARGS__);      \
     } while (0)
 
 /* Ends the program when a row cannot even begin. */
@@ -50,6 +50,7 @@ void contract_add(struct row *row);
             contract_give_up(__FILE__, __LINE__, #condition);                                      \
     } while (0)
 
+/* A format begins with a blank, so that it is never empty. */
 void contract_failed(const char *file, int line, const char *condition, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 void contract_unequal(const char *file, int line, const char *what, long long found,

@@ -312,12 +312,10 @@ fn hexadecimal(bytes: &[u8]) -> String {
 #[track_caller]
 pub fn run_rows(name: &str, link: Link, context: Option<&[u8]>) {
     let source = format!("tests/contract/{name}.c");
-    let program = Program::compile(&[&source, "tests/contract/harness.c"], link);
+    let program =
+        Program::compile(&[&source, "tests/contract/suite.c", "tests/contract/harness.c"], link);
     let lab = Lab::new();
-    lab.service_with(
-        SERVICE,
-        Plan { context: context.map(<[u8]>::to_vec), ..Plan::default() },
-    );
+    lab.service_with(SERVICE, Plan { context: context.map(<[u8]>::to_vec), ..Plan::default() });
     let client = lab.puppet();
     let mut actor = Actor::start(program.command(&lab, SERVICE));
     let program = actor.child.id();

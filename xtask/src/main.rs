@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`bpf`] | builds the kernel engine, reproducibly, and checks the committed object against it |
 //! | [`test`](mod@test) | runs everything that runs on the local kernel |
+//! | [`contract`] | Windows' contract, clause by clause: tests and table |
 //! | [`ci`] | what CI checks beside the tests |
 //! | [`bench`](mod@bench) | build the benchmarks and start them as root |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
@@ -13,6 +14,7 @@ mod bench;
 mod bpf;
 mod cargo;
 mod ci;
+mod contract;
 mod host;
 mod process;
 mod test;
@@ -41,6 +43,8 @@ enum Command {
         #[arg(last = true)]
         arguments: Vec<OsString>,
     },
+    /// Run the contract suite and print a line per clause of Windows' documentation
+    Contract(contract::Options),
     /// Check what CI checks beside the tests: format, lints, docs, licences, the committed object
     Ci,
     /// Build and run the benchmarks as root; everything given is handed on to them
@@ -65,6 +69,7 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Bpf(options) => bpf::run(options),
         Command::Test { arguments } => test::run(&arguments),
+        Command::Contract(options) => contract::run(&options),
         Command::Ci => ci::run(),
         Command::Bench { arguments } => bench::run(&arguments),
     }

@@ -14,7 +14,8 @@ use crate::host;
 use crate::process::{self, Privilege, announce};
 
 /// The packages whose tests make network namespaces and cgroups and attach BPF programs.
-const PRIVILEGED: [&str; 4] = ["carnet-cli", "carnet-engine", "carnet-testbed", "carnet-tests"];
+pub(crate) const PRIVILEGED: [&str; 4] =
+    ["carnet-cli", "carnet-engine", "carnet-testbed", "carnet-tests"];
 
 pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
     let privilege = host::prepare()?;
@@ -51,7 +52,16 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
 
 /// The test program, to be run as root, with the variables that tests are promised by cargo or
 /// that the user set for them.
-fn as_root(privilege: Privilege, program: &Built) -> Command {
+pub(crate) fn as_root(privilege: Privilege, program: &Built) -> Command {
+    as_root_with(privilege, program, &[])
+}
+
+/// The same, with more variables.
+pub(crate) fn as_root_with(
+    privilege: Privilege,
+    program: &Built,
+    more: &[(&str, &OsStr)],
+) -> Command {
     let handed_on: Vec<(&str, OsString)> = ["RUST_BACKTRACE", "RUST_LOG", "CI", "TERM"]
         .into_iter()
         .filter_map(|name| Some((name, std::env::var_os(name)?)))
@@ -59,6 +69,7 @@ fn as_root(privilege: Privilege, program: &Built) -> Command {
     let mut environment: Vec<(&str, &OsStr)> =
         handed_on.iter().map(|(name, value)| (*name, value.as_os_str())).collect();
     environment.push(("CARGO_MANIFEST_DIR", program.directory.as_os_str()));
+    environment.extend(more);
     privilege.command(&program.executable, &environment)
 }
 
