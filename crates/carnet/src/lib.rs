@@ -35,7 +35,9 @@
 //! | an accepted socket, all in one | [`connect_onwards`], [`connect_onwards_to`], [`Onwards`] |
 //!
 //! All of them take any socket that can be borrowed ([`AsSocket`]): those of std, socket2, tokio,
-//! mio and others. None of them blocks, except the ones that connect.
+//! mio and others. None of them blocks, except the ones that connect. On Windows an answer may have
+//! to come through somebody's driver: one that does not come within two seconds is
+//! [`Error::TimedOut`].
 //!
 //! # Connection pools
 //!

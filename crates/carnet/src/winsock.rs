@@ -15,11 +15,26 @@ const WSAEINVAL: i32 = 10022;
 const WSAEMSGSIZE: i32 = 10040;
 const WSAENOPROTOOPT: i32 = 10042;
 const WSAEOPNOTSUPP: i32 = 10045;
-const WSAENETDOWN: i32 = 10050;
 const WSAENOBUFS: i32 = 10055;
 const WSAENOTCONN: i32 = 10057;
+/// Also what the backend says of a request that does not come back (contract C59).
+pub(crate) const WSAETIMEDOUT: i32 = 10060;
 /// A raw status of the filtering platform, which comes through as it is (contract Q8).
 const FWP_E_NOT_FOUND: i32 = 0x8032_0008_u32 as i32;
+
+const STATUS_BUFFER_TOO_SMALL: u32 = 0xC000_0023;
+const STATUS_NOT_FOUND: u32 = 0xC000_0225;
+const STATUS_FWP_NOT_FOUND: u32 = 0xC022_0008;
+
+/// The error code of an overlapped request: `code` as Winsock translates it, made more exact by the
+/// NTSTATUS with which the request came back. Winsock has one code for many (contract W43, X9).
+pub(crate) fn refined(code: i32, status: u32) -> i32 {
+    match (code, status) {
+        (WSAEFAULT, STATUS_BUFFER_TOO_SMALL) => ERROR_INSUFFICIENT_BUFFER,
+        (WSAEINVAL, STATUS_NOT_FOUND | STATUS_FWP_NOT_FOUND) => FWP_E_NOT_FOUND,
+        (code, _) => code,
+    }
+}
 
 /// The outcome of a query: `result` is the number of bytes that the call returned or its error
 /// code, `returned` what it left in the count of returned bytes, `offered` the buffer's size.
@@ -48,7 +63,7 @@ pub(crate) fn query_outcome(
         // One page of the documentation says so of a short buffer, and all of them say so of a
         // wrong socket: it is one until the largest buffer has been tried (contract Q5, X3).
         Err(WSAEINVAL) if returned == 0 => {
-            Ok(Attempt::TooSmall { needed: None, otherwise: Error::WrongSocket { operation } })
+            Ok(Attempt::TooSmall { needed: None, otherwise: explain(operation, WSAEINVAL) })
         }
         Err(code) => Err(explain(operation, code)),
     }
@@ -59,11 +74,16 @@ pub(crate) fn explain(operation: Operation, code: i32) -> Error {
     match code {
         WSAEACCES => Error::AccessDenied { operation },
         WSAEINVAL if operation == Operation::SetRedirectRecords => Error::InvalidRecord,
+        // Of an overlapped query for the context, it may mean that there is none (contract X9). A
+        // wrong socket is found out by the query for the record, which follows.
+        WSAEINVAL if operation == Operation::QueryRedirectContext => {
+            Error::NotRedirected { operation }
+        }
         WSAEINVAL => Error::WrongSocket { operation },
         WSAENOTCONN => Error::NotConnected { operation },
         FWP_E_NOT_FOUND | ERROR_NOT_FOUND => Error::NotRedirected { operation },
-        WSAENOPROTOOPT | WSAENETDOWN => Error::NoEngine { operation },
-        WSAEOPNOTSUPP => Error::Unsupported { operation },
+        WSAENOPROTOOPT | WSAEOPNOTSUPP => Error::Unsupported { operation },
+        WSAETIMEDOUT => Error::TimedOut { operation },
         code => Error::Os { operation, source: io::Error::from_raw_os_error(code) },
     }
 }
@@ -105,6 +125,30 @@ mod tests {
     }
 
     #[test]
+    fn an_invalid_argument_to_the_end_may_be_no_context() {
+        let context = Operation::QueryRedirectContext;
+        let answer = read_growing(context, |b| query_outcome(context, Err(WSAEINVAL), 0, b.len()));
+        assert!(matches!(answer, Err(Error::NotRedirected { .. })));
+    }
+
+    #[test]
+    fn the_status_of_an_overlapped_request_tells_more_than_its_code() {
+        const STATUS_INVALID_PARAMETER: u32 = 0xC000_000D;
+        const STATUS_ACCESS_VIOLATION: u32 = 0xC000_0005;
+        for (code, status, refined_code) in [
+            (WSAEFAULT, STATUS_BUFFER_TOO_SMALL, ERROR_INSUFFICIENT_BUFFER),
+            (WSAEFAULT, STATUS_ACCESS_VIOLATION, WSAEFAULT),
+            (WSAEINVAL, STATUS_NOT_FOUND, FWP_E_NOT_FOUND),
+            (WSAEINVAL, STATUS_FWP_NOT_FOUND, FWP_E_NOT_FOUND),
+            (WSAEINVAL, STATUS_INVALID_PARAMETER, WSAEINVAL),
+            // Where a provider keeps no status, Winsock's own word stands.
+            (WSAEACCES, STATUS_NOT_FOUND, WSAEACCES),
+        ] {
+            assert_eq!(refined(code, status), refined_code, "{code}, {status:#x}");
+        }
+    }
+
+    #[test]
     fn codes_become_errors() {
         use Operation::{QueryRedirectContext as Context, SetRedirectRecords as Set};
         assert!(matches!(explain(Set, WSAEINVAL), Error::InvalidRecord));
@@ -112,7 +156,8 @@ mod tests {
         assert!(matches!(explain(QUERY, WSAENOTCONN), Error::NotConnected { .. }));
         assert!(matches!(explain(Context, FWP_E_NOT_FOUND), Error::NotRedirected { .. }));
         assert!(matches!(explain(QUERY, WSAEOPNOTSUPP), Error::Unsupported { .. }));
-        assert!(matches!(explain(QUERY, WSAENETDOWN), Error::NoEngine { .. }));
+        assert!(matches!(explain(QUERY, WSAENOPROTOOPT), Error::Unsupported { .. }));
+        assert!(matches!(explain(QUERY, WSAETIMEDOUT), Error::TimedOut { operation: QUERY }));
         assert!(matches!(explain(QUERY, 10038), Error::Os { source, .. }
             if source.raw_os_error() == Some(10038)));
         assert_eq!(FWP_E_NOT_FOUND, -2_144_206_840);

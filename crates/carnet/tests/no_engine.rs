@@ -1,5 +1,6 @@
 //! What every function says where no engine answers: on plain sockets of any kind and library.
-
+//! Windows' answers are in `windows.rs`.
+#![cfg(target_os = "linux")]
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use carnet::{Error, Operation, RedirectRecords};
@@ -73,12 +74,9 @@ fn a_record_cannot_be_set_and_nothing_is_connected_without_it() {
 fn sockets_of_other_kinds_are_named() {
     let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
     refused!(carnet::query_redirect_records(&udp), Error::WrongSocket { .. });
-    #[cfg(unix)]
-    {
-        let (unix, _other) = std::os::unix::net::UnixStream::pair().unwrap();
-        refused!(carnet::original_destination(&unix), Error::WrongSocket { .. });
-        refused!(carnet::set_redirect_records(&unix, &vec![1].into()), Error::WrongSocket { .. });
-    }
+    let (unix, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    refused!(carnet::original_destination(&unix), Error::WrongSocket { .. });
+    refused!(carnet::set_redirect_records(&unix, &vec![1].into()), Error::WrongSocket { .. });
 }
 
 #[test]

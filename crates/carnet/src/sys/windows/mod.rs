@@ -1,18 +1,19 @@
 //! Windows: the three control codes, by `WSAIoctl`, and `SO_ORIGINAL_DST`.
-#![expect(unsafe_code, reason = "WSAIoctl and getsockopt are foreign functions")]
+#![expect(unsafe_code, reason = "getsockopt is a foreign function")]
 
+mod ioctl;
+
+use self::ioctl::{LIMIT, control, last_error, raw};
 use crate::error::{Error, Operation};
 use crate::growth::read_growing;
 use crate::winsock::{explain, query_outcome};
 use crate::{Flow, OriginalApp};
 use socket2::SockAddr;
 use std::net::SocketAddr;
-use std::os::windows::io::{AsRawSocket, BorrowedSocket};
-use std::ptr;
+use std::os::windows::io::BorrowedSocket;
 use windows_sys::Win32::Networking::WinSock::{
     SIO_QUERY_WFP_CONNECTION_REDIRECT_CONTEXT, SIO_QUERY_WFP_CONNECTION_REDIRECT_RECORDS,
-    SIO_SET_WFP_CONNECTION_REDIRECT_RECORDS, SOCKET, SOL_SOCKET, WSAGetLastError, WSAIoctl,
-    getsockopt,
+    SIO_SET_WFP_CONNECTION_REDIRECT_RECORDS, SOL_SOCKET, getsockopt,
 };
 
 pub use std::os::windows::io::AsSocket;
@@ -32,7 +33,7 @@ pub(crate) fn query_redirect_context(socket: &impl AsSocket) -> Result<Vec<u8>, 
 
 pub(crate) fn set_redirect_records(socket: &impl AsSocket, record: &[u8]) -> Result<(), Error> {
     let code = SIO_SET_WFP_CONNECTION_REDIRECT_RECORDS;
-    control(socket.as_socket(), code, record, &mut [])
+    control(socket.as_socket(), code, record, &mut [], LIMIT)
         .0
         .map_err(|code| explain(Operation::SetRedirectRecords, code))
 }
@@ -76,48 +77,8 @@ pub(crate) fn original_destination(socket: &impl AsSocket) -> Result<SocketAddr,
 
 fn query(socket: BorrowedSocket<'_>, operation: Operation, code: u32) -> Result<Vec<u8>, Error> {
     let answer = read_growing(operation, |buffer| {
-        let (result, returned) = control(socket, code, &[], buffer);
+        let (result, returned) = control(socket, code, &[], buffer, LIMIT);
         query_outcome(operation, result, returned, buffer.len())
     })?;
     if answer.is_empty() { Err(Error::NotRedirected { operation }) } else { Ok(answer) }
-}
-
-/// `WSAIoctl`, synchronous: its error code if it failed, and the count of returned bytes.
-fn control(
-    socket: BorrowedSocket<'_>,
-    code: u32,
-    input: &[u8],
-    output: &mut [u8],
-) -> (Result<(), i32>, usize) {
-    let mut returned = 0;
-    let out = if output.is_empty() { ptr::null_mut() } else { output.as_mut_ptr() };
-    let into = if input.is_empty() { ptr::null() } else { input.as_ptr() };
-    // SAFETY: the socket is open while it is borrowed; both buffers are valid for their lengths
-    // (a length that does not fit is cut), or null with length 0; `returned` outlives the call,
-    // which is synchronous because no OVERLAPPED is given.
-    let status = unsafe {
-        WSAIoctl(
-            raw(socket),
-            code,
-            into.cast(),
-            u32::try_from(input.len()).unwrap_or(u32::MAX),
-            out.cast(),
-            u32::try_from(output.len()).unwrap_or(u32::MAX),
-            &raw mut returned,
-            ptr::null_mut(),
-            None,
-        )
-    };
-    let result = if status == 0 { Ok(()) } else { Err(last_error()) };
-    (result, returned as usize)
-}
-
-/// The code of this thread's last failed call to Winsock.
-fn last_error() -> i32 {
-    // SAFETY: it has no precondition.
-    unsafe { WSAGetLastError() }
-}
-
-fn raw(socket: BorrowedSocket<'_>) -> SOCKET {
-    socket.as_raw_socket() as SOCKET
 }
