@@ -231,6 +231,14 @@ int raw_socket(int family, int type, int protocol)
     return descriptor;
 }
 
+int duplicate(int descriptor)
+{
+    int copy = fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
+
+    MUST(copy >= 0);
+    return copy;
+}
+
 void raw_close(int descriptor)
 {
     MUST(close(descriptor) == 0);

@@ -103,6 +103,8 @@ void make_pipe(int ends[2]);
 int open_file(void);
 /* socket(2) itself, past the library. */
 int raw_socket(int family, int type, int protocol);
+/* dup(2) of a descriptor. */
+int duplicate(int descriptor);
 /* close(2) itself, past the library. */
 void raw_close(int descriptor);
 /* Whether the descriptor is open. */

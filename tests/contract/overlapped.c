@@ -266,7 +266,7 @@ ROW(who_has_the_attribute, "W1 S16 S17")
                    {overlapped_socket(), 1},
                    {accepted, 1},
                    {plain_socket(), 0},
-                   {(SOCKET)raw_socket(AF_INET, 1, 0), 0}};
+                   {(SOCKET)raw_socket(AF_INET, 1, 0), 1}};
 
     for (int i = 0; i < 5; i++) {
         /* An unknown code pends on those alone (W16, W17). */

@@ -100,6 +100,25 @@ ROW(the_output, "S31 W5")
     WSACloseEvent(event);
 }
 
+ROW(the_output_of_a_set, "S31 S9 W5")
+{
+    for EACH_KIND(kind) {
+        void *out = bad(kind, zeros, 64);
+        for EACH_ENTRY(entry) {
+            WSAOVERLAPPED overlapped = fresh(NULL);
+            DWORD returned;
+            struct call call = set_call(onwards, record, length, &returned);
+            call.out = out;
+            call.out_size = 64;
+            EQUAL(error_of(entry, call), WSAEFAULT, "%s", names[kind]);
+            EQUAL(returned, 0, "%s", names[kind]);
+            call.overlapped = &overlapped;
+            EQUAL(error_of(entry, call), WSAEFAULT, "%s, overlapped", names[kind]);
+            CHECK(is_fresh(&overlapped), "%s", names[kind]);
+        }
+    }
+}
+
 ROW(the_returned_length, "S31 W5 W13 W14")
 {
     static const DWORD codes[] = {SET_RECORDS, QUERY_RECORDS, QUERY_CONTEXT, 0xdeadbeefu};

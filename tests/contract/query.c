@@ -183,6 +183,18 @@ ROW(the_original_destination, "Q12")
     closesocket(accepted_v6);
 }
 
+ROW(a_duplicate_of_the_socket, "W38")
+{
+    unsigned char first[MOST_RECORD], second[MOST_RECORD];
+    DWORD length = record_of(accepted, first);
+    SOCKET copy = (SOCKET)duplicate((int)accepted);
+
+    EQUAL(record_of(copy, second), length);
+    CHECK(memcmp(first, second, length) == 0);
+    EQUAL(send(copy, "text", 4, 0), 4);
+    raw_close((int)copy);
+}
+
 ROW(asking_again, "Q10")
 {
     unsigned char first[MOST_RECORD], second[MOST_RECORD];

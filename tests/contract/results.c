@@ -100,6 +100,25 @@ ROW(its_other_errors, "W42 S31 S36")
     EQUAL(WSAGetLastError(), WSA_INVALID_HANDLE);
 }
 
+ROW(without_wsastartup, "W42")
+{
+    WSAOVERLAPPED overlapped = fresh(NULL);
+    DWORD bytes = UNTOUCHED, flags = UNTOUCHED, returned;
+    WSADATA data;
+
+    overlapped.Internal = STATUS_SUCCESS;
+    EQUAL(WSACleanup(), 0);
+    EQUAL(WSAGetOverlappedResult(accepted, &overlapped, &bytes, FALSE, &flags), FALSE);
+    EQUAL(WSAGetLastError(), WSANOTINITIALISED);
+    EQUAL(error_of(BY_WSA, query_call(accepted, QUERY_RECORDS, out, sizeof out, &returned)),
+          WSANOTINITIALISED);
+    EQUAL(WSACleanup(), SOCKET_ERROR);
+    EQUAL(WSAGetLastError(), WSANOTINITIALISED);
+    EQUAL(WSAStartup(MAKEWORD(2, 2), &data), 0);
+    EQUAL(data.wVersion, MAKEWORD(2, 2));
+    EQUAL(error_of(BY_WSA, query_call(accepted, QUERY_RECORDS, out, sizeof out, &returned)), 0);
+}
+
 ROW(what_a_status_becomes, "W43 W39")
 {
     static const struct {

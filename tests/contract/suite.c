@@ -4,6 +4,13 @@
 static _Thread_local int noted;
 struct completion journal[64];
 
+__attribute__((constructor)) static void start_winsock(void)
+{
+    WSADATA data;
+
+    MUST(WSAStartup(MAKEWORD(2, 2), &data) == 0);
+}
+
 WSATHREADID own_thread(void)
 {
     static _Thread_local WSATHREADID thread;
