@@ -15,8 +15,16 @@ const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
 /// The real programs that the end-to-end tests put at both ends of a connection, and the Debian
 /// package of each.
-const PROGRAMS: [(&str, &str); 4] =
-    [("curl", "curl"), ("nft", "nftables"), ("nginx", "nginx"), ("python3", "python3")];
+const PROGRAMS: [(&str, &str); 5] = [
+    ("cc", "gcc"),
+    ("curl", "curl"),
+    ("nft", "nftables"),
+    ("nginx", "nginx"),
+    ("python3", "python3"),
+];
+
+/// What is installed where it may be, and else left out: without Go its service is not tested.
+const WELCOME: (&str, &str) = ("go", "golang-go");
 
 /// Checks all that the tests need of the machine, says all that is missing at once, and installs
 /// the missing programs where it may. Gives the way to become root.
@@ -52,6 +60,14 @@ pub(crate) fn prepare() -> Result<Privilege> {
             list(absent.iter().map(|(program, _)| *program).collect()),
             list(absent.iter().map(|(_, package)| *package).collect()),
         ));
+    }
+    let (program, package) = WELCOME;
+    if missing.is_empty() && find_program(program).is_none() {
+        if is_debian() && is_root() {
+            install_packages(&[package.to_owned()])?;
+        } else {
+            eprintln!("    without {program} (Debian: {package}) its service is not tested");
+        }
     }
     if !missing.is_empty() {
         bail!("the tests cannot run on this machine:\n  - {}", missing.join("\n  - "));
