@@ -278,24 +278,26 @@ mod model {
 
     #[test]
     fn no_queued_call_is_slept_through() {
-        loom::model(|| {
-            let queue = Arc::new(ApcQueue::new(Level::new()));
-            let threads: Vec<_> = (0..2)
-                .map(|call| {
-                    let queue = queue.clone();
-                    thread::spawn(move || queue.push(call).unwrap())
-                })
-                .collect();
-            let mut seen = Vec::new();
-            while seen.len() < 2 {
-                queue.signal().wait();
-                seen.extend(std::iter::from_fn(|| queue.pop()));
-            }
-            seen.sort_unstable();
-            assert_eq!(seen, [0, 1]);
-            assert!(!*lock(&queue.signal().raised), "the signal stays raised");
-            threads.into_iter().for_each(|thread| thread.join().unwrap());
-        });
+        for calls in 1..=2 {
+            loom::model(move || {
+                let queue = Arc::new(ApcQueue::new(Level::new()));
+                let threads: Vec<_> = (0..calls)
+                    .map(|call| {
+                        let queue = queue.clone();
+                        thread::spawn(move || queue.push(call).unwrap())
+                    })
+                    .collect();
+                let mut seen = Vec::new();
+                while seen.len() < calls {
+                    queue.signal().wait();
+                    seen.extend(std::iter::from_fn(|| queue.pop()));
+                }
+                seen.sort_unstable();
+                assert!(seen.into_iter().eq(0..calls));
+                assert!(!*lock(&queue.signal().raised), "the signal stays raised");
+                threads.into_iter().for_each(|thread| thread.join().unwrap());
+            });
+        }
     }
 
     /// A call is either queued before the exit, and dropped with it, or refused: it never stays.

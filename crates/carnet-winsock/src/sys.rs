@@ -153,7 +153,7 @@ pub(crate) fn block_signals() {
 }
 
 /// `dup2(2)`: the descriptor of `replaced` becomes one of `by`'s socket, with no call of ours.
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 pub(crate) fn replace(by: &impl AsRawFd, replaced: &impl AsRawFd) {
     // SAFETY: both are open; the owner of the second one closes what it then is.
     let status = unsafe { libc::dup2(by.as_raw_fd(), replaced.as_raw_fd()) };
