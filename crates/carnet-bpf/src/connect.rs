@@ -15,8 +15,6 @@
 //! **Fails closed**: where kernel memory is exhausted a connection that should be redirected is
 //! refused. **WFP**: the `ALE_CONNECT_REDIRECT` layers.
 
-use core::ptr;
-
 use aya_ebpf::{
     bindings::bpf_sock_addr,
     helpers::generated::{
@@ -36,11 +34,11 @@ use carnet_core::{
 
 use crate::{
     ctx::{fetch_add, load32, load64, store32},
-    decide::{Request, netns_of},
-    maps::{CONFIG, CONTEXTS, LEGS, SET_RECORDS},
+    decide::{Request, concerns_somebody, netns_of},
+    maps::{CONFIG, CONTEXTS, LEGS},
     process::{self, Process},
     report::{count, event_of_caller, now},
-    socket::{Socket, TCP, storage},
+    socket::{Socket, TCP, copy_record},
 };
 
 const PASS: i32 = 1;
@@ -81,18 +79,13 @@ fn connect(ctx: *mut bpf_sock_addr, destination: Endpoint, rewrite: impl Fn(&End
     let Some(socket) = Socket::new(load64!(ctx, 64) as *mut _) else {
         return PASS;
     };
-    // The kernel keeps what an earlier connect left over `connect(AF_UNSPEC)`. Asked for first:
-    // removing what is not there costs more than looking.
-    if socket.get(&LEGS).is_some() {
-        socket.delete(&LEGS);
-    }
-    let record = set_record(socket);
-    let mut request = Request::new(destination, record);
-    if !request.concerns_somebody(ctx) && record.is_none() {
+    if socket.is_blank() && !concerns_somebody(ctx, &destination) {
         // The common case.
         count(Counter::Passed);
         return PASS;
     }
+    let record = set_record(socket);
+    let mut request = Request::new(destination, record);
     request.settle(ctx, record);
     let decision = &request.decision;
     if decision.skipped != 0 {
@@ -115,20 +108,23 @@ fn connect(ctx: *mut bpf_sock_addr, destination: Endpoint, rewrite: impl Fn(&End
     PASS
 }
 
-/// The record that is set on the socket, or on the Multipath TCP connection that it belongs to.
+/// The record that is set on the socket, or on the Multipath TCP connection that it belongs to. What
+/// an earlier connect left there besides is removed: the kernel keeps it over `connect(AF_UNSPEC)`.
 #[inline(always)]
 fn set_record(socket: Socket) -> Option<&'static Record> {
-    let set = match socket.get(&SET_RECORDS) {
-        Some(set) => set,
-        None => {
-            let connection = socket.multipath();
-            if connection.is_null() {
-                return None;
-            }
-            storage(&SET_RECORDS, connection, ptr::null_mut(), 0)?
-        }
-    };
-    set.places.get(set.current.wrapping_sub(1) as usize)
+    let mut holder = socket;
+    if let Some(connection) = socket.multipath() {
+        socket.delete(&LEGS);
+        holder = connection;
+    }
+    let leg = holder.get(&LEGS)?;
+    if leg.set_hops == 0 {
+        holder.delete(&LEGS);
+        return None;
+    }
+    leg.kind = 0;
+    leg.record.take_back(leg.set_hops);
+    Some(&leg.record)
 }
 
 /// A connect that has been decided.
@@ -186,9 +182,8 @@ impl Attempt<'_> {
         };
         leg.handle = self.request.decision.handle;
         leg.filter = self.request.decision.filter;
-        match self.record {
-            Some(record) => copy_record(leg, record),
-            None => self.begin_record(leg),
+        if self.record.is_none() {
+            self.begin_record(leg);
         }
         leg.record.legs = self.request.decision.legs.wrapping_add(1);
         leg.record.issued_ns = leg.began_ns;
@@ -197,7 +192,7 @@ impl Attempt<'_> {
         let noted = leg.record.push(hop);
         set_context(leg, self.request.decision.filter);
         if !noted || !self.socket.put_on_multipath(&LEGS, leg) {
-            self.socket.delete(&LEGS);
+            leg.kind = 0;
             return false;
         }
         count(Counter::Redirected);
@@ -211,7 +206,6 @@ impl Attempt<'_> {
     fn pass_onward(&self, record: &Record) {
         count(Counter::Onward);
         if let Some(leg) = self.begin(LEG_ONWARD, &self.request.destination) {
-            copy_record(leg, record);
             self.socket.put_on_multipath(&LEGS, leg);
         }
         self.report(EventKind::Onward, 0, Some(record));
@@ -247,6 +241,13 @@ impl Attempt<'_> {
     #[inline(always)]
     fn begin(&self, kind: u32, target: &Endpoint) -> Option<&'static mut LegState> {
         let leg = self.socket.get_or_create(&LEGS)?;
+        if let Some(record) = self.record
+            && leg.set_hops == 0
+        {
+            // The record is that of the Multipath TCP connection.
+            copy_record(leg, record);
+            leg.set_hops = record.hop_count;
+        }
         leg.kind = kind;
         // SAFETY: the helper takes this context.
         leg.cookie = unsafe { bpf_get_socket_cookie(self.ctx.cast()) };
@@ -298,22 +299,10 @@ impl Attempt<'_> {
     }
 }
 
-#[inline(always)]
-fn copy_record(leg: &mut LegState, record: &Record) {
-    // SAFETY: both are whole records in map values; the helper copies many times faster than
-    // the loop that LLVM would write.
-    unsafe {
-        bpf_probe_read_kernel(
-            (&raw mut leg.record).cast(),
-            size_of::<Record>() as u32,
-            ptr::from_ref(record).cast(),
-        );
-    }
-}
-
 /// Gives the leg the context of the filter that redirects it, if that has one.
 #[inline(always)]
 fn set_context(leg: &mut LegState, filter: u64) {
+    leg.context_length = 0;
     // SAFETY: the value is copied out at once; contexts are never changed in place.
     if let Some(context) = unsafe { CONTEXTS.get(&filter) } {
         leg.context_length = context.length as u32;

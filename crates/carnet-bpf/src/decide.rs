@@ -9,7 +9,7 @@ use carnet_core::{
     Decision,
     address::{Endpoint, Wide},
     chain::Chain,
-    classify::{Connection, Listeners, Pending, Unobserved, decide, leaf_of, settle},
+    classify::{self, Connection, Listeners, Pending, Unobserved, decide, leaf_of, settle},
     flow::GuardKey,
     record::{FileId, Record},
     table::{Field, LeafRow, Tables as _},
@@ -68,16 +68,11 @@ impl Request {
         }
     }
 
-    /// Whether any filter may match.
-    #[inline(always)]
-    pub(crate) fn concerns_somebody(&mut self, ctx: *mut bpf_sock_addr) -> bool {
-        carnet_leaf(ctx, self) != 0
-    }
-
     /// Decides, given the record that was set on the socket.
     #[inline(always)]
     pub(crate) fn settle(&mut self, ctx: *mut bpf_sock_addr, record: Option<&Record>) {
         let services = self.bank.header().map_or(0, |header| header.services);
+        carnet_leaf(ctx, self);
         if let Some(record) = record {
             carnet_chain(record, self);
         }
@@ -88,6 +83,25 @@ impl Request {
     #[inline(always)]
     pub(crate) fn generation(&self) -> u64 {
         self.bank.header().map_or(0, |header| header.generation)
+    }
+}
+
+/// Whether a connection without a record passes the policy's gate.
+#[inline(always)]
+pub(crate) fn concerns_somebody(ctx: *mut bpf_sock_addr, destination: &Endpoint) -> bool {
+    classify::concerns_somebody(&Bank::in_force(), &Newcomer { ctx, destination })
+}
+
+/// A connection without a record, of which nothing has been found out yet.
+struct Newcomer<'a> {
+    ctx: *mut bpf_sock_addr,
+    destination: &'a Endpoint,
+}
+
+impl Connection for Newcomer<'_> {
+    #[inline(always)]
+    fn value(&self, field: u32, argument: u32) -> Wide {
+        fact(self.ctx, self.destination, field, argument)
     }
 }
 
@@ -139,29 +153,49 @@ struct Facts<'a> {
 impl Connection for Facts<'_> {
     #[inline(always)]
     fn value(&self, field: u32, argument: u32) -> Wide {
-        let file = |id: FileId| Wide { hi: id.device, lo: id.inode };
-        if field == Field::DestinationAddress as u32 {
-            self.request.destination.value()
-        } else if field == Field::DestinationPort as u32 {
-            Wide::from_u64(self.request.destination.port.into())
-        } else if field == Field::Protocol as u32 {
-            Wide::from_u64(TCP.into())
-        } else if field == Field::Cgroup as u32 {
-            Wide::from_u64(process::ancestor_cgroup(argument))
-        } else if field == Field::User as u32 {
-            Wide::from_u64(process::uid().into())
-        } else if field == Field::Executable as u32
-            || field == Field::OriginalExecutable as u32 && self.request.recorded == 0
-        {
-            file(Process::current().executable())
-        } else if field == Field::OriginalExecutable as u32 {
+        if field == Field::OriginalExecutable as u32 && self.request.recorded != 0 {
             file(self.request.original)
-        } else if field == Field::NetworkNamespace as u32 {
-            Wide::from_u64(netns_of(self.ctx))
         } else {
-            Wide::MIN
+            fact(self.ctx, &self.request.destination, field, argument)
         }
     }
+}
+
+/// What is known of a connection without a record.
+#[inline(always)]
+fn fact(ctx: *mut bpf_sock_addr, destination: &Endpoint, field: u32, argument: u32) -> Wide {
+    if field == Field::DestinationAddress as u32 {
+        destination.value()
+    } else if field == Field::DestinationPort as u32 {
+        Wide::from_u64(destination.port.into())
+    } else if field == Field::Protocol as u32 {
+        Wide::from_u64(TCP.into())
+    } else {
+        let mut value = Wide::MIN;
+        rarer_fact(ctx, field, argument, &mut value);
+        value
+    }
+}
+
+/// What every connect need not find out: a function of its own, to keep their code short.
+#[inline(never)]
+fn rarer_fact(ctx: *mut bpf_sock_addr, field: u32, argument: u32, value: &mut Wide) {
+    *value = if field == Field::Cgroup as u32 {
+        Wide::from_u64(process::ancestor_cgroup(argument))
+    } else if field == Field::User as u32 {
+        Wide::from_u64(process::uid().into())
+    } else if field == Field::Executable as u32 || field == Field::OriginalExecutable as u32 {
+        file(Process::current().executable())
+    } else if field == Field::NetworkNamespace as u32 {
+        Wide::from_u64(netns_of(ctx))
+    } else {
+        Wide::MIN
+    };
+}
+
+#[inline(always)]
+fn file(id: FileId) -> Wide {
+    Wide { hi: id.device, lo: id.inode }
 }
 
 /// A request in the kernel, as core's outer half needs it.

@@ -23,11 +23,9 @@ use carnet_core::{
     address::{AF_INET, AF_INET6, Endpoint},
     flow::LegState,
     record::{AppIdentity, MAX_RECORD},
-    table::Step,
 };
 
 use crate::{
-    bank::repeat,
     ctx::{load32, load64, store32},
     mac::carnet_mac,
     maps::DELIVERED,
@@ -152,51 +150,41 @@ fn copy_out<const WORDS: usize>(
     if (load32!(ctx, 32) as i32) < length as i32 {
         return Err(errno::ERANGE);
     }
-    let mut copying = CopyOut::<WORDS> {
-        source,
-        destination: load64!(ctx, 8) as *mut u8,
-        end: load64!(ctx, 16) as *mut u8,
-        length,
-    };
-    repeat(WORDS as u32, &mut copying);
+    let start = load64!(ctx, 8) as *mut u8;
+    let end = load64!(ctx, 16) as *mut u8;
+    // Not `repeat`: a call for each word would cost more than the word.
+    for index in 0..WORDS {
+        let offset = index * 8;
+        if offset >= length as usize {
+            break;
+        }
+        // SAFETY: `index` is within the source, whose `WORDS` words lie in one map value.
+        let word = unsafe { *source.wrapping_add(index) };
+        let to = start.wrapping_add(offset);
+        if to.wrapping_add(8) > end {
+            copy_tail(word, to, end);
+            break;
+        }
+        // SAFETY: the caller's buffer has room for 8 bytes here, as was just checked.
+        unsafe { to.cast::<u64>().write_unaligned(word) };
+    }
     Ok(length)
 }
 
-struct CopyOut<const WORDS: usize> {
-    source: *const u64,
-    destination: *mut u8,
-    end: *mut u8,
-    length: u32,
-}
-
-impl<const WORDS: usize> Step for CopyOut<WORDS> {
-    #[inline(always)]
-    fn step(&mut self, index: u32) -> bool {
-        let offset = index.wrapping_mul(8);
-        if index as usize >= WORDS || offset >= self.length {
-            return false;
+/// Copies as much of a word as fits: the last word of a context may be longer than the context, and
+/// than the buffer.
+#[inline(always)]
+fn copy_tail(word: u64, to: *mut u8, end: *mut u8) {
+    let mut rest = word;
+    let mut at = to;
+    for _ in 0..7 {
+        if at.wrapping_add(1) > end {
+            break;
         }
-        // SAFETY: `index` is within the source, whose `WORDS` words lie in one map value.
-        let word = unsafe { *self.source.wrapping_add(index as usize) };
-        let to = self.destination.wrapping_add(offset as usize);
-        if to.wrapping_add(8) <= self.end {
-            // SAFETY: the caller's buffer has room for 8 bytes here, as was just checked.
-            unsafe { to.cast::<u64>().write_unaligned(word) };
-            return true;
-        }
-        // The last word of a context may be longer than the context, and than the buffer.
-        let mut rest = word;
-        let mut at = to;
-        for _ in 0..7 {
-            if at.wrapping_add(1) > self.end {
-                break;
-            }
-            // SAFETY: the caller's buffer has room for a byte here, as was just checked.
-            unsafe { *at = rest as u8 };
-            rest >>= 8;
-            at = at.wrapping_add(1);
-        }
-        false
+        // SAFETY: the caller's buffer has room for a byte here, as was just checked.
+        unsafe { *at = rest as u8 };
+        rest >>= 8;
+        at = at.wrapping_add(1);
     }
 }
 

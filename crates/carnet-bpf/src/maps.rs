@@ -101,9 +101,10 @@ pub(crate) static LISTENERS: HashMap<ListenerKey, ListenerEntry, 4096, NO_PREALL
 #[btf_map]
 pub(crate) static REGISTERED: SkStorage<u64> = SkStorage::new();
 
-/// On a connecting socket: the leg that it makes. Writer: connect. Reader: sockops, getpeername,
-/// the flow listing. Cleared at every connect: the kernel keeps a socket's storage over
-/// disconnect and reconnect.
+/// On a connecting socket: the leg that it makes, with the record that was set before. Writer:
+/// setsockopt, connect. Reader: sockops, getpeername, the flow listing. Cleared at every connect,
+/// but for a record that was set, since the socket is still the flow's: the kernel keeps a socket's
+/// storage over disconnect and reconnect.
 #[btf_map]
 pub(crate) static LEGS: SkStorage<LegState> = SkStorage::new();
 
@@ -112,20 +113,10 @@ pub(crate) static LEGS: SkStorage<LegState> = SkStorage::new();
 #[btf_map]
 pub(crate) static DELIVERED: SkStorage<LegState> = SkStorage::new();
 
-/// On a socket that is to be connected: the record that was set. Two places, of which one is in
-/// force, so that a refused record leaves the one before untouched.
-#[repr(C)]
-pub(crate) struct SetRecord {
-    /// 0: none yet; 1 or 2: the place in force, counted from 1.
-    pub(crate) current: u64,
-    /// The places.
-    pub(crate) places: [Record; 2],
-}
-
-/// Writer: setsockopt. Reader: connect. Kept over reconnects, since the socket is still the
-/// flow's.
+/// On a socket for which a second record is being set, while it is verified: a refused one leaves
+/// the first untouched. Writer and reader: setsockopt.
 #[btf_map]
-pub(crate) static SET_RECORDS: SkStorage<SetRecord> = SkStorage::new();
+pub(crate) static SECOND_RECORDS: SkStorage<Record> = SkStorage::new();
 
 /// Legs under way from the connecting to the accepted socket, by the connection's two ends.
 /// Writer: sockops before the SYN is sent. Reader: sockops when the other end is established, which

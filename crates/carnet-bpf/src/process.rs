@@ -5,13 +5,9 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::{
-    Global,
-    helpers::generated::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm,
-        bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_uid_gid,
-        bpf_probe_read_kernel,
-    },
+use aya_ebpf::helpers::generated::{
+    bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm,
+    bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_uid_gid, bpf_probe_read_kernel,
 };
 use carnet_core::{
     flow::LegState,
@@ -23,7 +19,6 @@ use crate::{bank::repeat, ctx::opaque, maps::SVC_CGROUPS};
 
 /// Byte offsets of the fields that are read, in the kernel's structures.
 #[repr(C)]
-#[derive(Clone, Copy)]
 pub(crate) struct Offsets {
     task_flags: u32,
     task_group_leader: u32,
@@ -47,12 +42,14 @@ pub(crate) struct Offsets {
     cred_effective: u32,
     cred_user_namespace: u32,
     user_namespace_level: u32,
-    sock_flags: u32,
+    pub(crate) sock_flags: u32,
+    pub(crate) sock_storage: u32,
 }
 
-/// The same, as the loader fills it in: the fields of [`Offsets`] in their order.
+/// The same, as the loader fills it in: the fields of [`Offsets`] in their order. The verifier
+/// knows them as constants.
 #[unsafe(no_mangle)]
-static OFFSETS: Global<Offsets> = Global::new(Offsets {
+pub(crate) static OFFSETS: Offsets = Offsets {
     task_flags: 1,
     task_group_leader: 2,
     task_start_boottime: 3,
@@ -76,7 +73,17 @@ static OFFSETS: Global<Offsets> = Global::new(Offsets {
     cred_user_namespace: 21,
     user_namespace_level: 22,
     sock_flags: 23,
-});
+    sock_storage: 24,
+};
+
+/// One of [`OFFSETS`].
+macro_rules! offset {
+    ($field:ident) => {
+        // SAFETY: reads a number of a static. Volatile, because the loader changes it.
+        unsafe { core::ptr::read_volatile(&raw const $crate::process::OFFSETS.$field) }
+    };
+}
+pub(crate) use offset;
 
 /// `PF_KTHREAD`: the task is a thread of the kernel's own.
 const KERNEL_THREAD: u32 = 0x0020_0000;
@@ -96,10 +103,13 @@ fn read<T: Default>(address: u64, offset: u32) -> T {
     value
 }
 
-/// The flags of a `struct sock`.
+/// Reads a `T` at an offset of a kernel structure whose type the verifier knows: one instruction,
+/// which reads zero where there is nothing.
 #[inline(always)]
-pub(crate) fn socket_flags(sock: u64) -> u64 {
-    read(sock, OFFSETS.load().sock_flags)
+pub(crate) fn field<T>(structure: *const c_void, offset: u32) -> T {
+    // SAFETY: the verifier accepts only pointers of whose type it is sure, and only offsets at
+    // which that type has a field of this size.
+    unsafe { structure.byte_add(offset as usize).cast::<T>().read_volatile() }
 }
 
 /// The calling task.
@@ -120,21 +130,20 @@ impl Process {
     /// kernel would take the rewritten address for its own.
     #[inline(always)]
     pub(crate) fn is_kernel_thread(self) -> bool {
-        read::<u32>(self.task, OFFSETS.load().task_flags) & KERNEL_THREAD != 0
+        read::<u32>(self.task, offset!(task_flags)) & KERNEL_THREAD != 0
     }
 
     /// Whether the task has `CAP_NET_ADMIN` in the initial user namespace.
     #[inline(always)]
     pub(crate) fn is_privileged(self) -> bool {
-        let offsets = OFFSETS.load();
-        let cred: u64 = read(self.task, offsets.task_cred);
-        let namespace: u64 = read(cred, offsets.cred_user_namespace);
+        let cred: u64 = read(self.task, offset!(task_cred));
+        let namespace: u64 = read(cred, offset!(cred_user_namespace));
         // Unreadable memory reads as zero, which is the initial namespace's level: ask for the
         // pointers too.
         cred != 0
             && namespace != 0
-            && read::<u32>(namespace, offsets.user_namespace_level) == 0
-            && read::<u64>(cred, offsets.cred_effective) & CAP_NET_ADMIN != 0
+            && read::<u32>(namespace, offset!(user_namespace_level)) == 0
+            && read::<u64>(cred, offset!(cred_effective)) & CAP_NET_ADMIN != 0
     }
 
     /// The executable that the task runs.
@@ -145,16 +154,14 @@ impl Process {
 
     #[inline(always)]
     fn executable_file(self) -> u64 {
-        let offsets = OFFSETS.load();
-        let mm: u64 = read(self.task, offsets.task_mm);
-        if mm == 0 { 0 } else { read(mm, offsets.mm_exe_file) }
+        let mm: u64 = read(self.task, offset!(task_mm));
+        if mm == 0 { 0 } else { read(mm, offset!(mm_exe_file)) }
     }
 
     /// Fills in the identity of the process, but for its network namespace. `app` is all zero;
     /// `scratch` too, and is left with garbage.
     #[inline(always)]
     fn identify(self, app: &mut AppIdentity, scratch: &mut [u8; MAX_PATH]) {
-        let offsets = OFFSETS.load();
         app.pid = pid();
         // SAFETY: the helper has no preconditions.
         let ids = unsafe { bpf_get_current_uid_gid() };
@@ -163,8 +170,8 @@ impl Process {
         // SAFETY: the helper has no preconditions.
         app.cgroup = unsafe { bpf_get_current_cgroup_id() };
         app.executable = self.executable();
-        let leader: u64 = read(self.task, offsets.task_group_leader);
-        app.started_ns = read(leader, offsets.task_start_boottime);
+        let leader: u64 = read(self.task, offset!(task_group_leader));
+        app.started_ns = read(leader, offset!(task_start_boottime));
         command(&mut app.command);
         let length = path(self.executable_file(), scratch);
         app.path_length = length;
@@ -229,6 +236,13 @@ pub(crate) fn ancestor_cgroup(level: u32) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn carnet_service() -> u64 {
+    // Nearly all services run in the cgroup that they own.
+    // SAFETY: the helper has no preconditions.
+    let own = unsafe { bpf_get_current_cgroup_id() };
+    // SAFETY: the value is copied out at once.
+    if let Some(handle) = unsafe { SVC_CGROUPS.get(&own) } {
+        return *handle;
+    }
     let mut search = ServiceSearch { handle: 0 };
     repeat(MAX_CGROUP_LEVEL + 1, &mut search);
     search.handle
@@ -259,12 +273,11 @@ pub(crate) fn file_id(file: u64) -> FileId {
     if file == 0 {
         return FileId { device: 0, inode: 0 };
     }
-    let offsets = OFFSETS.load();
-    let inode: u64 = read(file, offsets.file_inode);
-    let superblock: u64 = read(inode, offsets.inode_superblock);
+    let inode: u64 = read(file, offset!(file_inode));
+    let superblock: u64 = read(inode, offset!(inode_superblock));
     FileId {
-        device: u64::from(read::<u32>(superblock, offsets.superblock_device)),
-        inode: read(inode, offsets.inode_number),
+        device: u64::from(read::<u32>(superblock, offset!(superblock_device))),
+        inode: read(inode, offset!(inode_number)),
     }
 }
 
@@ -275,11 +288,10 @@ fn path(file: u64, buffer: &mut [u8; MAX_PATH]) -> u32 {
     if file == 0 {
         return 0;
     }
-    let offsets = OFFSETS.load();
-    let mnt: u64 = read(file, offsets.file_path_mnt);
+    let mnt: u64 = read(file, offset!(file_path_mnt));
     let mut climb = Climb {
-        dentry: read(file, offsets.file_path_dentry),
-        mount: mnt.wrapping_sub(offsets.mount_vfsmount.into()),
+        dentry: read(file, offset!(file_path_dentry)),
+        mount: mnt.wrapping_sub(offset!(mount_vfsmount).into()),
         start: MAX_PATH as u32,
         complete: false,
         buffer,
@@ -304,25 +316,24 @@ struct Climb<'a> {
 impl Step for Climb<'_> {
     #[inline(always)]
     fn step(&mut self, _index: u32) -> bool {
-        let offsets = OFFSETS.load();
-        let root: u64 = read(self.mount, offsets.mount_vfsmount + offsets.vfsmount_root);
-        let parent: u64 = read(self.dentry, offsets.dentry_parent);
+        let root: u64 = read(self.mount, offset!(mount_vfsmount) + offset!(vfsmount_root));
+        let parent: u64 = read(self.dentry, offset!(dentry_parent));
         if self.dentry == root || self.dentry == parent {
-            let upper: u64 = read(self.mount, offsets.mount_parent);
+            let upper: u64 = read(self.mount, offset!(mount_parent));
             if upper == self.mount || upper == 0 {
                 self.complete = true;
                 return false;
             }
-            self.dentry = read(self.mount, offsets.mount_mountpoint);
+            self.dentry = read(self.mount, offset!(mount_mountpoint));
             self.mount = upper;
             return true;
         }
-        let length: u32 = read(self.dentry, offsets.dentry_name_length);
+        let length: u32 = read(self.dentry, offset!(dentry_name_length));
         // The name and a slash before it have to fit.
         if length == 0 || length >= MAX_PATH as u32 || length + 1 > self.start {
             return false;
         }
-        let name: u64 = read(self.dentry, offsets.dentry_name);
+        let name: u64 = read(self.dentry, offset!(dentry_name));
         // The masks change nothing, they tell the verifier what was just checked.
         let length = (opaque(length) & 0xff) as u32;
         let at = (opaque(self.start - length) & 0xff) as u32;

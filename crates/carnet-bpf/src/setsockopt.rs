@@ -31,10 +31,10 @@ use crate::{
     ctx::{load32, load64, opaque, store32},
     listener::same,
     mac::carnet_mac,
-    maps::{CONFIG, LISTENERS, REGISTERED, SET_RECORDS},
+    maps::{CONFIG, LEGS, LISTENERS, REGISTERED, SECOND_RECORDS},
     process::{self, Process},
     report::{count, event_of_caller, now},
-    socket::{CLOSE, LISTEN, Socket},
+    socket::{CLOSE, LISTEN, Socket, copy_record},
 };
 
 #[cgroup_sockopt(setsockopt)]
@@ -100,11 +100,32 @@ fn set_record(ctx: *mut bpf_sockopt, socket: Socket, service: u64) -> Result<(),
     if given == 0 || given as usize > MAX_RECORD {
         return Err(refused(RecordError::Malformed, service));
     }
-    let Some(set) = socket.get_or_create(&SET_RECORDS) else {
+    let Some(leg) = socket.get_or_create(&LEGS) else {
         return Err(errno::ENOMEM);
     };
-    let [first, second] = &mut set.places;
-    let (place, number) = if set.current == 1 { (second, 2) } else { (first, 1) };
+    // Left by a connect that failed before anything was sent.
+    leg.kind = 0;
+    if leg.set_hops == 0 {
+        receive(ctx, &mut leg.record, given, service)?;
+    } else {
+        let Some(second) = socket.get_or_create(&SECOND_RECORDS) else {
+            return Err(errno::ENOMEM);
+        };
+        let result = receive(ctx, second, given, service);
+        if result.is_ok() {
+            copy_record(leg, second);
+        }
+        socket.delete(&SECOND_RECORDS);
+        result?;
+    }
+    leg.set_hops = leg.record.hop_count;
+    count(Counter::RecordsSet);
+    Ok(())
+}
+
+/// Takes the caller's record to its place, and verifies it there.
+#[inline(always)]
+fn receive(ctx: *mut bpf_sockopt, place: &mut Record, given: u32, service: u64) -> Result<(), i32> {
     let buffer = load64!(ctx, 8) as *const core::ffi::c_void;
     let given = opaque(given);
     if given > MAX_RECORD as u64 {
@@ -115,14 +136,7 @@ fn set_record(ctx: *mut bpf_sockopt, socket: Socket, service: u64) -> Result<(),
     unsafe {
         bpf_probe_read_kernel(ptr::from_mut(place).cast(), given as u32, buffer);
     }
-    match verified(place, given as u32, service) {
-        Ok(()) => {
-            set.current = number;
-            count(Counter::RecordsSet);
-            Ok(())
-        }
-        Err(error) => Err(error),
-    }
+    verified(place, given as u32, service)
 }
 
 #[inline(always)]

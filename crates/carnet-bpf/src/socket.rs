@@ -7,12 +7,21 @@ use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     btf_maps::SkStorage,
     helpers::generated::{
-        bpf_sk_storage_delete, bpf_sk_storage_get, bpf_skc_to_mptcp_sock, bpf_skc_to_tcp_sock,
+        bpf_probe_read_kernel, bpf_sk_storage_delete, bpf_sk_storage_get, bpf_skc_to_mptcp_sock,
+        bpf_skc_to_tcp_sock,
     },
 };
-use carnet_core::address::{AF_INET, AF_INET6, Endpoint};
+use carnet_core::{
+    address::{AF_INET, AF_INET6, Endpoint},
+    flow::LegState,
+    record::Record,
+};
 
-use crate::{ctx::load32, maps::REGISTERED, process};
+use crate::{
+    ctx::load32,
+    maps::REGISTERED,
+    process::{field, offset},
+};
 
 /// `IPPROTO_TCP`.
 pub(crate) const TCP: u32 = 6;
@@ -31,17 +40,18 @@ pub(crate) const LISTEN: u32 = 10;
 /// `TCP_CLOSING`.
 pub(crate) const CLOSING: u32 = 11;
 
-/// Not 0 where the kernel has Multipath TCP. Set by the loader, since the helper that finds a
-/// subflow's connection is refused elsewhere.
+/// Byte offset of the field of `struct tcp_sock` that marks a Multipath TCP subflow. Set by the
+/// loader; 0 where the kernel has no Multipath TCP and refuses the helper that finds a subflow's
+/// connection.
 #[unsafe(no_mangle)]
-static HAS_MPTCP: Global<u32> = Global::new(1);
+static MPTCP_MARK: Global<u32> = Global::new(1);
 
 /// A socket as a hook sees it, never null. Its fields are read at the offsets of `struct bpf_sock`.
 #[derive(Clone, Copy)]
 pub(crate) struct Socket(*mut bpf_sock);
 
 impl Socket {
-    /// The socket behind a pointer that a context or a lookup gave.
+    /// The socket behind a pointer that a context, a lookup or a conversion gave.
     #[inline(always)]
     pub(crate) fn new(sk: *mut bpf_sock) -> Option<Self> {
         if sk.is_null() { None } else { Some(Self(sk)) }
@@ -104,13 +114,28 @@ impl Socket {
         }
     }
 
+    /// The same socket as `struct tcp_sock`, of which the verifier knows all fields; null for one
+    /// that is not TCP's.
+    #[inline(always)]
+    fn tcp(self) -> *const c_void {
+        // SAFETY: the helper takes any socket.
+        unsafe { bpf_skc_to_tcp_sock(self.0.cast()) }.cast_const().cast()
+    }
+
+    /// Whether neither this socket nor a Multipath TCP connection that it belongs to has any state
+    /// of a BPF program. Asked at every connect, and far cheaper than to look for the state.
+    #[inline(always)]
+    pub(crate) fn is_blank(self) -> bool {
+        let tcp = self.tcp();
+        !tcp.is_null() && field::<u64>(tcp, offset!(sock_storage)) == 0 && !is_subflow(tcp)
+    }
+
     /// Whether the other end has sent all that it will.
     #[inline(always)]
     pub(crate) fn has_received_fin(self) -> bool {
         const SOCK_DONE: u64 = 1 << 1;
-        // SAFETY: the helper takes any socket and gives null for one that is not TCP's.
-        let sock = unsafe { bpf_skc_to_tcp_sock(self.0.cast()) };
-        !sock.is_null() && process::socket_flags(sock as u64) & SOCK_DONE != 0
+        let tcp = self.tcp();
+        !tcp.is_null() && field::<u64>(tcp, offset!(sock_flags)) & SOCK_DONE != 0
     }
 
     /// The redirect handle of the service for which this listening socket, or the Multipath TCP
@@ -120,11 +145,9 @@ impl Socket {
         if let Some(handle) = self.get(&REGISTERED) {
             return *handle;
         }
-        let connection = self.multipath();
-        if connection.is_null() {
-            return 0;
-        }
-        storage(&REGISTERED, connection, ptr::null_mut(), 0).map_or(0, |handle| *handle)
+        self.multipath()
+            .and_then(|connection| connection.get(&REGISTERED))
+            .map_or(0, |handle| *handle)
     }
 
     /// The Multipath TCP connection whose subflow this is.
@@ -132,12 +155,13 @@ impl Socket {
     /// Connect hooks and sockops see the subflow, socket-option and address hooks the connection:
     /// state must be on both.
     #[inline(always)]
-    pub(crate) fn multipath(self) -> *mut c_void {
-        if HAS_MPTCP.load() == 0 {
-            return ptr::null_mut();
+    pub(crate) fn multipath(self) -> Option<Self> {
+        let tcp = self.tcp();
+        if tcp.is_null() || !is_subflow(tcp) {
+            return None;
         }
         // SAFETY: the helper takes any socket and gives null for one that is no subflow.
-        unsafe { bpf_skc_to_mptcp_sock(self.0.cast()) }.cast()
+        Self::new(unsafe { bpf_skc_to_mptcp_sock(self.0.cast()) }.cast())
     }
 
     /// The state of kind `map` on this socket.
@@ -164,14 +188,12 @@ impl Socket {
     /// The second half of [`Self::put`].
     #[inline(always)]
     pub(crate) fn put_on_multipath<T>(self, map: &'static SkStorage<T>, value: *mut T) -> bool {
-        let connection = self.multipath();
-        if connection.is_null() {
+        let Some(connection) = self.multipath() else {
             return true;
-        }
+        };
         // A connection's first subflow decides; it may have the state from an earlier connect.
-        // SAFETY: the helper takes any socket; deleting what is not there is harmless.
-        unsafe { bpf_sk_storage_delete(map_pointer(map), connection) };
-        storage(map, connection, value, CREATE).is_some()
+        connection.delete(map);
+        storage(map, connection.0.cast(), value, CREATE).is_some()
     }
 
     /// Removes the state of kind `map` from this socket.
@@ -180,6 +202,13 @@ impl Socket {
         // SAFETY: the helper takes any socket; deleting what is not there is harmless.
         unsafe { bpf_sk_storage_delete(map_pointer(map), self.0.cast()) };
     }
+}
+
+/// Whether a `struct tcp_sock` is a subflow of a Multipath TCP connection.
+#[inline(always)]
+fn is_subflow(tcp: *const c_void) -> bool {
+    let mark = MPTCP_MARK.load();
+    mark != 0 && field::<u8>(tcp, mark) != 0
 }
 
 const CREATE: u64 = BPF_SK_STORAGE_GET_F_CREATE as u64;
@@ -191,7 +220,7 @@ fn map_pointer<T>(map: &'static SkStorage<T>) -> *mut c_void {
 
 /// State of kind `map` on a socket given as the helper takes it.
 #[inline(always)]
-pub(crate) fn storage<T>(
+fn storage<T>(
     map: &'static SkStorage<T>,
     sk: *mut c_void,
     initial: *mut T,
@@ -201,4 +230,18 @@ pub(crate) fn storage<T>(
     // pointer to a `T` that lives as long as the socket, at least until the program ends. The
     // kernel runs the hooks of one socket one at a time, under its lock.
     unsafe { bpf_sk_storage_get(map_pointer(map), sk, initial.cast(), flags).cast::<T>().as_mut() }
+}
+
+/// Copies a record into a leg.
+#[inline(always)]
+pub(crate) fn copy_record(leg: &mut LegState, record: &Record) {
+    // SAFETY: both are whole records in map values; the helper copies many times faster than
+    // the loop that LLVM would write.
+    unsafe {
+        bpf_probe_read_kernel(
+            (&raw mut leg.record).cast(),
+            size_of::<Record>() as u32,
+            ptr::from_ref(record).cast(),
+        );
+    }
 }

@@ -8,8 +8,8 @@ use crate::{
     arbitration::{Verdict, action_of},
     chain::{Chain, hop_limit, slot_bit},
     table::{
-        Action, FAILURE_SKIP, FilterRow, LEAF, LeafRow, MAX_CANDIDATES, MAX_CONDITIONS, MAX_DEPTH,
-        MAX_SERVICES, NO_SLOT, Step, Tables,
+        Action, EMPTY_LEAF, FAILURE_SKIP, FilterRow, HeaderRow, LEAF, LeafRow, MAX_CANDIDATES,
+        MAX_CONDITIONS, MAX_DEPTH, MAX_SERVICES, NO_SLOT, Step, Tables,
     },
 };
 
@@ -251,6 +251,15 @@ where
     }
 }
 
+/// Whether any filter may match: whether the connection passes the policy's gate. Most do not.
+#[inline(always)]
+pub fn concerns_somebody<T: Tables, C: Connection>(tables: &T, connection: &C) -> bool {
+    let Some(HeaderRow { gate, .. }) = tables.header() else {
+        return false;
+    };
+    connection.value(gate.field, gate.argument).within(gate.first, gate.last)
+}
+
 /// Where the connection's place in the tree is: the run of its candidates, empty if no filter can
 /// match.
 #[inline(always)]
@@ -259,6 +268,9 @@ pub fn leaf_of<T: Tables, C: Connection>(tables: &T, connection: &C) -> LeafRow 
     let Some(header) = tables.header() else {
         return NONE;
     };
+    if !concerns_somebody(tables, connection) {
+        return NONE;
+    }
     let mut at = header.root;
     // A loop of its own, not `Repeat`: it is short, and every connect walks it.
     for _ in 0..MAX_DEPTH {
@@ -272,7 +284,7 @@ pub fn leaf_of<T: Tables, C: Connection>(tables: &T, connection: &C) -> LeafRow 
         at = if value.below(node.split) { node.left } else { node.right };
     }
     // The way ends in a leaf with every table that the compiler made.
-    if at & LEAF == 0 {
+    if at & LEAF == 0 || at == EMPTY_LEAF {
         return NONE;
     }
     tables.leaf(at & !LEAF).copied().unwrap_or(NONE)

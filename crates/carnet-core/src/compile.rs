@@ -27,9 +27,9 @@ use crate::{
     address::Wide,
     object::{FailurePolicy, Filter, FilterAction, Policy, Service, Trust, largest_value},
     table::{
-        Action, ConditionRow, FAILURE_BLOCK, FAILURE_SKIP, FILTER_HARD, FILTER_VETO, Field,
-        FilterRow, HeaderRow, LEAF, LeafRow, MAX_CANDIDATES, MAX_DEPTH, NO_SLOT, NodeRow, Repeat,
-        ServiceRow, Step, Tables,
+        Action, ConditionRow, EMPTY_LEAF, FAILURE_BLOCK, FAILURE_SKIP, FILTER_HARD, FILTER_VETO,
+        Field, FilterRow, HeaderRow, LEAF, LeafRow, MAX_CANDIDATES, MAX_DEPTH, NO_SLOT, NodeRow,
+        Repeat, ServiceRow, Step, Tables,
     },
 };
 
@@ -110,14 +110,48 @@ pub fn compile(policy: &Policy, generation: u64) -> Result<CompiledPolicy, Compi
     let mut compiled = CompiledPolicy { services: service_rows(policy), ..Default::default() };
     compiled.add_filters(policy)?;
     compiled.header = HeaderRow {
+        gate: gate(&compiled),
         generation,
-        root: LEAF,
+        root: EMPTY_LEAF,
         fields: compiled.conditions.iter().fold(0, |fields, c| fields | 1 << c.field),
         services: compiled.services.len() as u32,
         document_length: 0,
     };
     Cutter::new(&mut compiled).cut();
     Ok(compiled)
+}
+
+/// The gate: of all fields the one whose range around all rows leaves out the largest part of its
+/// values. Where several leave out as much it is the first, which is cheap to find out.
+fn gate(compiled: &CompiledPolicy) -> ConditionRow {
+    // Nothing passes; what a policy without filters has.
+    let shut = ConditionRow { first: Wide::from(1), last: Wide::MIN, ..Default::default() };
+    let Some(row) = compiled.filters.first() else {
+        return shut;
+    };
+    let conditions = |row: &FilterRow| {
+        let first = row.first_condition as usize;
+        &compiled.conditions[first..first + row.condition_count as usize]
+    };
+    let open = ConditionRow { last: Wide::MAX, ..Default::default() };
+    // A field that some row does not test leaves nothing out, so those of one row are enough.
+    let hulls = conditions(row).iter().filter_map(|start| {
+        let mut hull = *start;
+        for row in &compiled.filters {
+            let same = |c: &&ConditionRow| (c.field, c.argument) == (hull.field, hull.argument);
+            let range = conditions(row).iter().find(same)?;
+            hull.first = hull.first.min(range.first);
+            hull.last = hull.last.max(range.last);
+        }
+        Some(hull)
+    });
+    let part_let_through = |hull: &ConditionRow| {
+        let all = largest_value(Field::ALL[hull.field as usize]);
+        let passing = u128::from(hull.last) - u128::from(hull.first);
+        // In 65536ths: the fields' sizes differ by many orders of magnitude.
+        (passing / (all / 65536 + 1), hull.field)
+    };
+    hulls.min_by_key(part_let_through).unwrap_or(open)
 }
 
 impl CompiledPolicy {
@@ -131,7 +165,7 @@ impl CompiledPolicy {
         &self.nodes
     }
 
-    /// The leaves of the tree, at least one.
+    /// The leaves of the tree, but for the empty one, which needs no row.
     pub fn leaves(&self) -> &[LeafRow] {
         &self.leaves
     }
@@ -472,6 +506,10 @@ impl<'a> Cutter<'a> {
 
     /// Makes a leaf final.
     fn close(&mut self, place: Place, rows: Vec<u32>) {
+        if rows.is_empty() {
+            self.hang(place, EMPTY_LEAF);
+            return;
+        }
         let next = self.closed.len() as u32;
         let leaf = *self.closed.entry(rows).or_insert(next);
         self.hang(place, leaf | LEAF);

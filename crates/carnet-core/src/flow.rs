@@ -12,7 +12,8 @@ pub const LEG_ONWARD: u32 = 2;
 /// One leg of a flow: the state of the socket that connects, copied to the socket that the service
 /// accepts.
 ///
-/// On the connecting socket it answers `getpeername` and the flow listing; on the accepted one the
+/// It begins when a service sets a record on the socket, or when a connect is redirected; `kind` is
+/// 0 until the connect and after the connection's end. On the connecting socket it answers `getpeername` and the flow listing; on the accepted one the
 /// control interface. Its record's MAC is computed when a service asks for the record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -33,8 +34,9 @@ pub struct LegState {
     pub began_ns: u64,
     /// Process that connected, in the initial pid namespace.
     pub pid: u32,
-    /// Always zero.
-    pub zero: u32,
+    /// Number of hops of the record that a service set on the connecting socket; 0 if none was. It
+    /// tells what a later connect of the socket begins with: a redirect appends a hop.
+    pub set_hops: u32,
     /// The destination that the connect asked for.
     pub requested: Endpoint,
     /// Where the connection really goes: the service's listener; for an onward leg the same as

@@ -194,7 +194,7 @@ impl Record {
             && self.version == VERSION
             && self.hop_count >= 1
             && self.hop_count <= MAX_HOPS as u32
-            && self.length as usize == HEADER_LENGTH + self.hop_count as usize * size_of::<Hop>()
+            && self.length == length_with(self.hop_count)
             && self.length as usize == given
     }
 
@@ -247,9 +247,24 @@ impl Record {
         };
         *slot = hop;
         self.hop_count += 1;
-        self.length = (HEADER_LENGTH + self.hop_count as usize * size_of::<Hop>()) as u16;
+        self.length = length_with(self.hop_count);
         true
     }
+
+    /// Takes back the hops, and the legs that they were, which were appended since the record had
+    /// `hop_count` of them.
+    #[inline(always)]
+    pub const fn take_back(&mut self, hop_count: u32) {
+        self.legs = self.legs.wrapping_sub(self.hop_count.wrapping_sub(hop_count));
+        self.hop_count = hop_count;
+        self.length = length_with(hop_count);
+    }
+}
+
+/// Length in bytes of a record with so many hops.
+#[inline(always)]
+const fn length_with(hop_count: u32) -> u16 {
+    (HEADER_LENGTH + hop_count as usize * size_of::<Hop>()) as u16
 }
 
 /// The MAC of a record, word by word.
@@ -347,6 +362,19 @@ mod tests {
         let before = full;
         assert!(!full.push(Hop::default()));
         assert_eq!(full, before);
+    }
+
+    #[test]
+    fn a_hop_that_is_taken_back_leaves_nothing() {
+        let before = Record { legs: 5, ..record(2) };
+        let mut changed = before;
+        assert!(changed.push(Hop { handle: 9, filter: 9 }));
+        changed.legs += 1;
+        changed.take_back(2);
+        let wire = |r: &Record| r.as_bytes()[..r.length as usize].to_vec();
+        assert_eq!(wire(&changed), wire(&before));
+        changed.take_back(2);
+        assert_eq!(wire(&changed), wire(&before));
     }
 
     #[test]

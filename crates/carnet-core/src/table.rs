@@ -28,6 +28,8 @@ pub const MAX_SERVICES: u32 = MAX_HOPS as u32;
 pub const NO_SLOT: u32 = u32::MAX;
 /// Set in a child reference: the rest is the index of a [`LeafRow`], not of a [`NodeRow`].
 pub const LEAF: u32 = 1 << 31;
+/// A child reference to the leaf without candidates, which is in no table.
+pub const EMPTY_LEAF: u32 = u32::MAX;
 /// Deepest tree that the classifier walks. The compiler stops cutting before.
 pub const MAX_DEPTH: u32 = 48;
 /// Most candidates that the classifier checks in one leaf: the largest table there may be.
@@ -103,21 +105,23 @@ pub const FAILURE_BLOCK: u32 = 0;
 /// [`ServiceRow::failure`]: without a live listener, the service is passed over.
 pub const FAILURE_SKIP: u32 = 1;
 
-/// The head of a bank.
+/// The head of a bank: what every connect reads, in the size of a cache line.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
 #[repr(C)]
 pub struct HeaderRow {
-    /// Number of the transaction that wrote this bank; the first is 1.
-    pub generation: u64,
+    /// The gate: only connections in this range are looked at further.
+    pub gate: ConditionRow,
     /// Root of the tree: a node, or with [`LEAF`] a leaf.
     pub root: u32,
+    /// Number of services in the policy.
+    pub services: u32,
+    /// Number of the transaction that wrote this bank; the first is 1.
+    pub generation: u64,
     /// Set of the [`Field`]s that any condition tests: what the kernel has to find out of a
     /// connection before it can decide.
     pub fields: u32,
-    /// Number of services in the policy.
-    pub services: u32,
     /// Length in bytes of the administrator's document, from which the bank was compiled.
     pub document_length: u32,
 }
@@ -210,7 +214,7 @@ pub struct ServiceRow {
 const _: () = {
     // A set of services is one 64-bit word.
     assert!(MAX_SERVICES <= 64);
-    assert!(size_of::<HeaderRow>() == 24);
+    assert!(size_of::<HeaderRow>() == 64);
     assert!(size_of::<NodeRow>() == 32);
     assert!(size_of::<LeafRow>() == 8);
     assert!(size_of::<ConditionRow>() == 40);

@@ -27,7 +27,7 @@ pub(crate) struct Offsets([u32; FIELDS.len()]);
 
 /// The fields that the programs read, in the order of `Offsets` in `carnet-bpf`'s `process.rs`: a
 /// structure, and the way through its members.
-const FIELDS: [(&str, &[&str]); 23] = [
+const FIELDS: [(&str, &[&str]); 24] = [
     ("task_struct", &["flags"]),
     ("task_struct", &["group_leader"]),
     ("task_struct", &["start_boottime"]),
@@ -51,6 +51,7 @@ const FIELDS: [(&str, &[&str]); 23] = [
     ("cred", &["user_ns"]),
     ("user_namespace", &["level"]),
     ("sock", &["__sk_common", "skc_flags"]),
+    ("sock", &["sk_bpf_storage"]),
 ];
 
 /// The types of the running kernel.
@@ -84,6 +85,12 @@ impl KernelTypes {
             *offset = self.offset(structure, members)?;
         }
         Ok(Offsets(offsets))
+    }
+
+    /// Where `struct tcp_sock` says that it is a subflow of a Multipath TCP connection, in bytes. 0
+    /// where the kernel has no Multipath TCP.
+    pub(crate) fn mptcp_mark(&self) -> u32 {
+        self.offset("tcp_sock", &["is_mptcp"]).unwrap_or(0)
     }
 
     fn offset(&self, structure: &'static str, members: &[&'static str]) -> Result<u32, Error> {

@@ -16,7 +16,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!("../prebuilt/carnet.bpfel.o")
 
 /// Version of what maps mean, beyond their sizes: records, rows, names. To be raised with every
 /// change after which programs and maps of before and after do not understand each other.
-pub(crate) const LAYOUT: u32 = 1;
+pub(crate) const LAYOUT: u32 = 2;
 
 /// Which build of the kernel engine something is: the SHA-256 of its object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -105,7 +105,7 @@ pub(crate) fn map_definitions() -> Result<Vec<MapDefinition>, Error> {
 pub(crate) fn load(maps: Option<&Path>, capacities: Option<&Capacities>) -> Result<Ebpf, Error> {
     let types = KernelTypes::read()?;
     let offsets = Wire(types.offsets()?);
-    let has_mptcp = u32::from(types.has_struct("mptcp_sock"));
+    let mptcp_mark = types.mptcp_mark();
     let object = |error| Error::Object { source: Box::new(error) };
     let btf = Btf::from_sys_fs().map_err(|error| object(error.into()))?;
     let definitions = map_definitions()?;
@@ -116,7 +116,7 @@ pub(crate) fn load(maps: Option<&Path>, capacities: Option<&Capacities>) -> Resu
         // Asked for only after a failure. More than this is the whole walk, megabytes of it.
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global("OFFSETS", &offsets, true)
-        .override_global("HAS_MPTCP", &has_mptcp, true);
+        .override_global("MPTCP_MARK", &mptcp_mark, true);
     if let Some(maps) = maps {
         for MapDefinition { name, .. } in &definitions {
             loader.map_pin_path(name, maps.join(name));

@@ -6,7 +6,9 @@ use std::{
 };
 
 use carnet_core::{
+    address::Wide,
     chain::Chain,
+    classify::concerns_somebody,
     compile::{
         CompileError, CompiledPolicy, MAX_ROWS_PER_FILTER, SMALL_LEAF, compile, max_candidates,
         max_nodes,
@@ -14,8 +16,8 @@ use carnet_core::{
     explain::{HostConnection, Process},
     object::{Conditions, FilterAction, Policy, PortRange, Prefix, UserRange},
     table::{
-        ConditionRow, FilterRow, HeaderRow, LEAF, LeafRow, MAX_DEPTH, NodeRow, Repeat, ServiceRow,
-        Step, Tables,
+        ConditionRow, EMPTY_LEAF, Field, FilterRow, HeaderRow, LEAF, LeafRow, MAX_DEPTH, NodeRow,
+        Repeat, ServiceRow, Step, Tables,
     },
 };
 use proptest::prelude::*;
@@ -35,10 +37,11 @@ impl<'a> Bank<'a> {
         Self { compiled, flat: None, nodes_read: Cell::new(0), candidates_read: Cell::new(0) }
     }
 
-    /// One leaf with all rows in the order of arbitration.
+    /// No gate, and one leaf with all rows in the order of arbitration.
     fn flat(compiled: &'a CompiledPolicy) -> Self {
         let count = compiled.filters().len() as u32;
-        let header = HeaderRow { root: LEAF, ..*compiled.header() };
+        let gate = ConditionRow { last: Wide::MAX, ..Default::default() };
+        let header = HeaderRow { gate, root: LEAF, ..*compiled.header() };
         let leaf = LeafRow { first: 0, count };
         Self { flat: Some((header, leaf, (0..count).collect())), ..Self::new(compiled) }
     }
@@ -291,12 +294,35 @@ fn the_worked_example_of_the_table_module() {
 }
 
 #[test]
-fn an_empty_policy_is_one_empty_leaf_and_lets_everything_pass() {
+fn an_empty_policy_has_a_shut_gate_and_lets_everything_pass() {
     let compiled = compile(&Policy::new(), 1).unwrap();
-    assert_eq!((compiled.nodes().len(), compiled.leaves()), (0, &[LeafRow::default()][..]));
-    assert_eq!(compiled.header().fields, 0);
+    assert_eq!((compiled.nodes().len(), compiled.leaves().len()), (0, 0));
+    assert_eq!((compiled.header().root, compiled.header().fields), (EMPTY_LEAF, 0));
+    assert!(!concerns_somebody(&compiled, &connection_to("0.0.0.0:0")));
+    assert!(!concerns_somebody(&compiled, &connection_to("[ffff::]:65535")));
     let decision = decide(&compiled, &connection_to("192.0.2.1:1"), &Chain::empty(0));
     assert_eq!(decision, carnet_core::Decision::PASS);
+}
+
+#[test]
+fn the_gate_is_the_narrowest_range_around_all_filters() {
+    let mut policy = policy(&[("s", 0)], &[]);
+    let mut add = |conditions| {
+        policy.add_filter(new_filter("s", conditions, FilterAction::BLOCK)).unwrap();
+        *compile(&policy, 1).unwrap().header()
+    };
+    let ports = |first, last| vec![PortRange::new(first, last).unwrap()];
+    let users = vec![UserRange::from(1000)];
+    let one = Conditions { ports: ports(80, 90), users: users.clone(), ..Default::default() };
+    // A user is one of many more values than a port.
+    assert_eq!(add(one).gate.field, Field::User as u32);
+    let two = Conditions { ports: ports(443, 443), ..Default::default() };
+    let gate = add(two).gate;
+    assert_eq!(gate.field, Field::DestinationPort as u32);
+    assert_eq!((u128::from(gate.first), u128::from(gate.last)), (80, 443));
+    let gate = add(Conditions { users, ..Default::default() }).gate;
+    // No field is tested by all of them.
+    assert_eq!((gate.first, gate.last), (Wide::MIN, Wide::MAX));
 }
 
 #[test]
