@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::client::Exchange;
 use crate::connect::Plan;
-use crate::site::{Runs, Site};
+use crate::site::{Relay, Runs, Site};
 use crate::statistics::Spread;
 
 /// How many filters the larger policy has.
@@ -129,7 +129,7 @@ fn cases() -> Result<Vec<Case>> {
     cases.insert(3, Case { policy, site, hook, runs: 1, all_hooks: false, exchange });
     let mut site = Site::far(exchange)?;
     site.bring_engine_up()?;
-    site.add_inspect()?;
+    site.add_relay(Relay::Inspect)?;
     // The application connects, and the service does.
     let (hook, runs) = ("connect4", 2);
     cases.push(Case { policy: "whole flow", site, hook, runs, all_hooks: true, exchange });

@@ -10,7 +10,7 @@
 //! | [`latency`] | its second part: connect() as the application sees it |
 //! | [`services`] | its third part: whole connections through services |
 //! | [`site`] | where one thing is measured: namespaces, cgroups, engine, services |
-//! | [`client`], [`server`], [`firewall`] | the load, what answers it, and nftables for comparison |
+//! | [`client`], [`server`], [`relay`], [`firewall`] | the load, what answers it, a relay that does little else, and nftables for comparison |
 //! | [`statistics`], [`about`], [`report`] | medians, the circumstances, the tables |
 
 mod about;
@@ -21,6 +21,7 @@ mod hooks;
 mod interrupt;
 mod latency;
 mod reference;
+mod relay;
 mod report;
 mod server;
 mod services;
@@ -53,6 +54,9 @@ enum Command {
     /// Be a redirect service that accepts connections and closes them
     #[command(hide = true)]
     Sink,
+    /// Be a relay that does nothing but relay
+    #[command(hide = true)]
+    Relay(relay::Arguments),
     /// Be carnet-inspect
     #[command(hide = true)]
     Inspect(Box<carnet_inspect::cli::Arguments>),
@@ -63,6 +67,7 @@ fn main() -> ExitCode {
         Command::Connect(options) => connect::run(&options),
         Command::Client(load) => said_on_the_output(client::run(&load)),
         Command::Sink => said_on_the_output(server::sink()),
+        Command::Relay(arguments) => said_on_the_output(relay::run(arguments)),
         Command::Inspect(arguments) => said_on_the_output(carnet_inspect::run(*arguments)),
     };
     match result {

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::about::{About, DIRECTORY};
 use crate::services::{Between, THREADS};
+use crate::site::Relay;
 use crate::statistics::Spread;
 use crate::{hooks, latency, services};
 
@@ -116,10 +117,15 @@ fn latency_table(rows: &[latency::Row]) -> Table {
 }
 
 fn rate_table(rows: &[services::Row]) -> Table {
-    let nftables = rows.iter().find(|row| row.between == Between::Nftables);
     let mut table = Table::new(["between", "per second", "/ none", "/ nftables"]);
     for (row, ratio) in compared(rows, services::Row::ratio) {
-        let to_nftables = nftables.and_then(|other| row.ratio(other));
+        let same_relay = |other: &&services::Row| match row.between {
+            Between::Nothing => false,
+            Between::Nftables(relay) | Between::Carnet(relay, _) => {
+                other.between == Between::Nftables(relay)
+            }
+        };
+        let to_nftables = rows.iter().find(same_relay).and_then(|other| row.ratio(other));
         let name = name(row.between);
         table.add([name, spread(row.rate(), 0), spread(ratio, 2), spread(to_nftables, 2)]);
     }
@@ -147,9 +153,16 @@ fn compared<T>(
 fn name(between: Between) -> String {
     match between {
         Between::Nothing => "nothing".into(),
-        Between::Nftables => "nftables, 1 relay".into(),
-        Between::Carnet(1) => "Carnet, 1 service".into(),
-        Between::Carnet(services) => format!("Carnet, {services} services"),
+        Between::Nftables(relay) => format!("nftables, {}", relay_name(relay)),
+        Between::Carnet(relay, 1) => format!("Carnet, {}", relay_name(relay)),
+        Between::Carnet(relay, services) => format!("Carnet, {services} x {}", relay_name(relay)),
+    }
+}
+
+fn relay_name(relay: Relay) -> &'static str {
+    match relay {
+        Relay::Inspect => "carnet-inspect",
+        Relay::Bare => "bare relay",
     }
 }
 

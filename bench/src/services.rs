@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::client::{Exchange, Measured};
 use crate::connect::Plan;
-use crate::site::Site;
+use crate::site::{Relay, Site};
 use crate::statistics::Spread;
 
 /// Threads of the client while connections per second are measured.
@@ -19,10 +19,10 @@ pub(crate) const THREADS: u32 = 4;
 pub(crate) enum Between {
     /// Nothing.
     Nothing,
-    /// carnet-inspect, to which nftables redirects.
-    Nftables,
-    /// So many carnet-inspect in a chain, to which Carnet redirects.
-    Carnet(u32),
+    /// A relay to which nftables redirects.
+    Nftables(Relay),
+    /// So many relays in a chain, to which Carnet redirects.
+    Carnet(Relay, u32),
 }
 
 /// What was measured in one case.
@@ -67,10 +67,13 @@ impl Row {
 /// must be.
 pub(crate) fn measure(plan: &Plan) -> Result<Vec<Row>> {
     let mut cases = vec![Between::Nothing];
-    if plan.nftables {
-        cases.push(Between::Nftables);
+    for relay in [Relay::Bare, Relay::Inspect] {
+        if plan.nftables {
+            cases.push(Between::Nftables(relay));
+        }
+        let longest = if relay == Relay::Bare { 1 } else { plan.services };
+        cases.extend((1..=longest).map(|services| Between::Carnet(relay, services)));
     }
-    cases.extend((1..=plan.services).map(Between::Carnet));
     let sites: Vec<(Between, Site)> =
         cases.into_iter().map(|case| Ok((case, site(case)?))).collect::<Result<_>>()?;
     let row = |&(between, _): &(Between, Site)| Row { between, busy: vec![], alone: vec![] };
@@ -95,11 +98,11 @@ fn site(between: Between) -> Result<Site> {
     let mut site = Site::far(Exchange::Request)?;
     match between {
         Between::Nothing => {}
-        Between::Nftables => site.add_inspect_behind_nftables()?,
-        Between::Carnet(services) => {
+        Between::Nftables(relay) => site.add_relay_behind_nftables(relay)?,
+        Between::Carnet(relay, services) => {
             site.bring_engine_up()?;
             for _ in 0..services {
-                site.add_inspect()?;
+                site.add_relay(relay)?;
             }
         }
     }
@@ -110,13 +113,13 @@ fn site(between: Between) -> Result<Site> {
 fn load(between: Between, site: &Site, connections: u32, threads: u32) -> Result<Measured> {
     let redirected = || match between {
         Between::Nothing => Ok(0),
-        Between::Nftables => site.redirected_by_nftables(),
-        Between::Carnet(_) => site.redirected_by_carnet(),
+        Between::Nftables(_) => site.redirected_by_nftables(),
+        Between::Carnet(..) => site.redirected_by_carnet(),
     };
     let legs = match between {
         Between::Nothing => 0,
-        Between::Nftables => 1,
-        Between::Carnet(services) => u64::from(services),
+        Between::Nftables(_) => 1,
+        Between::Carnet(_, services) => u64::from(services),
     };
     let before = redirected()?;
     let measured = site.load(Exchange::Request, connections, threads)?;

@@ -16,6 +16,7 @@ use carnet_core::object::{
 };
 use carnet_engine::{Engine, Location, UpOptions};
 use carnet_testbed::{BpfDirectory, Cgroup, NetworkNamespace, Process, Topology};
+use serde::Serialize;
 
 use crate::client::{Exchange, Load, Measured};
 use crate::firewall;
@@ -41,6 +42,16 @@ pub(crate) struct Runs {
     pub(crate) nanoseconds: u64,
     /// How many there were.
     pub(crate) count: u64,
+}
+
+/// What relays connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Relay {
+    /// carnet-inspect: tokio, inspection of the first bytes, a log.
+    Inspect,
+    /// [`relay`](crate::relay): blocking threads that do nothing else.
+    Bare,
 }
 
 /// A place to measure in. See the module's documentation.
@@ -215,40 +226,50 @@ impl Site {
         Ok(())
     }
 
-    /// Adds a carnet-inspect with a service of its own.
+    /// Adds a relay with a service of its own.
     ///
     /// # Errors
     /// When it cannot be set up.
-    pub(crate) fn add_inspect(&mut self) -> Result<()> {
+    pub(crate) fn add_relay(&mut self, relay: Relay) -> Result<()> {
         self.add_service()?;
-        self.start_inspect(self.services.len() - 1, &[])?;
+        self.start(self.services.len() - 1, relay, false)?;
         Ok(())
     }
 
-    /// Puts a carnet-inspect behind nftables' redirection.
+    /// Puts a relay behind nftables' redirection.
     ///
     /// # Errors
     /// When it cannot be set up.
-    pub(crate) fn add_inspect_behind_nftables(&mut self) -> Result<()> {
+    pub(crate) fn add_relay_behind_nftables(&mut self, relay: Relay) -> Result<()> {
         let SocketAddr::V4(destination) = self.server.address() else {
             bail!("the comparison with nftables is made over IPv4");
         };
         // A cgroup beside the client's, as Carnet's services have: accounting costs the same.
         self.services.push(self.scope.child("relay")?);
-        let plain = ["--original-destination", "conntrack", "--no-register"];
-        let listening = self.start_inspect(self.services.len() - 1, &plain)?;
+        let listening = self.start(self.services.len() - 1, relay, true)?;
         firewall::redirect(&self.topology.client, destination, RELAY_USER, listening.port())
     }
 
-    /// Starts a carnet-inspect in a service's cgroup; gives its first address.
-    fn start_inspect(&mut self, service: usize, more: &[&str]) -> Result<SocketAddr> {
-        // The log is written, but to nowhere: no disk is measured.
-        let user = format!("{RELAY_USER}:{RELAY_USER}");
-        let mut arguments =
-            vec!["inspect", "--ready-fd", "1", "--log-file", "/dev/null", "--user", &user];
-        arguments.extend(more);
+    /// Starts a relay in a service's cgroup; gives its first address.
+    fn start(&mut self, service: usize, relay: Relay, conntrack: bool) -> Result<SocketAddr> {
+        let user = RELAY_USER.to_string();
+        let both = format!("{user}:{user}");
+        let mut arguments = match relay {
+            // The log is written, but to nowhere: no disk is measured.
+            Relay::Inspect => {
+                vec!["inspect", "--ready-fd", "1", "--log-file", "/dev/null", "--user", &both]
+            }
+            Relay::Bare => vec!["relay", "--user", &user],
+        };
+        match relay {
+            _ if !conntrack => {}
+            Relay::Inspect => {
+                arguments.extend(["--original-destination", "conntrack", "--no-register"]);
+            }
+            Relay::Bare => arguments.push("--conntrack"),
+        }
         let line = self.start_relay(service, &arguments)?;
-        let address = line.split(' ').nth(1).context("carnet-inspect did not say its address")?;
+        let address = line.split(' ').nth(1).context("the relay did not say its address")?;
         Ok(address.parse()?)
     }
 
