@@ -1,7 +1,7 @@
 //! The command line, for the `carnet-inspect` program and for `carnet inspect`.
 
 use crate::log::Format;
-use crate::privileges::Identity;
+use crate::sys;
 use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
@@ -20,7 +20,9 @@ pub struct Arguments {
     #[arg(long, default_value = "carnet-inspect")]
     pub name: String,
 
-    /// Allow and refuse connections by the rules in this file (TOML); SIGHUP reads it again
+    /// Allow and refuse connections by the rules in this file (TOML)
+    ///
+    /// On Linux, SIGHUP reads it again.
     #[arg(long, value_name = "FILE")]
     pub rules: Option<PathBuf>,
 
@@ -31,10 +33,6 @@ pub struct Arguments {
     /// Append the log to this file instead of writing it to the standard output
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
-
-    /// Become this user when the listeners are registered
-    #[arg(long, value_name = "NAME|UID[:GID]")]
-    pub user: Option<Identity>,
 
     /// Serve at most this many connections at once; more wait to be accepted
     #[arg(long, value_name = "NUMBER", default_value = "8192")]
@@ -52,40 +50,16 @@ pub struct Arguments {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     pub connect_timeout: Duration,
 
-    /// After SIGTERM, let live connections go on for at most this long
+    /// When told to end, let live connections go on for at most this long
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     pub drain_timeout: Duration,
 
-    /// Where to learn the original destination of a connection
-    #[arg(long, value_enum, value_name = "SOURCE", default_value_t = Source::Carnet)]
-    pub original_destination: Source,
-
-    /// Do not register the listeners: somebody else does, for example `carnet service register`
-    #[arg(long)]
-    pub no_register: bool,
-
-    /// Misbehave on purpose: do not set the redirect record, to show what the hop guard does
-    #[arg(long, hide_short_help = true, conflicts_with = "original_destination")]
-    pub forget_records: bool,
-
-    /// When ready, write a line "ready ADDRESS..." to this descriptor (a pipe or a file)
-    ///
-    /// The same line goes to the standard error in any case.
-    #[arg(long, value_name = "NUMBER")]
-    pub ready_fd: Option<u32>,
+    /// What only this system has.
+    #[command(flatten)]
+    pub system: sys::Options,
 }
 
 /// The addresses that are listened on by default.
 pub(crate) const DEFAULT_V4: &str = "127.0.0.1:0";
 /// See [`DEFAULT_V4`]; left out where the system has no IPv6.
 pub(crate) const DEFAULT_V6: &str = "[::1]:0";
-
-/// Who tells the original destination of a connection.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Source {
-    /// Carnet's engine, with redirect records and original applications.
-    #[default]
-    Carnet,
-    /// The connection tracker of a NAT (`nft … redirect to`): plain SO_ORIGINAL_DST, no records.
-    Conntrack,
-}

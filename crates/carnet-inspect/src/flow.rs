@@ -9,7 +9,7 @@ use socket2::SockRef;
 use std::convert::Infallible;
 use std::future::{Future, pending};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Shutdown, SocketAddr};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -213,7 +213,7 @@ fn record(entry: &mut Entry, verdict: &Verdict) {
 async fn refuse(client: &TcpStream, answer: bool) -> Option<String> {
     // The socket's buffer is empty: a short response goes out at once or not at all.
     if answer && client.try_write(FORBIDDEN).is_ok_and(|written| written == FORBIDDEN.len()) {
-        if rustix::net::shutdown(client, rustix::net::Shutdown::Write).is_ok() {
+        if SockRef::from(client).shutdown(Shutdown::Write).is_ok() {
             discard(client, LINGER).await;
         }
         return Some("answered 403".to_owned());

@@ -11,13 +11,13 @@
 //! |---|---|
 //! | [`cli`] | the command line |
 //! | [`config`], [`rules`] | the rules file; what rules mean |
-//! | [`privileges`] | becoming another user |
 //! | [`service`] | listeners, limits, draining |
 //! | `flow` | one connection from its acceptance to its line in the log |
 //! | [`origin`] | where a connection comes from and goes to, and the trait to test without an engine |
 //! | [`inspect`] | the first bytes; no I/O |
-//! | [`relay`], `splice` | bytes from socket to socket |
+//! | [`relay`] | bytes from socket to socket |
 //! | [`log`] | the log |
+//! | [`sys`] | what differs between Linux and Windows |
 //!
 //! # What it does with bytes
 //!
@@ -34,18 +34,15 @@ mod flow;
 pub mod inspect;
 pub mod log;
 pub mod origin;
-pub mod privileges;
 pub mod relay;
 pub mod rules;
 pub mod service;
-mod splice;
+pub mod sys;
 
 use anyhow::{Context as _, Result, bail};
-use cli::{Arguments, Source};
+use cli::Arguments;
 use log::{Log, Writer};
-use origin::{CarnetSource, ConntrackSource, FlowSource};
 use rules::Rules;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use service::{Control, Options, Service};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::fmt;
@@ -53,38 +50,27 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
-use std::sync::Arc;
 use std::thread;
-use tokio::signal::unix::{SignalKind, signal};
+use sys::Signals;
 
 /// How many connections may wait to be accepted; the system may allow fewer.
 const BACKLOG: i32 = 4096;
 
-/// Runs the service until it is told to end by SIGTERM or SIGINT.
+/// Runs the service until it is told to end: by SIGTERM or SIGINT, on Windows by Ctrl-C or
+/// Ctrl-Break.
 ///
 /// # Errors
 /// When it cannot begin: an address that is in use, a rules file with a mistake, no engine, … What
 /// goes wrong later is said on the standard error, and the service goes on.
 pub fn run(arguments: Arguments) -> Result<()> {
     let rules = arguments.rules.as_deref().map(config::load).transpose()?.unwrap_or_default();
-    raise_descriptor_limit();
     let listeners = listen(&arguments)?;
-    if arguments.original_destination == Source::Carnet && !arguments.no_register {
-        for listener in &listeners {
-            let address = listener.local_addr()?;
-            carnet::register_listener(listener).with_context(|| format!("listener {address}"))?;
-        }
-    }
     // What only the present user may open, is opened now.
     let target: Box<dyn Write + Send> = match &arguments.log_file {
         Some(path) => Box::new(append_to(path)?),
         None => Box::new(io::stdout()),
     };
-    let ready = arguments.ready_fd.map(open_descriptor).transpose()?;
-    if let Some(identity) = &arguments.user {
-        // Before there are any other threads: this is for the whole process.
-        identity.assume()?;
-    }
+    let ready = arguments.system.begin(&listeners)?;
     let (log, writer) = Log::start(arguments.log, target).context("starting the log's thread")?;
     let workers = match arguments.workers {
         Some(number) => number.get(),
@@ -107,10 +93,6 @@ async fn serve(
     log: Log,
     ready: Option<File>,
 ) -> Result<()> {
-    let source: Arc<dyn FlowSource> = match arguments.original_destination {
-        Source::Carnet => Arc::new(CarnetSource { forget_records: arguments.forget_records }),
-        Source::Conntrack => Arc::new(ConntrackSource),
-    };
     let options = Options {
         name: arguments.name.clone(),
         max_connections: arguments.max_connections,
@@ -122,8 +104,13 @@ async fn serve(
         .iter()
         .map(|listener| listener.local_addr().map(|address| address.to_string()))
         .collect::<io::Result<_>>()?;
-    let service = Service::new(options, source, rules, log);
-    let signals = tokio::spawn(obey_signals(service.control(), arguments.rules.clone())?);
+    let service = Service::new(options, arguments.system.source(), rules, log);
+    let signals = Signals::install()?;
+    let (control, rules) = (service.control(), arguments.rules.clone());
+    let ending = control.clone();
+    let signals = tokio::spawn(
+        signals.obey(move || end(&ending), move || reload(&control, rules.as_deref())),
+    );
     let announce = || {
         let line = format!("ready {}", addresses.join(" "));
         say(format_args!("{line}"));
@@ -138,28 +125,6 @@ async fn serve(
     Ok(())
 }
 
-/// Installs the handlers, and returns what obeys them.
-fn obey_signals(
-    control: Control,
-    rules: Option<std::path::PathBuf>,
-) -> io::Result<impl Future<Output = ()>> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    Ok(async move {
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => end(&control),
-                _ = interrupt.recv() => end(&control),
-                _ = hangup.recv() => match &rules {
-                    Some(path) => reload(&control, path),
-                    None => say(format_args!("no rules to read again: started without --rules")),
-                },
-            }
-        }
-    })
-}
-
 /// The first request to end drains; the second one stops.
 fn end(control: &Control) {
     if control.is_ending() {
@@ -170,7 +135,11 @@ fn end(control: &Control) {
     }
 }
 
-fn reload(control: &Control, path: &Path) {
+fn reload(control: &Control, path: Option<&Path>) {
+    let Some(path) = path else {
+        say(format_args!("no rules to read again: started without --rules"));
+        return;
+    };
     match config::load(path) {
         Ok(rules) => {
             say(format_args!("{} rules read from {}", rules.rules.len(), path.display()));
@@ -201,7 +170,7 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
-    socket.set_reuse_address(true)?;
+    sys::reuse_address(&socket)?;
     socket.set_tcp_nodelay(true)?;
     socket.set_keepalive(true)?;
     socket.set_nonblocking(true)?;
@@ -216,23 +185,6 @@ fn append_to(path: &Path) -> Result<File> {
         .create(true)
         .open(path)
         .with_context(|| format!("opening the log file {}", path.display()))
-}
-
-/// Opens what a descriptor of this process refers to, once more.
-fn open_descriptor(number: u32) -> Result<File> {
-    OpenOptions::new()
-        .append(true)
-        .open(format!("/proc/self/fd/{number}"))
-        .with_context(|| format!("--ready-fd {number}: not the descriptor of a pipe or a file"))
-}
-
-/// Allows as many descriptors as the process may have: two sockets and two pipes for each
-/// connection are more than the usual limit.
-fn raise_descriptor_limit() {
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    if setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).is_err() {
-        say(format_args!("the limit of open files could not be raised"));
-    }
 }
 
 /// Says something to the operator, on the standard error; if nobody listens, all goes on.

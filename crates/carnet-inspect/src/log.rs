@@ -338,7 +338,6 @@ mod tests {
 
     #[test]
     fn json_lines_have_every_field() {
-        use std::os::unix::ffi::OsStringExt;
         let line = entry().line(Format::Json);
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!(value["flow"], 17);
@@ -349,10 +348,25 @@ mod tests {
         assert_eq!(value["rule"], serde_json::Value::Null);
         assert_eq!(value.as_object().unwrap().len(), 20);
 
-        let odd = std::ffi::OsString::from_vec(b"/bin/\xff".to_vec());
-        let line = Entry { executable: Some(odd.into()), ..entry() }.line(Format::Json);
+        let line = Entry { executable: Some(odd_path()), ..entry() }.line(Format::Json);
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!(value["executable"], "/bin/\u{fffd}");
+    }
+
+    /// A path that is not Unicode.
+    #[cfg(unix)]
+    fn odd_path() -> PathBuf {
+        let path: std::ffi::OsString =
+            std::os::unix::ffi::OsStringExt::from_vec(b"/bin/\xff".into());
+        path.into()
+    }
+
+    /// A path that is not Unicode.
+    #[cfg(windows)]
+    fn odd_path() -> PathBuf {
+        let wide: Vec<u16> = "/bin/".encode_utf16().chain([0xd800]).collect();
+        let path: std::ffi::OsString = std::os::windows::ffi::OsStringExt::from_wide(&wide);
+        path.into()
     }
 
     #[tokio::test]

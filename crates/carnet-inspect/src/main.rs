@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 /// Carnet's reference redirect service: inspects redirected connections and relays them onwards
 ///
-/// Start it in the cgroup of a service: carnet service run NAME -- carnet-inspect
+/// On Linux, start it in the cgroup of a service: carnet service run NAME -- carnet-inspect
 #[derive(Parser)]
 #[command(version)]
 struct Command {

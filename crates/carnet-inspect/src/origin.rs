@@ -1,7 +1,6 @@
 //! Where a connection comes from and goes to: the only module that asks Carnet.
 
-use carnet::{AsSocket, Error, Onwards, Operation};
-use socket2::SockRef;
+use carnet::{Error, Onwards, Operation};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -95,17 +94,18 @@ pub struct CarnetSource {
 impl FlowSource for CarnetSource {
     fn origin(&self, accepted: &TcpStream) -> Result<Origin, Error> {
         let onwards = Onwards::of(accepted)?;
-        let (app, flow) = (carnet::original_app(accepted)?, carnet::flow(accepted)?);
+        let app = if_supported(carnet::original_app(accepted))?;
+        let flow = if_supported(carnet::flow(accepted))?;
         let destination = onwards.destination();
         Ok(Origin {
             destination,
-            app: Some(App {
+            app: app.map(|app| App {
                 pid: app.pid,
                 uid: app.uid,
                 executable: app.executable,
                 command: app.command.to_string_lossy().into_owned(),
             }),
-            flow: Some(FlowId { id: flow.id, hops: flow.hops }),
+            flow: flow.map(|flow| FlowId { id: flow.id, hops: flow.hops }),
             route: if self.forget_records {
                 Route::Plain(destination)
             } else {
@@ -115,57 +115,18 @@ impl FlowSource for CarnetSource {
     }
 }
 
-/// Connections that a NAT of this host redirected (`nft … redirect to`): no records, no
-/// applications, and nothing that lets two such services work on one flow.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct ConntrackSource;
-
-impl FlowSource for ConntrackSource {
-    fn origin(&self, accepted: &TcpStream) -> Result<Origin, Error> {
-        let operation = Operation::OriginalDestination;
-        let local = accepted.local_addr().map_err(|source| Error::Os { operation, source })?;
-        let destination = conntrack_destination(accepted, local).ok_or_else(not_redirected)?;
-        // Without a NAT rule, the connection tracker tells the address of this very socket.
-        if destination == local {
-            return Err(not_redirected());
-        }
-        Ok(Origin { destination, app: None, flow: None, route: Route::Plain(destination) })
+/// What the system tells, or nothing where it cannot.
+fn if_supported<T>(answer: Result<T, Error>) -> Result<Option<T>, Error> {
+    match answer {
+        Err(Error::Unsupported { .. }) => Ok(None),
+        answer => answer.map(Some),
     }
-}
-
-/// What `SO_ORIGINAL_DST` says; none where the connection is not tracked.
-fn conntrack_destination(accepted: &impl AsSocket, local: SocketAddr) -> Option<SocketAddr> {
-    let socket = SockRef::from(accepted);
-    // A mapped connection is tracked as what it is: IPv4.
-    let original = if local.ip().to_canonical().is_ipv4() {
-        socket.original_dst_v4()
-    } else {
-        socket.original_dst_v6()
-    };
-    original.ok()?.as_socket()
-}
-
-fn not_redirected() -> Error {
-    Error::NotRedirected { operation: Operation::OriginalDestination }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use tokio::net::TcpListener;
-
-    #[tokio::test]
-    async fn a_direct_connection_is_not_taken_for_a_redirected_one() {
-        for address in ["127.0.0.1:0", "[::1]:0"] {
-            let listener = TcpListener::bind(address).await.unwrap();
-            let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-            let (accepted, _) = listener.accept().await.unwrap();
-            let origin = ConntrackSource.origin(&accepted);
-            assert!(matches!(origin, Err(Error::NotRedirected { .. })), "{origin:?}");
-            let origin = CarnetSource::default().origin(&accepted);
-            assert!(matches!(origin, Err(Error::NoEngine { .. })), "{origin:?}");
-        }
-    }
 
     #[tokio::test]
     async fn a_plain_route_reaches_a_mapped_address_over_ipv4() {

@@ -5,14 +5,14 @@
 //! half-closed. A leg reads only what it can write, so a slow reader slows its writer down, and it
 //! holds one buffer, later one pipe, however much passes.
 //!
-//! It begins with copying, and goes over to splice(2) when a direction turns out to carry much: a
-//! pipe costs more than a short connection gains.
+//! It begins with copying, and goes over to what the system has for relaying when a direction turns
+//! out to carry much: splice(2) on Linux, whose pipe costs more than a short connection gains.
 
-use crate::splice::{self, Pipe};
-use rustix::net::Shutdown;
+use crate::sys;
 use socket2::SockRef;
 use std::future::Future;
 use std::io;
+use std::net::Shutdown;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -21,14 +21,14 @@ use tokio::net::TcpStream;
 
 /// Size in bytes of the buffer that a leg copies with.
 pub const BUFFER: usize = 16 * 1024;
-/// After this many bytes a leg goes over to splice(2).
-const SPLICE_AFTER: u64 = 64 * 1024;
+/// After this many bytes a leg goes over to what the system has for relaying.
+const CARRY_AFTER: u64 = 64 * 1024;
 
 /// One direction of a relayed connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Leg<'a> {
-    from: &'a TcpStream,
-    to: &'a TcpStream,
+    pub(crate) from: &'a TcpStream,
+    pub(crate) to: &'a TcpStream,
     carried: &'a AtomicU64,
 }
 
@@ -52,19 +52,16 @@ impl<'a> Leg<'a> {
     /// # Errors
     /// When one of the sockets is broken.
     pub async fn relay(&self, mut buffer: Vec<u8>) -> Result<(), Fault> {
-        while self.carried.load(Ordering::Relaxed) < SPLICE_AFTER {
+        while self.carried.load(Ordering::Relaxed) < CARRY_AFTER {
             if !self.copy(&mut buffer).await? {
                 return self.finish();
             }
         }
-        // Copying does as well where descriptors are short.
-        if let Ok(pipe) = Pipe::new() {
-            drop(std::mem::take(&mut buffer));
-            if self.splice(pipe).await? {
-                return self.finish();
-            }
-            buffer = vec![0; BUFFER];
+        drop(std::mem::take(&mut buffer));
+        if sys::carry(self).await? {
+            return self.finish();
         }
+        buffer = vec![0; BUFFER];
         while self.copy(&mut buffer).await? {}
         self.finish()
     }
@@ -110,7 +107,7 @@ impl<'a> Leg<'a> {
     /// # Errors
     /// When the socket is broken.
     pub fn finish(&self) -> Result<(), Fault> {
-        rustix::net::shutdown(self.to, Shutdown::Write).map_err(|e| Fault::Writing(e.into()))
+        SockRef::from(self.to).shutdown(Shutdown::Write).map_err(Fault::Writing)
     }
 
     /// Copies what has come. False at the end of the stream.
@@ -120,35 +117,8 @@ impl<'a> Leg<'a> {
         Ok(length > 0)
     }
 
-    /// Splices up to the end of the stream. False if these sockets cannot be spliced; nothing is
-    /// left in the pipe then.
-    async fn splice(&self, mut pipe: Pipe) -> Result<bool, Fault> {
-        loop {
-            match self.unless_broken(pipe.fill(self.from)).await {
-                Ok(true) => {}
-                Ok(false) => return Ok(true),
-                Err(Fault::Reading(error)) if splice::is_impossible(&error) => return Ok(false),
-                Err(fault) => return Err(fault),
-            }
-            match pipe.drain(self.to, |moved| self.count(moved)).await {
-                Ok(()) => {}
-                Err(error) if splice::is_impossible(&error) => {
-                    let mut buffer = vec![0; BUFFER];
-                    loop {
-                        let length = pipe.take(&mut buffer)?;
-                        if length == 0 {
-                            return Ok(false);
-                        }
-                        self.write(buffer.get(..length).unwrap_or_default()).await?;
-                    }
-                }
-                Err(error) => return Err(Fault::Writing(error)),
-            }
-        }
-    }
-
     /// Waits for `reading`, but not longer than the socket to be written to is intact.
-    async fn unless_broken<T>(
+    pub(crate) async fn unless_broken<T>(
         &self,
         reading: impl Future<Output = io::Result<T>>,
     ) -> Result<T, Fault> {
@@ -162,7 +132,8 @@ impl<'a> Leg<'a> {
         }
     }
 
-    fn count(&self, written: usize) {
+    /// Counts bytes that were written.
+    pub(crate) fn count(&self, written: usize) {
         self.carried.fetch_add(written as u64, Ordering::Relaxed);
     }
 }

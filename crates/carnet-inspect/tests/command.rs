@@ -1,5 +1,7 @@
 //! The program: its options, signals and privileges. It runs without an engine here, so every
-//! connection is one that was not redirected; that too leaves its line in the log.
+//! connection is one that was not redirected; that too leaves its line in the log. On Windows
+//! `windows.rs` has it tested.
+#![cfg(target_os = "linux")]
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use rustix::process::{Pid, Signal, geteuid, kill_process};

@@ -1,6 +1,6 @@
 //! splice(2): moving bytes from socket to socket through a pipe, without copying them to user mode.
 
-use crate::relay::Fault;
+use crate::relay::{BUFFER, Fault, Leg};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 use std::io;
@@ -12,8 +12,36 @@ use tokio::net::TcpStream;
 /// direction.
 const CAPACITY: usize = 64 * 1024;
 
+/// Relays the rest of a stream, but not its end. False if these sockets cannot be spliced, or
+/// descriptors are short: nothing is lost, and copying does as well.
+pub(crate) async fn carry(leg: &Leg<'_>) -> Result<bool, Fault> {
+    let Ok(mut pipe) = Pipe::new() else { return Ok(false) };
+    loop {
+        match leg.unless_broken(pipe.fill(leg.from)).await {
+            Ok(true) => {}
+            Ok(false) => return Ok(true),
+            Err(Fault::Reading(error)) if is_impossible(&error) => return Ok(false),
+            Err(fault) => return Err(fault),
+        }
+        match pipe.drain(leg.to, |moved| leg.count(moved)).await {
+            Ok(()) => {}
+            Err(error) if is_impossible(&error) => {
+                let mut buffer = vec![0; BUFFER];
+                loop {
+                    let length = pipe.take(&mut buffer)?;
+                    if length == 0 {
+                        return Ok(false);
+                    }
+                    leg.write(buffer.get(..length).unwrap_or_default()).await?;
+                }
+            }
+            Err(error) => return Err(Fault::Writing(error)),
+        }
+    }
+}
+
 /// A pipe between two sockets.
-pub(crate) struct Pipe {
+struct Pipe {
     read: OwnedFd,
     write: OwnedFd,
     /// Bytes in the pipe.
@@ -25,14 +53,14 @@ impl Pipe {
     ///
     /// # Errors
     /// When the process or the system has no more descriptors.
-    pub(crate) fn new() -> io::Result<Self> {
+    fn new() -> io::Result<Self> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         Ok(Self { read, write, held: 0 })
     }
 
     /// Moves what has come from `from` into the empty pipe; waits until something has. Returns
     /// false at the end of the stream. Cancelling it loses nothing.
-    pub(crate) async fn fill(&mut self, from: &TcpStream) -> io::Result<bool> {
+    async fn fill(&mut self, from: &TcpStream) -> io::Result<bool> {
         // The pipe is empty: "would block" can only mean that nothing has come.
         let moved = from.async_io(Interest::READABLE, || step(from, &self.write, CAPACITY)).await?;
         self.held += moved;
@@ -40,11 +68,7 @@ impl Pipe {
     }
 
     /// Moves all that the pipe holds to `to`, and tells `moved` of each part.
-    pub(crate) async fn drain(
-        &mut self,
-        to: &TcpStream,
-        mut moved: impl FnMut(usize),
-    ) -> io::Result<()> {
+    async fn drain(&mut self, to: &TcpStream, mut moved: impl FnMut(usize)) -> io::Result<()> {
         while self.held > 0 {
             let part = to.async_io(Interest::WRITABLE, || step(&self.read, to, self.held)).await?;
             if part == 0 {
@@ -58,7 +82,7 @@ impl Pipe {
 
     /// Takes bytes out of the pipe by copying, for sockets that cannot be spliced to. None are
     /// left when it returns 0.
-    pub(crate) fn take(&mut self, buffer: &mut [u8]) -> Result<usize, Fault> {
+    fn take(&mut self, buffer: &mut [u8]) -> Result<usize, Fault> {
         if self.held == 0 {
             return Ok(0);
         }
@@ -69,7 +93,7 @@ impl Pipe {
 }
 
 /// Whether splice(2) does not work with these sockets, where copying does.
-pub(crate) fn is_impossible(error: &io::Error) -> bool {
+fn is_impossible(error: &io::Error) -> bool {
     [Errno::INVAL, Errno::NOSYS, Errno::OPNOTSUPP]
         .iter()
         .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))

@@ -1,0 +1,135 @@
+//! Linux: Carnet's engine or a NAT redirects, signals tell what to do, splice(2) relays.
+
+mod conntrack;
+mod privileges;
+mod splice;
+
+pub use self::conntrack::ConntrackSource;
+pub use self::privileges::{Identity, PrivilegeError};
+pub(crate) use self::splice::carry;
+
+use crate::origin::{CarnetSource, FlowSource};
+use crate::say;
+use anyhow::{Context as _, Result};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use socket2::Socket;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::net::TcpListener;
+use std::sync::Arc;
+use tokio::signal::unix::{self, SignalKind, signal};
+
+/// The options that only Linux has.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Options {
+    /// Become this user when the listeners are registered
+    #[arg(long, value_name = "NAME|UID[:GID]")]
+    pub user: Option<Identity>,
+
+    /// Where to learn the original destination of a connection
+    #[arg(long, value_enum, value_name = "SOURCE", default_value_t = Source::Carnet)]
+    pub original_destination: Source,
+
+    /// Do not register the listeners: somebody else does, for example `carnet service register`
+    #[arg(long)]
+    pub no_register: bool,
+
+    /// Misbehave on purpose: do not set the redirect record, to show what the hop guard does
+    #[arg(long, hide_short_help = true, conflicts_with = "original_destination")]
+    pub forget_records: bool,
+
+    /// When ready, write a line "ready ADDRESS..." to this descriptor (a pipe or a file)
+    ///
+    /// The same line goes to the standard error in any case.
+    #[arg(long, value_name = "NUMBER")]
+    pub ready_fd: Option<u32>,
+}
+
+/// Who tells the original destination of a connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Source {
+    /// Carnet's engine, with redirect records and original applications.
+    #[default]
+    Carnet,
+    /// The connection tracker of a NAT (`nft … redirect to`): plain SO_ORIGINAL_DST, no records.
+    Conntrack,
+}
+
+impl Options {
+    /// Registers the listeners, opens what is told when the service is ready, and drops privileges:
+    /// in this order, and before there are any other threads.
+    pub(crate) fn begin(&self, listeners: &[TcpListener]) -> Result<Option<File>> {
+        raise_descriptor_limit();
+        if self.original_destination == Source::Carnet && !self.no_register {
+            for listener in listeners {
+                let address = listener.local_addr()?;
+                carnet::register_listener(listener)
+                    .with_context(|| format!("listener {address}"))?;
+            }
+        }
+        let ready = self.ready_fd.map(open_descriptor).transpose()?;
+        if let Some(identity) = &self.user {
+            identity.assume()?;
+        }
+        Ok(ready)
+    }
+
+    /// Who tells where connections come from and go to.
+    pub(crate) fn source(&self) -> Arc<dyn FlowSource> {
+        match self.original_destination {
+            Source::Carnet => Arc::new(CarnetSource { forget_records: self.forget_records }),
+            Source::Conntrack => Arc::new(ConntrackSource),
+        }
+    }
+}
+
+/// Opens what a descriptor of this process refers to, once more.
+fn open_descriptor(number: u32) -> Result<File> {
+    OpenOptions::new()
+        .append(true)
+        .open(format!("/proc/self/fd/{number}"))
+        .with_context(|| format!("--ready-fd {number}: not the descriptor of a pipe or a file"))
+}
+
+/// Allows as many descriptors as the process may have: two sockets and two pipes for each
+/// connection are more than the usual limit.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).is_err() {
+        say(format_args!("the limit of open files could not be raised"));
+    }
+}
+
+/// SIGTERM, SIGINT and SIGHUP.
+pub(crate) struct Signals {
+    terminate: unix::Signal,
+    interrupt: unix::Signal,
+    hangup: unix::Signal,
+}
+
+impl Signals {
+    /// Installs the handlers. From then on no signal is lost, and none ends the process.
+    pub(crate) fn install() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// Calls `end` and `read_rules` as it is told, for ever.
+    pub(crate) async fn obey(mut self, end: impl Fn(), read_rules: impl Fn()) {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => end(),
+                _ = self.interrupt.recv() => end(),
+                _ = self.hangup.recv() => read_rules(),
+            }
+        }
+    }
+}
+
+/// Connections of a listener that has ended may linger at its address.
+pub(crate) fn reuse_address(socket: &Socket) -> io::Result<()> {
+    socket.set_reuse_address(true)
+}

@@ -1,0 +1,19 @@
+//! The operating systems. Each module provides, with the same names and meanings:
+//!
+//! - `Options`: the options of the command line that only this system has, with `begin`, what is
+//!   to be done once the listeners are there and while the process is still who started it, and
+//!   `source`, who tells where connections come from and go to;
+//! - `Signals`: how the service is told to end or, where there is such a signal, to read its rules
+//!   again;
+//! - `reuse_address`: lets a listener have the address of one that has just ended, and nobody else;
+//! - `carry`: relays the rest of a stream without copying, where the system can do that.
+
+#[cfg(target_os = "linux")]
+mod linux;
+#[cfg(target_os = "linux")]
+pub use linux::*;
+
+#[cfg(windows)]
+mod windows;
+#[cfg(windows)]
+pub use windows::*;
