@@ -2,23 +2,48 @@
 
 use std::time::Duration;
 
-#[cfg(feature = "test-hooks")]
-static DELAY_MS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-
 /// For tests: from now on the three control codes (and, overlapped, unknown ones) take so long
-/// before they reach the kernel. 0 at the begin.
-#[cfg(feature = "test-hooks")]
-pub(crate) fn set_delay(milliseconds: u32) {
-    DELAY_MS.store(milliseconds, std::sync::atomic::Ordering::Relaxed);
+/// before they reach the kernel. 0 at the begin. In this crate's own tests for the calling thread
+/// alone, since they run in parallel.
+#[cfg(any(test, feature = "test-hooks"))]
+pub(crate) use self::changed::{delay, set_delay};
+
+#[cfg(test)]
+mod changed {
+    use super::Duration;
+    use std::cell::Cell;
+
+    thread_local! {
+        static DELAY: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+    }
+
+    pub(crate) fn set_delay(milliseconds: u32) {
+        DELAY.set(Duration::from_millis(milliseconds.into()));
+    }
+
+    pub(crate) fn delay() -> Duration {
+        DELAY.get()
+    }
 }
 
-#[cfg(feature = "test-hooks")]
-pub(crate) fn delay() -> Duration {
-    Duration::from_millis(DELAY_MS.load(std::sync::atomic::Ordering::Relaxed).into())
+#[cfg(all(feature = "test-hooks", not(test)))]
+mod changed {
+    use super::Duration;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    static DELAY_MS: AtomicU32 = AtomicU32::new(0);
+
+    pub(crate) fn set_delay(milliseconds: u32) {
+        DELAY_MS.store(milliseconds, Ordering::Relaxed);
+    }
+
+    pub(crate) fn delay() -> Duration {
+        Duration::from_millis(DELAY_MS.load(Ordering::Relaxed).into())
+    }
 }
 
 /// Without the feature nothing takes time.
-#[cfg(not(feature = "test-hooks"))]
+#[cfg(not(any(test, feature = "test-hooks")))]
 pub(crate) fn delay() -> Duration {
     Duration::ZERO
 }

@@ -132,7 +132,8 @@ fn queue_of(target: Target) -> Result<Arc<Queue>, i32> {
 /// The queue of the living thread that a `WSATHREADID` names. The structure is read here and not
 /// again (contract S24).
 pub(crate) fn thread_of(id: CallerPtr) -> Option<Arc<Queue>> {
-    let handle = id.read_usize().ok()?;
+    let id: [u8; 2 * size_of::<usize>()] = id.read().ok()?;
+    let handle = usize::from_ne_bytes(*id.first_chunk()?);
     process().threads.get(handle).filter(|queue| !queue.has_exited())
 }
 

@@ -42,5 +42,7 @@ mod process;
 mod sockets;
 mod sync;
 mod sys;
+#[cfg(all(test, not(loom)))]
+mod tests;
 mod thread;
 mod wait;

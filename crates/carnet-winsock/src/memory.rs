@@ -238,10 +238,14 @@ pub(crate) mod tests {
         }
 
         /// An address so far from the begin of the page of this number.
-        pub(crate) fn at(&self, page: usize, offset: isize) -> CallerPtr {
+        pub(crate) fn at<T>(&self, page: usize, offset: isize) -> *mut T {
             let address = (self.0 + page * page_size()).wrapping_add_signed(offset);
+            std::ptr::with_exposed_provenance_mut(address)
+        }
+
+        fn place(&self, page: usize, offset: isize) -> CallerPtr {
             // SAFETY: inside of these pages, or nowhere.
-            unsafe { CallerPtr::new(address) }
+            unsafe { CallerPtr::new(self.at::<u8>(page, offset).expose_provenance()) }
         }
     }
 
@@ -262,7 +266,7 @@ pub(crate) mod tests {
     #[test]
     fn bytes_are_copied_both_ways() {
         let pages = Pages::new();
-        let place = pages.at(0, 100);
+        let place = pages.place(0, 100);
         place.write(b"record").unwrap();
         assert_eq!(place.read::<6>(), Ok(*b"record"));
         assert_eq!(place.read_vec(6).unwrap(), b"record");
@@ -277,7 +281,7 @@ pub(crate) mod tests {
         let nowhere = [
             anywhere(0),
             anywhere(1),
-            pages.at(2, 0),
+            pages.place(2, 0),
             anywhere(KERNEL),
             anywhere(usize::MAX),
             anywhere(usize::MAX - 3),
@@ -294,40 +298,40 @@ pub(crate) mod tests {
     fn what_straddles_is_a_fault() {
         let pages = Pages::new();
         // Into the read-only page: only writing fails.
-        assert!(pages.at(1, -2).read_u32().is_ok());
-        assert_eq!(pages.at(1, -2).check_writable(4), Err(Fault));
-        assert_eq!(pages.at(1, -2).write_u32(1), Err(Fault));
+        assert!(pages.place(1, -2).read_u32().is_ok());
+        assert_eq!(pages.place(1, -2).check_writable(4), Err(Fault));
+        assert_eq!(pages.place(1, -2).write_u32(1), Err(Fault));
         // Into nothing.
-        assert!(pages.at(2, -4).read_u32().is_ok());
-        assert_eq!(pages.at(2, -3).read_u32(), Err(Fault));
-        assert_eq!(pages.at(2, -3).read_vec(4), Err(Fault));
+        assert!(pages.place(2, -4).read_u32().is_ok());
+        assert_eq!(pages.place(2, -3).read_u32(), Err(Fault));
+        assert_eq!(pages.place(2, -3).read_vec(4), Err(Fault));
         // Its last byte, and the page's.
-        assert!(pages.at(1, -4).check_writable(4).is_ok());
-        assert!(pages.at(1, -1).check_writable(1).is_ok());
+        assert!(pages.place(1, -4).check_writable(4).is_ok());
+        assert!(pages.place(1, -1).check_writable(1).is_ok());
     }
 
     #[test]
     fn read_only_memory_cannot_be_written() {
         let pages = Pages::new();
-        assert_eq!(pages.at(1, 8).write_u32(1), Err(Fault));
-        assert_eq!(pages.at(1, 8).check_writable(1), Err(Fault));
-        assert_eq!(pages.at(1, 8).read_u32(), Ok(0));
+        assert_eq!(pages.place(1, 8).write_u32(1), Err(Fault));
+        assert_eq!(pages.place(1, 8).check_writable(1), Err(Fault));
+        assert_eq!(pages.place(1, 8).read_u32(), Ok(0));
     }
 
     #[test]
     fn a_check_changes_nothing() {
         let pages = Pages::new();
-        pages.at(0, 0).write(b"unchanged").unwrap();
-        pages.at(0, 0).check_writable(page_size()).unwrap();
-        assert_eq!(pages.at(0, 0).read::<9>(), Ok(*b"unchanged"));
+        pages.place(0, 0).write(b"unchanged").unwrap();
+        pages.place(0, 0).check_writable(page_size()).unwrap();
+        assert_eq!(pages.place(0, 0).read::<9>(), Ok(*b"unchanged"));
     }
 
     #[test]
     fn a_length_that_lies_is_a_fault_without_an_allocation_of_it() {
         let pages = Pages::new();
         let all = u32::MAX as usize;
-        assert_eq!(pages.at(0, 0).read_vec(all), Err(Fault));
-        assert_eq!(pages.at(0, 0).check_writable(all), Err(Fault));
+        assert_eq!(pages.place(0, 0).read_vec(all), Err(Fault));
+        assert_eq!(pages.place(0, 0).check_writable(all), Err(Fault));
         let large = vec![1_u8; 4 * MOST];
         // SAFETY: the vector, of which nothing is kept elsewhere.
         let large = unsafe { CallerPtr::new(large.as_ptr() as usize) };
@@ -338,7 +342,7 @@ pub(crate) mod tests {
     #[test]
     fn an_overlapped_has_windows_layout() {
         let pages = Pages::new();
-        let place = pages.at(0, 64);
+        let place = pages.place(0, 64);
         place.write(&[0xee; 32]).unwrap();
         let overlapped = Overlapped(place);
         overlapped.begin().unwrap();
@@ -351,7 +355,7 @@ pub(crate) mod tests {
         assert_eq!(bytes[20..24], 10014_u32.to_ne_bytes());
         assert_eq!(bytes[24..32], [0xee; 8], "the event is the caller's");
         assert_eq!(overlapped.bytes(), Ok(5));
-        assert_eq!(Overlapped(pages.at(1, -31)).check(), Err(Fault));
-        assert_eq!(Overlapped(pages.at(1, 0)).check(), Err(Fault));
+        assert_eq!(Overlapped(pages.place(1, -31)).check(), Err(Fault));
+        assert_eq!(Overlapped(pages.place(1, 0)).check(), Err(Fault));
     }
 }

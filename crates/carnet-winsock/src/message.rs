@@ -21,7 +21,7 @@ pub(crate) const CONTEXT: i32 = 70;
 
 /// `WSAID_WSARECVMSG` and `WSAID_WSASENDMSG`, as they lie in memory.
 const WSARECVMSG: [u8; 16] = 0x22c3_51e3_4fe5_538a_436b_6f1f_f689_d7c8_u128.to_le_bytes();
-const WSASENDMSG: [u8; 16] = 0x6d60_de0f_6dcd_a784_43ca_754f_a441_e712_u128.to_le_bytes();
+const WSASENDMSG: [u8; 16] = 0x6d60_cf44_ee0d_a784_43ca_754f_a441_e712_u128.to_le_bytes();
 
 /// The function that `SIO_GET_EXTENSION_FUNCTION_POINTER` asks for.
 pub(crate) fn extension_function(guid: &[u8]) -> Option<usize> {
