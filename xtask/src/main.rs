@@ -6,6 +6,7 @@
 //! | [`bpf`] | builds the kernel engine, reproducibly, and checks the committed object against it |
 //! | [`test`](mod@test) | runs everything that runs on the local kernel |
 //! | [`contract`] | Windows' contract, clause by clause: tests and table |
+//! | [`winsock`] | builds and installs the C library |
 //! | [`ci`] | what CI checks beside the tests |
 //! | [`bench`](mod@bench) | build the benchmarks and start them as root |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
@@ -18,6 +19,7 @@ mod contract;
 mod host;
 mod process;
 mod test;
+mod winsock;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -45,6 +47,8 @@ enum Command {
     },
     /// Run the contract suite and print a line per clause of Windows' documentation
     Contract(contract::Options),
+    /// Build the C library carnet-winsock and install it with headers and pkg-config file
+    Winsock(winsock::Options),
     /// Check what CI checks beside the tests: format, lints, docs, licences, the committed object
     Ci,
     /// Build and run the benchmarks as root; everything given is handed on to them
@@ -70,6 +74,7 @@ fn run(command: Command) -> Result<()> {
         Command::Bpf(options) => bpf::run(options),
         Command::Test { arguments } => test::run(&arguments),
         Command::Contract(options) => contract::run(&options),
+        Command::Winsock(options) => winsock::run(&options),
         Command::Ci => ci::run(),
         Command::Bench { arguments } => bench::run(&arguments),
     }
