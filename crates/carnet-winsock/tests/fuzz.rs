@@ -1,0 +1,257 @@
+//! Arbitrary values in every argument of both entry points, from several threads: no crash, only
+//! errors that the contract knows, and nothing is left behind.
+//!
+//! The sequence is the same in every run. `CARNET_FUZZ_ROUNDS` makes it longer (100,000 calls for
+//! each of 4 threads without it).
+#![cfg(target_os = "linux")]
+#![expect(unsafe_code, reason = "the functions under test are C's")]
+
+use carnet_winsock::ffi::*;
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::os::fd::AsRawFd;
+use std::ptr::{null_mut, with_exposed_provenance_mut as address};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const THREADS: u64 = 4;
+const ROUNDS: u64 = 100_000;
+const PAGE: usize = 4096;
+
+/// xorshift64*.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        ((self.next() >> 32) as usize) % limit
+    }
+
+    fn of<T: Copy>(&mut self, values: &[T]) -> T {
+        values[self.below(values.len())]
+    }
+}
+
+/// Two pages that may be written, one that may be read, nothing, and one that may not be touched.
+struct Arena(usize);
+
+impl Arena {
+    fn new() -> Self {
+        // SAFETY: a new mapping; its parts are set before anything refers to them. It stays for the
+        // life of the process, since operations may write to it until they are complete.
+        let start = unsafe {
+            let writable = libc::PROT_READ | libc::PROT_WRITE;
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let start = libc::mmap(null_mut(), 5 * PAGE, writable, flags, -1, 0);
+            assert_ne!(start, libc::MAP_FAILED);
+            assert_eq!(libc::mprotect(start.add(2 * PAGE), PAGE, libc::PROT_READ), 0);
+            assert_eq!(libc::munmap(start.add(3 * PAGE), PAGE), 0);
+            assert_eq!(libc::mprotect(start.add(4 * PAGE), PAGE, libc::PROT_NONE), 0);
+            start
+        };
+        Self(start.expose_provenance())
+    }
+
+    /// Any address that is either in here or where no memory is.
+    fn pointer<T>(&self, random: &mut Random) -> *mut T {
+        const KERNEL: usize = 0xffff_8000_0000_0000;
+        let near = random.below(64);
+        address(match random.below(12) {
+            0 => 0,
+            1 => near,
+            2 => KERNEL | random.below(1 << 30),
+            3 => usize::MAX - near,
+            // About the borders between pages.
+            4..6 => self.0 + random.of(&[2, 3, 4]) * PAGE - near,
+            6 => self.0 + random.of(&[2, 3, 4]) * PAGE + near,
+            _ => self.0 + random.below(2 * PAGE),
+        })
+    }
+
+    fn length(&self, random: &mut Random) -> u32 {
+        match random.below(6) {
+            0 => 0,
+            1 => random.below(64) as u32,
+            2 => random.next() as u32,
+            3 => u32::MAX - random.below(64) as u32,
+            _ => random.below(2 * PAGE) as u32,
+        }
+    }
+}
+
+fn code(random: &mut Random) -> u32 {
+    const KNOWN: [u32; 9] = [
+        0x9800_00DC,
+        0x9800_00DD,
+        0x9800_00DE,
+        0x2800_0004,
+        0x8004_667E,
+        0x4004_667F,
+        0x9800_0004,
+        0xC800_0006,
+        0x5800_00CD,
+    ];
+    match random.below(8) {
+        0 => random.next() as u32,
+        // One bit of a known one.
+        1 => random.of(&KNOWN) ^ 1 << random.below(32),
+        _ => random.of(&KNOWN),
+    }
+}
+
+static CALLS: AtomicU64 = AtomicU64::new(0);
+
+unsafe extern "C" fn note(_error: u32, _bytes: u32, _overlapped: *mut c_void, flags: u32) {
+    assert_eq!(flags, 0);
+    CALLS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// What a call may say; anything else would be an invention.
+const ERRORS: [i32; 12] =
+    [0, 122, 997, 10014, 10022, 10035, 10036, 10038, 10045, 10050, 10055, 10057];
+
+fn sockets() -> Vec<usize> {
+    let kinds = [
+        (libc::AF_INET, libc::SOCK_STREAM),
+        (libc::AF_INET6, libc::SOCK_STREAM),
+        (libc::AF_INET, libc::SOCK_DGRAM),
+        (libc::AF_UNIX, libc::SOCK_STREAM),
+    ];
+    let mut sockets = Vec::new();
+    for flags in [0, 1, 1] {
+        for (family, kind) in kinds {
+            let socket = WSASocketW(family, kind, 0, null_mut(), 0, flags);
+            assert_ne!(socket, usize::MAX);
+            sockets.push(socket);
+        }
+    }
+    sockets
+}
+
+fn fuzz(seed: u64, rounds: u64) -> BTreeMap<i32, u64> {
+    let mut random = Random(seed);
+    let arena = Arena::new();
+    let sockets = sockets();
+    let file = std::fs::File::open("/dev/null").expect("/dev/null");
+    let handles = [file.as_raw_fd() as usize, usize::MAX, 1 << 40, i32::MAX as usize, 1_000_000];
+    let mut thread = [0_usize; 2];
+    // SAFETY: a place for the name; the error is not needed.
+    assert_eq!(unsafe { WPUOpenCurrentThread(thread.as_mut_ptr().cast(), null_mut()) }, 0);
+    let event = WSACreateEvent();
+    let mut errors = BTreeMap::new();
+    for _ in 0..rounds {
+        let socket = if random.below(16) == 0 { random.of(&handles) } else { random.of(&sockets) };
+        let code = code(&mut random);
+        let input = (arena.pointer::<c_void>(&mut random), arena.length(&mut random));
+        let output = (arena.pointer::<c_void>(&mut random), arena.length(&mut random));
+        let returned = arena.pointer::<u32>(&mut random);
+        let overlapped = match random.below(3) {
+            0 => null_mut(),
+            _ => arena.pointer::<c_void>(&mut random),
+        };
+        let routine: LPWSAOVERLAPPED_COMPLETION_ROUTINE = match random.below(3) {
+            0 => Some(note),
+            _ => None,
+        };
+        let error = if random.below(2) == 0 {
+            // SAFETY: all memory that the addresses can name is of the arena.
+            unsafe {
+                WSAIoctl(
+                    socket, code, input.0, input.1, output.0, output.1, returned, overlapped,
+                    routine,
+                );
+            }
+            WSAGetLastError()
+        } else {
+            let id = match random.below(3) {
+                0 => thread.as_mut_ptr().cast(),
+                _ => arena.pointer::<c_void>(&mut random),
+            };
+            // The error may go anywhere too; then it cannot be looked at.
+            let mut error = 0;
+            let place = match random.below(4) {
+                0 => arena.pointer::<i32>(&mut random),
+                _ => &raw mut error,
+            };
+            // SAFETY: all memory that the addresses can name is of the arena, or the error here.
+            unsafe {
+                WSPIoctl(
+                    socket, code, input.0, input.1, output.0, output.1, returned, overlapped,
+                    routine, id, place,
+                );
+            }
+            error
+        };
+        assert!(ERRORS.contains(&error), "error {error} of code {code:#x}");
+        *errors.entry(error).or_default() += 1;
+        match random.below(64) {
+            0 => {
+                SleepEx(0, 1);
+            }
+            1 => {
+                CancelIo(address(socket));
+            }
+            2 => {
+                CancelIoEx(address(socket), arena.pointer(&mut random));
+            }
+            3 => {
+                let (bytes, flags) = (arena.pointer(&mut random), arena.pointer(&mut random));
+                let overlapped = arena.pointer(&mut random);
+                // SAFETY: all memory that the addresses can name is of the arena.
+                unsafe { WSAGetOverlappedResult(socket, overlapped, bytes, 0, flags) };
+            }
+            4 => {
+                // So that some operations have an event: handles in the arena are of this one.
+                let place: *mut *mut c_void = address(arena.0 + random.below(PAGE / 8) * 8);
+                // SAFETY: a word of the arena's first page.
+                unsafe { place.write_volatile(event) };
+            }
+            _ => {}
+        }
+    }
+    for socket in sockets {
+        assert_eq!(closesocket(socket), 0);
+    }
+    SleepEx(0, 1);
+    // SAFETY: the name is of this thread; the error is not needed.
+    assert_eq!(unsafe { WPUCloseThread(thread.as_mut_ptr().cast(), null_mut()) }, 0);
+    assert_eq!(WSACloseEvent(event), 1);
+    errors
+}
+
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").expect("/proc is mounted").count()
+}
+
+#[test]
+fn arbitrary_arguments() {
+    let rounds = std::env::var("CARNET_FUZZ_ROUNDS")
+        .map_or(ROUNDS, |rounds| rounds.parse().expect("CARNET_FUZZ_ROUNDS is a number"));
+    let before = descriptors();
+    let mut data = [0_u64; 51];
+    // SAFETY: the size of a WSADATA.
+    assert_eq!(unsafe { WSAStartup(0x0202, data.as_mut_ptr().cast()) }, 0);
+    let mut errors = BTreeMap::<i32, u64>::new();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            (1..=THREADS).map(|seed| scope.spawn(move || fuzz(seed, rounds))).collect();
+        for thread in threads {
+            for (error, count) in thread.join().expect("no assertion fails") {
+                *errors.entry(error).or_default() += count;
+            }
+        }
+    });
+    assert_eq!(WSACleanup(), 0);
+    println!("{errors:?}, {} routines", CALLS.load(Ordering::Relaxed));
+    assert_eq!(errors.values().sum::<u64>(), THREADS * rounds);
+    for error in [0, 997, 10014, 10022, 10038, 10045, 10050] {
+        assert!(errors.contains_key(&error), "{error} never came: the values are too narrow");
+    }
+    assert!(CALLS.load(Ordering::Relaxed) > 0);
+    assert_eq!(descriptors(), before, "a descriptor is left");
+}
