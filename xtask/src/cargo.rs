@@ -1,6 +1,6 @@
 //! Starting cargo on this workspace, and reading what it built.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -54,9 +54,17 @@ pub(crate) struct Built {
 
 /// Runs `cargo build` with these arguments and gives the programs that it built.
 pub(crate) fn build(root: &Path, arguments: &[&str]) -> Result<Vec<Built>> {
-    let mut command = cargo(root);
+    build_with(cargo(root), arguments)
+}
+
+/// The same, with a cargo of the caller's choice.
+pub(crate) fn build_with(
+    mut command: Command,
+    arguments: &[impl AsRef<OsStr>],
+) -> Result<Vec<Built>> {
     command.arg("build").args(arguments);
-    eprintln!("    $ cargo build {}", arguments.join(" "));
+    let shown: Vec<_> = arguments.iter().map(|word| word.as_ref().to_string_lossy()).collect();
+    eprintln!("    $ cargo build {}", shown.join(" "));
     command.arg("--message-format=json-render-diagnostics");
     let mut built = Vec::new();
     let mut unreadable = None;

@@ -7,6 +7,7 @@
 //! | [`test`](mod@test) | runs everything that runs on the local kernel |
 //! | [`contract`] | Windows' contract, clause by clause: tests and table |
 //! | [`winsock`] | builds and installs the C library |
+//! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`ci`] | what CI checks beside the tests |
 //! | [`bench`](mod@bench) | build the benchmarks and start them as root |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
@@ -19,6 +20,7 @@ mod contract;
 mod host;
 mod process;
 mod test;
+mod windows;
 mod winsock;
 
 use std::ffi::OsString;
@@ -49,6 +51,8 @@ enum Command {
     Contract(contract::Options),
     /// Build the C library carnet-winsock and install it with headers and pkg-config file
     Winsock(winsock::Options),
+    /// Build what runs on Windows, and run its tests under Wine
+    Windows(windows::Options),
     /// Check what CI checks beside the tests: format, lints, docs, licences, the committed object
     Ci,
     /// Build and run the benchmarks as root; everything given is handed on to them
@@ -75,6 +79,7 @@ fn run(command: Command) -> Result<()> {
         Command::Test { arguments } => test::run(&arguments),
         Command::Contract(options) => contract::run(&options),
         Command::Winsock(options) => winsock::run(&options),
+        Command::Windows(options) => windows::run(&options),
         Command::Ci => ci::run(),
         Command::Bench { arguments } => bench::run(&arguments),
     }

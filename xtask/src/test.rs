@@ -73,7 +73,8 @@ pub(crate) fn as_root_with(
     privilege.command(&program.executable, &environment)
 }
 
-fn run_program(
+/// Runs a test program by `command` in its package's directory, and adds what came of it.
+pub(crate) fn run_program(
     program: &Built,
     mut command: Command,
     arguments: &[OsString],
@@ -125,7 +126,7 @@ fn count(result: &str, word: &str) -> u64 {
 
 /// What came of all of them.
 #[derive(Debug, Default)]
-struct Summary {
+pub(crate) struct Summary {
     outcomes: Vec<Outcome>,
 }
 
@@ -144,28 +145,42 @@ impl Summary {
         Ok(())
     }
 
+    /// Adds a check that is no test program.
+    pub(crate) fn add_check(&mut self, name: &str, result: Result<()>) {
+        let mut outcome = Outcome { name: name.to_owned(), ..Outcome::default() };
+        match result {
+            Ok(()) => outcome.passed = 1,
+            Err(error) => {
+                outcome.failed = 1;
+                outcome.failures.push(format!("{error:#}"));
+            }
+        }
+        self.outcomes.push(outcome);
+    }
+
+    /// Whether a test of the package has passed.
+    pub(crate) fn ran(&self, package: &str) -> bool {
+        let of_package = format!("{package}: ");
+        self.outcomes
+            .iter()
+            .any(|outcome| outcome.name.starts_with(&of_package) && outcome.passed > 0)
+    }
+
     fn total(&self, of: impl Fn(&Outcome) -> u64) -> u64 {
         self.outcomes.iter().map(of).sum()
     }
 
     /// Fails when anything failed. `all` says that no test was left out on purpose: then every
     /// privileged package must have run one, or a green run would hide that nothing was tested.
-    fn verdict(&self, all: bool) -> Result<()> {
+    pub(crate) fn verdict(&self, all: bool) -> Result<()> {
         if self.outcomes.iter().any(|outcome| outcome.failed > 0 || outcome.ended_badly.is_some()) {
             bail!("tests failed");
         }
         if self.total(|outcome| outcome.passed) == 0 {
             bail!("no test was run");
         }
-        if all {
-            for package in PRIVILEGED {
-                let of_package = format!("{package}: ");
-                let ran =
-                    |outcome: &Outcome| outcome.name.starts_with(&of_package) && outcome.passed > 0;
-                if !self.outcomes.iter().any(ran) {
-                    bail!("no test of {package} was run");
-                }
-            }
+        if let Some(package) = PRIVILEGED.iter().find(|package| all && !self.ran(package)) {
+            bail!("no test of {package} was run");
         }
         Ok(())
     }
@@ -238,6 +253,18 @@ mod tests {
         summary.add("carnet: crash", |_| process::status(&mut Command::new("false"))).unwrap();
         assert!(summary.to_string().contains("ended badly"), "{summary}");
         assert!(summary.to_string().ends_with("total: 0 passed, 1 failed, 0 skipped"));
+        assert!(summary.verdict(false).is_err());
+    }
+
+    #[test]
+    fn a_check_counts_as_a_test_and_says_what_failed() {
+        let mut summary = Summary::default();
+        summary.add_check("tests: one", Ok(()));
+        assert!(summary.verdict(false).is_ok() && summary.ran("tests"));
+        summary.add_check("tests: two", Err(anyhow::anyhow!("it said nothing")));
+        let text = summary.to_string();
+        assert!(text.contains("failed: it said nothing"), "{text}");
+        assert!(text.ends_with("total: 1 passed, 1 failed, 0 skipped"), "{text}");
         assert!(summary.verdict(false).is_err());
     }
 
