@@ -256,6 +256,34 @@ mod tests {
     }
 
     #[test]
+    fn cancelling_brings_a_request_back() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = listener.as_socket();
+        let request = Request::new(Event::new().unwrap(), &[], 0);
+        assert_eq!(request.start(socket, SIO_ADDRESS_LIST_CHANGE), Err(WSA_IO_PENDING));
+        assert!(!request.wait(Duration::from_millis(20)));
+        request.cancel(socket);
+        assert!(request.wait(LONG));
+        assert_eq!(request.outcome(socket).0, Err(WSAETIMEDOUT));
+    }
+
+    #[test]
+    fn the_memory_of_an_abandoned_request_can_still_be_written_to() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let request = Request::new(Event::new().unwrap(), &[], 64);
+        let memory = request.0;
+        assert_eq!(
+            request.start(listener.as_socket(), SIO_ADDRESS_LIST_CHANGE),
+            Err(WSA_IO_PENDING)
+        );
+        request.abandon();
+        // The end of the socket brings it back, now that nobody waits for it.
+        drop(listener);
+        let abandoned = std::mem::ManuallyDrop::new(Request(memory));
+        assert!(abandoned.wait(LONG));
+    }
+
+    #[test]
     fn answers_are_copied_and_counted() {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         for code in [SIO_ADDRESS_LIST_QUERY, SIO_GET_INTERFACE_LIST] {
