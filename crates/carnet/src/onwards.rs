@@ -85,13 +85,7 @@ impl Onwards {
     /// [`TimedOut`](io::ErrorKind::TimedOut) when the limit has passed; [`Error::Blocked`];
     /// [`Error::Loop`]; [`Error::Os`] when no socket could be made or bound.
     pub fn connect(&self) -> Result<TcpStream, Error> {
-        let (socket, destination) = (self.socket()?, self.destination());
-        let connected = match self.timeout {
-            Some(limit) => socket.connect_timeout(&destination.into(), limit),
-            None => socket.connect(&destination.into()),
-        };
-        connected.map_err(|source| Error::from_connect(destination, source))?;
-        Ok(socket.into())
+        connect(self.socket()?, self.destination(), self.timeout)
     }
 
     /// The time limit.
@@ -114,9 +108,61 @@ impl Onwards {
     }
 }
 
+/// Connects a socket that is ready for it, and waits for at most `limit`.
+fn connect(
+    socket: Socket,
+    destination: SocketAddr,
+    limit: Option<Duration>,
+) -> Result<TcpStream, Error> {
+    let connected = match limit {
+        Some(limit) => socket.connect_timeout(&destination.into(), limit),
+        None => socket.connect(&destination.into()),
+    };
+    connected.map_err(|source| Error::from_connect(destination, source))?;
+    Ok(socket.into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{Read as _, Write as _};
+    use std::net::TcpListener;
+
+    // Where no record can be set, no public function comes as far as this.
+    #[test]
+    fn a_prepared_socket_is_connected_and_blocks() {
+        for limit in [None, Some(Duration::from_secs(60))] {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let destination = listener.local_addr().unwrap();
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            let mut stream = connect(socket, destination, limit).unwrap();
+            assert_eq!(stream.peer_addr().unwrap(), destination);
+            let (mut accepted, _) = listener.accept().unwrap();
+            std::thread::scope(|threads| {
+                // It waits for what has not come yet.
+                let reading = threads.spawn(|| {
+                    let mut buffer = [0; 5];
+                    stream.read_exact(&mut buffer).map(|()| buffer)
+                });
+                accepted.write_all(b"hello").unwrap();
+                assert_eq!(&reading.join().unwrap().unwrap(), b"hello");
+            });
+        }
+    }
+
+    #[test]
+    fn a_destination_without_a_listener_refuses() {
+        for limit in [None, Some(Duration::from_secs(60))] {
+            let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            let error = connect(socket, nobody, limit).unwrap_err();
+            assert!(
+                matches!(&error, Error::Connect { destination, source }
+                    if *destination == nobody && source.kind() == io::ErrorKind::ConnectionRefused),
+                "{error:?}"
+            );
+        }
+    }
 
     #[test]
     fn a_mapped_destination_is_reached_over_ipv4() {

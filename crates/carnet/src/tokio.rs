@@ -4,8 +4,10 @@
 
 use crate::{AsSocket, Error, Onwards, Operation, query_redirect_records};
 use ::tokio::net::{TcpSocket, TcpStream};
+use socket2::Socket;
 use std::io;
 use std::net::{SocketAddr, TcpStream as StdStream};
+use std::time::Duration;
 
 /// Connects to the original destination of an accepted connection, with its redirect record.
 ///
@@ -40,17 +42,57 @@ pub async fn connect_onwards_to(
 /// # Panics
 /// As [`connect_onwards`]; with a time limit also where the runtime has no timers.
 pub async fn connect(onwards: &Onwards) -> Result<TcpStream, Error> {
-    let socket = onwards.socket()?;
+    connect_socket(onwards.socket()?, onwards.destination(), onwards.limit()).await
+}
+
+/// Connects a socket that is ready for it, and waits for at most `limit`.
+async fn connect_socket(
+    socket: Socket,
+    destination: SocketAddr,
+    limit: Option<Duration>,
+) -> Result<TcpStream, Error> {
     socket
         .set_nonblocking(true)
         .map_err(|source| Error::Os { operation: Operation::PrepareSocket, source })?;
-    let destination = onwards.destination();
     let connecting = TcpSocket::from_std_stream(StdStream::from(socket)).connect(destination);
-    let connected = match onwards.limit() {
+    let connected = match limit {
         Some(limit) => ::tokio::time::timeout(limit, connecting)
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
         None => connecting.await,
     };
     connected.map_err(|source| Error::from_connect(destination, source))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ::tokio::net::TcpListener;
+    use socket2::{Domain, Type};
+
+    // Where no record can be set, no public function comes as far as this.
+    #[::tokio::test]
+    async fn a_prepared_socket_is_connected_or_refused() {
+        for limit in [None, Some(Duration::from_secs(60))] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let destination = listener.local_addr().unwrap();
+            let socket = || Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            let stream = connect_socket(socket(), destination, limit).await.unwrap();
+            assert_eq!(stream.peer_addr().unwrap(), destination);
+            let (accepted, peer) = listener.accept().await.unwrap();
+            assert_eq!(peer, stream.local_addr().unwrap());
+            accepted.writable().await.unwrap();
+            assert_eq!(accepted.try_write(b"hello").unwrap(), 5);
+            stream.readable().await.unwrap();
+            assert_eq!(stream.try_read(&mut [0; 8]).unwrap(), 5);
+
+            drop(listener);
+            let error = connect_socket(socket(), destination, limit).await.unwrap_err();
+            assert!(
+                matches!(&error, Error::Connect { source, .. }
+                    if source.kind() == io::ErrorKind::ConnectionRefused),
+                "{error:?}"
+            );
+        }
+    }
 }
