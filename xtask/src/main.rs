@@ -6,7 +6,7 @@
 //! | [`bpf`] | builds the kernel engine, reproducibly, and checks the committed object against it |
 //! | [`test`](mod@test) | runs everything that runs on the local kernel |
 //! | [`contract`] | Windows' contract, clause by clause: tests and table |
-//! | [`winsock`] | builds and installs the C library |
+//! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`ci`] | what CI checks beside the tests |
 //! | [`bench`](mod@bench) | build the benchmarks and start them as root |
@@ -49,7 +49,7 @@ enum Command {
     },
     /// Run the contract suite and print a line per clause of Windows' documentation
     Contract(contract::Options),
-    /// Build the C library carnet-winsock and install it with headers and pkg-config file
+    /// Build and install the C library carnet-winsock, or check it thoroughly
     Winsock(winsock::Options),
     /// Build what runs on Windows, and run its tests under Wine
     Windows(windows::Options),

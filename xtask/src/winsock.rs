@@ -1,5 +1,5 @@
 //! `cargo xtask winsock`: builds the C library `carnet-winsock` and lays it out under a prefix, with
-//! headers and a pkg-config file.
+//! headers and a pkg-config file; or checks it longer than its tests do.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -14,23 +14,59 @@ const CRATE: &str = "crates/carnet-winsock";
 /// The SONAME that its build script sets.
 const SONAME: &str = "libcarnet_winsock.so.0";
 
+/// Calls for each thread of the fuzzer in a check; some twenty seconds.
+const FUZZ_ROUNDS: &str = "1000000";
+
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Where `lib`, `include` and `lib/pkgconfig` are, for example /usr/local
-    #[arg(long, value_name = "DIRECTORY")]
-    prefix: PathBuf,
+    /// Install it to where `lib`, `include` and `lib/pkgconfig` are, for example /usr/local
+    #[arg(long, value_name = "DIRECTORY", required_unless_present = "check")]
+    prefix: Option<PathBuf>,
     /// Put before the prefix when files are written, not when it is noted in them (for packagers)
-    #[arg(long, value_name = "DIRECTORY")]
+    #[arg(long, value_name = "DIRECTORY", requires = "prefix")]
     destdir: Option<PathBuf>,
+    /// Explore every interleaving of its completion core with loom, and fuzz both entry points
+    #[arg(long)]
+    check: bool,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let root = cargo::workspace_root()?;
-    if !options.prefix.is_absolute() {
-        bail!("the prefix `{}` is not an absolute path", options.prefix.display());
+    if options.check {
+        check(&root)?;
+    }
+    match &options.prefix {
+        Some(prefix) => build_and_install(&root, prefix, options.destdir.as_deref()),
+        None => Ok(()),
+    }
+}
+
+fn check(root: &Path) -> Result<()> {
+    let test = ["test", "--locked", "--release", "--package", "carnet-winsock"];
+    announce("exploring the completion core with loom");
+    // In a place of its own: everything is built differently.
+    process::run(
+        cargo::cargo(root)
+            .args(test)
+            .args(["--lib", "completion"])
+            .env("RUSTFLAGS", "--cfg loom")
+            .env("CARGO_TARGET_DIR", cargo::target_directory(root).join("loom")),
+    )?;
+    announce("arbitrary arguments");
+    process::run(
+        cargo::cargo(root)
+            .args(test)
+            .args(["--test", "fuzz", "--", "--nocapture"])
+            .env("CARNET_FUZZ_ROUNDS", FUZZ_ROUNDS),
+    )
+}
+
+fn build_and_install(root: &Path, prefix: &Path, destdir: Option<&Path>) -> Result<()> {
+    if !prefix.is_absolute() {
+        bail!("the prefix `{}` is not an absolute path", prefix.display());
     }
     announce("building carnet-winsock");
-    process::run(cargo::cargo(&root).args([
+    process::run(cargo::cargo(root).args([
         "build",
         "--locked",
         "--package",
@@ -38,13 +74,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         "--profile",
         "dist",
     ]))?;
-    let built = cargo::target_directory(&root).join("dist");
-    let place = match &options.destdir {
-        Some(before) => before.join(options.prefix.strip_prefix("/")?),
-        None => options.prefix.clone(),
+    let built = cargo::target_directory(root).join("dist");
+    let place = match destdir {
+        Some(before) => before.join(prefix.strip_prefix("/")?),
+        None => prefix.to_owned(),
     };
     announce(format_args!("installing it under {}", place.display()));
-    for file in install(&root.join(CRATE), &built, &options.prefix, &place)? {
+    for file in install(&root.join(CRATE), &built, prefix, &place)? {
         eprintln!("    {}", file.display());
     }
     Ok(())

@@ -2,7 +2,7 @@
 //! becomes visible, and the queue of completion routines of a thread.
 //!
 //! Nothing here knows sockets, descriptors or the caller's memory, so that loom can explore every
-//! interleaving of it: `RUSTFLAGS="--cfg loom" cargo test -p carnet-winsock --release --lib`.
+//! interleaving of it: `cargo xtask winsock --check`.
 
 use crate::sync::{Condvar, Mutex, Ordering, fence, lock, wait};
 use std::collections::VecDeque;

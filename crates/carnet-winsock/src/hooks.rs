@@ -5,10 +5,10 @@ use std::time::Duration;
 /// For tests: from now on the three control codes (and, overlapped, unknown ones) take so long
 /// before they reach the kernel. 0 at the begin. In this crate's own tests for the calling thread
 /// alone, since they run in parallel.
-#[cfg(any(test, feature = "test-hooks"))]
+#[cfg(any(all(test, not(loom)), feature = "test-hooks"))]
 pub(crate) use self::changed::{delay, set_delay};
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod changed {
     use super::Duration;
     use std::cell::Cell;
@@ -26,7 +26,7 @@ mod changed {
     }
 }
 
-#[cfg(all(feature = "test-hooks", not(test)))]
+#[cfg(all(feature = "test-hooks", not(all(test, not(loom)))))]
 mod changed {
     use super::Duration;
     use std::sync::atomic::{AtomicU32, Ordering};
@@ -43,7 +43,7 @@ mod changed {
 }
 
 /// Without the feature nothing takes time.
-#[cfg(not(any(test, feature = "test-hooks")))]
+#[cfg(not(any(all(test, not(loom)), feature = "test-hooks")))]
 pub(crate) fn delay() -> Duration {
     Duration::ZERO
 }

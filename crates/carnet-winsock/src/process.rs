@@ -70,7 +70,7 @@ impl Process {
     fn new(parent: Option<&'static Self>) -> Self {
         Self {
             startups: AtomicU32::new(parent.map_or(0, |p| p.startups.load(Ordering::Relaxed))),
-            strict_msafd: std::env::var_os("CARNET_WINSOCK_STRICT_MSAFD").is_some_and(|v| v == "1"),
+            strict_msafd: parent.map_or_else(asks_for_strict_msafd, |p| p.strict_msafd),
             sockets: parent.map_or_else(Sockets::default, |p| p.sockets.copy()),
             events: Handles::new(),
             threads: Handles::new(),
@@ -84,6 +84,10 @@ impl Process {
     pub(crate) fn is_started(&self) -> bool {
         self.startups.load(Ordering::Relaxed) > 0
     }
+}
+
+fn asks_for_strict_msafd() -> bool {
+    std::env::var_os("CARNET_WINSOCK_STRICT_MSAFD").is_some_and(|value| value == "1")
 }
 
 static CURRENT: AtomicPtr<Process> = AtomicPtr::new(std::ptr::null_mut());
