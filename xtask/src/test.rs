@@ -96,6 +96,8 @@ struct Outcome {
     ignored: u64,
     /// The names of the tests that failed.
     failures: Vec<String>,
+    /// Whether the harness has said its result: a test can end its program before that.
+    concluded: bool,
     /// How the program ended, if not well: a crash has no line of its own to count.
     ended_badly: Option<ExitStatus>,
 }
@@ -105,6 +107,7 @@ impl Outcome {
     fn hear(&mut self, line: &str) {
         println!("{line}");
         if let Some(result) = line.strip_prefix("test result: ") {
+            self.concluded = true;
             self.passed += count(result, "passed");
             self.failed += count(result, "failed");
             self.ignored += count(result, "ignored");
@@ -140,6 +143,9 @@ impl Summary {
         let status = run(&mut outcome)?;
         if !status.success() {
             outcome.ended_badly = Some(status);
+        } else if !outcome.concluded {
+            outcome.failed += 1;
+            outcome.failures.push("the program ended without a result".to_owned());
         }
         self.outcomes.push(outcome);
         Ok(())
@@ -253,6 +259,14 @@ mod tests {
         summary.add("carnet: crash", |_| process::status(&mut Command::new("false"))).unwrap();
         assert!(summary.to_string().contains("ended badly"), "{summary}");
         assert!(summary.to_string().ends_with("total: 0 passed, 1 failed, 0 skipped"));
+        assert!(summary.verdict(false).is_err());
+    }
+
+    #[test]
+    fn a_program_that_a_test_ends_is_not_green() {
+        let summary = outcome("carnet: exit", &["running 2 tests", "test one ... ok"]);
+        let text = summary.to_string();
+        assert!(text.contains("failed: the program ended without a result"), "{text}");
         assert!(summary.verdict(false).is_err());
     }
 
