@@ -202,7 +202,7 @@ ROW(a_blocking_call_from_a_routine, "S32")
 
 struct blocked {
     enum entry entry;
-    volatile int error;
+    int error; /* -1 until the call has returned */
 };
 
 static void block(void *argument)
@@ -210,9 +210,10 @@ static void block(void *argument)
     struct blocked *blocked = argument;
     DWORD returned;
 
-    blocked->error = error_of(
+    int error = error_of(
         blocked->entry, query_call(accepted, QUERY_RECORDS, out[2], MOST_RECORD, &returned));
     EQUAL(returned, 0);
+    __atomic_store_n(&blocked->error, error, __ATOMIC_RELEASE);
 }
 
 ROW(a_blocking_call_that_is_cancelled, "S33")
@@ -239,7 +240,7 @@ ROW(a_blocking_call_and_a_signal, "S33")
         for (int i = 0; i < 3000 && !WSAIsBlocking(); i++)
             pause_ms(10);
         /* It may come before the wait begins; then it has to come again. */
-        for (int i = 0; i < 3000 && blocked.error == -1; i++) {
+        for (int i = 0; i < 3000 && __atomic_load_n(&blocked.error, __ATOMIC_ACQUIRE) == -1; i++) {
             interrupt(thread);
             pause_ms(10);
         }

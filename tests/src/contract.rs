@@ -109,7 +109,11 @@ impl Program {
         let mut command = Command::new("cc");
         command.args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-o"]);
         command.arg(&program.path).args(sources.iter().map(|source| root.join(source)));
-        command.args(words(FLAGS));
+        let flags = words(FLAGS);
+        if flags.iter().any(|flag| flag == "-fsanitize=thread") {
+            command.arg(root.join("tests/contract/tsan.c"));
+        }
+        command.args(flags);
         let library = |name: &str| library_directory().join(name);
         match link {
             Link::None => {}

@@ -28,6 +28,9 @@ const SERVICE: &str = "tests/contract/service.c";
 const MINGW: (&str, &str) = ("x86_64-w64-mingw32-gcc", "gcc-mingw-w64-x86-64");
 /// The name under which that stands in the clauses.
 const COMPILES_FOR_WINDOWS: &str = "mingw-w64: service.c";
+/// A compiler that takes unstable options, and the source of its standard library; where that is.
+const DEBIANS_RUST: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
+const DEBIANS_LIBRARY: &str = "/usr/lib/rustlib/src/rust/library";
 /// The package whose test programs run the rows.
 const TESTS: &str = "carnet-tests";
 
@@ -48,6 +51,16 @@ enum Sanitizer {
     Address,
     /// ThreadSanitizer
     Thread,
+}
+
+impl Sanitizer {
+    /// As compilers name it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Address => "address",
+            Self::Thread => "thread",
+        }
+    }
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -434,12 +447,9 @@ impl Results {
 
 /// The suite under a sanitizer: the C programs, and the library.
 fn sanitize(root: &Path, privilege: Privilege, sanitizer: Sanitizer) -> Result<()> {
-    let name = match sanitizer {
-        Sanitizer::Address => "address",
-        Sanitizer::Thread => "thread",
-    };
+    let name = sanitizer.name();
     announce(format_args!("building the library for {name} sanitizer"));
-    let library = instrumented_library(root, name)?;
+    let library = instrumented_library(root, sanitizer)?;
     announce("building the tests");
     let programs =
         cargo::build(root, &["--package", "carnet-testbed", "--package", TESTS, "--all-targets"])?;
@@ -469,15 +479,36 @@ fn sanitize(root: &Path, privilege: Privilege, sanitizer: Sanitizer) -> Result<(
     Ok(())
 }
 
-/// Builds the library instrumented, with a nightly toolchain; gives its directory.
-fn instrumented_library(root: &Path, name: &str) -> Result<PathBuf> {
+/// Builds the library instrumented; gives its directory.
+///
+/// That wants a compiler that takes unstable options: Debian's of the package rustc-web, as for the
+/// kernel engine, or a nightly one from rustup. ThreadSanitizer has to see the locks of the standard
+/// library, too, which is therefore built along.
+fn instrumented_library(root: &Path, sanitizer: Sanitizer) -> Result<PathBuf> {
+    let name = sanitizer.name();
     let target = "x86_64-unknown-linux-gnu";
     let directory = cargo::target_directory(root).join(format!("sanitize-{name}"));
+    if host::is_debian() && is_root() {
+        host::install_packages(&DEBIANS_RUST.map(str::to_owned))?;
+    }
+    let mut build = if Path::new(DEBIANS_LIBRARY).is_dir() {
+        let mut build = Command::new("/usr/bin/cargo");
+        build.env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1");
+        build
+    } else {
+        let mut build = Command::new("rustup");
+        build.args(["run", "nightly", "cargo"]);
+        build
+    };
+    build.arg("build");
+    if sanitizer == Sanitizer::Thread {
+        build.arg("-Zbuild-std=std,panic_unwind");
+    }
     process::run(
-        Command::new("rustup")
+        build
             .current_dir(root)
-            .args(["run", "nightly", "cargo", "build", "--package", "carnet-winsock"])
-            .args(["--features", "test-hooks", "--target", target, "--target-dir"])
+            .args(["--locked", "--package", "carnet-winsock", "--features", "test-hooks"])
+            .args(["--target", target, "--target-dir"])
             .arg(&directory)
             .env("RUSTFLAGS", format!("-Zsanitizer={name}")),
     )?;
