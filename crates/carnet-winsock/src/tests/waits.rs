@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::hooks::set_delay;
-use std::sync::mpsc;
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -104,8 +104,15 @@ fn sleeping_takes_its_time() {
     assert!(began.elapsed() >= Duration::from_millis(40));
 }
 
+/// For tests whose calls wait: an interruption is for all waiting calls of the process.
+fn waiting() -> MutexGuard<'static, ()> {
+    static WAITING: Mutex<()> = Mutex::new(());
+    WAITING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[test]
 fn a_call_that_must_not_wait_says_so() {
+    let _alone = waiting();
     let socket = Owned::overlapped();
     crate::sys::set_nonblocking(socket.0 as i32, true).unwrap();
     set_delay(1);
@@ -125,9 +132,9 @@ fn a_call_that_must_not_wait_says_so() {
 
 extern "C" fn nothing(_signal: i32) {}
 
-/// One test for all that interrupts, since an interruption is for all blocking calls of the process.
 #[test]
 fn a_call_that_waits_can_be_interrupted() {
+    let _alone = waiting();
     let socket = Owned::overlapped();
     let handle = socket.0;
     let query = move || {
