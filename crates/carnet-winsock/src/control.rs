@@ -82,17 +82,15 @@ impl Answer {
 pub(crate) fn perform(fd: RawFd, request: &Request) -> Result<Answer, Failure> {
     match request {
         Request::Query { option, output } => {
-            check_kind(fd)?;
             let mut bytes = vec![0; LONGEST];
-            let length =
-                sys::get_option(fd, abi::LEVEL, *option, &mut bytes).map_err(Failure::of_option)?;
+            let length = sys::get_option(fd, abi::LEVEL, *option, &mut bytes)
+                .map_err(|errno| of_redirection(fd, errno))?;
             bytes.truncate(length);
             Answer::fitting(bytes, *output)
         }
         Request::SetRecords(record) => {
-            check_kind(fd)?;
             sys::set_option(fd, abi::LEVEL, abi::SET_REDIRECT_RECORDS, record)
-                .map_err(Failure::of_option)?;
+                .map_err(|errno| of_redirection(fd, errno))?;
             Ok(Answer::NOTHING)
         }
         Request::Unsupported => Err(Failure::NotSupported),
@@ -117,6 +115,11 @@ pub(crate) fn perform(fd: RawFd, request: &Request) -> Result<Answer, Failure> {
         }
         Request::Value { bytes, output } => Answer::fitting(bytes.to_vec(), *output),
     }
+}
+
+/// What the errno of an option of the engine's stands for: on a socket of the wrong kind, that.
+fn of_redirection(fd: RawFd, errno: Errno) -> Failure {
+    check_kind(fd).err().unwrap_or_else(|| Failure::of_option(errno))
 }
 
 /// What the errno of an option that has nothing to do with the engine stands for.

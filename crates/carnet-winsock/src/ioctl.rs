@@ -69,8 +69,8 @@ fn synchronous(call: &Call, socket: Socket) -> Result<(), i32> {
     let _blocking = if is_of_redirection(control) {
         // An overlapped structure makes a non-blocking call on a socket without the attribute wait
         // (contract W2).
-        let may_block = !call.overlapped.is_null()
-            || !sys::is_nonblocking(socket.fd).map_err(|_| wsa::ENOTSOCK)?;
+        let may_block =
+            || !call.overlapped.is_null() || !sys::is_nonblocking(socket.fd).unwrap_or_default();
         Some(blocking_call(hooks::delay(), may_block).inspect_err(|_| {
             let _ = call.returned.write_u32(0);
         })?)

@@ -179,15 +179,18 @@ impl Blocking {
 /// `WSAEINPROGRESS` if this thread is in another blocking call, or in a completion routine on a
 /// blocking socket; `WSAEWOULDBLOCK` if it would have to wait and must not; `WSAEINTR` if it was
 /// interrupted.
-pub(crate) fn blocking_call(time: Duration, may_block: bool) -> Result<BlockingCall, i32> {
-    if may_block && thread::in_callback() {
+pub(crate) fn blocking_call(
+    time: Duration,
+    may_block: impl Fn() -> bool,
+) -> Result<BlockingCall, i32> {
+    if thread::in_callback() && may_block() {
         return Err(wsa::EINPROGRESS);
     }
     let call = BlockingCall::begin().ok_or(wsa::EINPROGRESS)?;
     if time.is_zero() {
         return Ok(call);
     }
-    if !may_block {
+    if !may_block() {
         return Err(wsa::EWOULDBLOCK);
     }
     let interruption = Arc::new(Event::new().map_err(|_| wsa::ENOBUFS)?);
