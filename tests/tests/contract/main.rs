@@ -79,6 +79,11 @@ fn messages() {
     run_rows("messages", Link::Shared, CONTEXT);
 }
 
+#[test]
+fn stress() {
+    run_rows("stress", Link::Shared, CONTEXT);
+}
+
 /// Starts the service of `tests/contract/service.c` in a cgroup; its listeners are registered for
 /// it, since it knows nothing of Linux.
 #[track_caller]
