@@ -278,8 +278,8 @@ BOOL WSACloseEvent(WSAEVENT hEvent);
 DWORD WSAWaitForMultipleEvents(DWORD cEvents, const WSAEVENT *lphEvents, BOOL fWaitAll,
                                DWORD dwTimeout, BOOL fAlertable);
 
-/* Of Windows Sockets 1.1. Here: ends the blocking WSAIoctl and WSPIoctl calls of the process with
- * WSAEINTR, and says whether there are any. */
+/* Of Windows Sockets 1.1. Here: ends the calls of select, WSAIoctl and WSPIoctl in the process that
+ * wait, with WSAEINTR; and says whether there are any. */
 int WSACancelBlockingCall(void);
 BOOL WSAIsBlocking(void);
 

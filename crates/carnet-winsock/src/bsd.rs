@@ -6,7 +6,7 @@ use crate::memory::{CallerPtr, Fault};
 use crate::operation;
 use crate::process::process;
 use crate::sockets::Attributes;
-use crate::sys;
+use crate::{sys, wait};
 use std::ffi::c_void;
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
@@ -208,13 +208,15 @@ impl Set {
         Ok(Self { place, handles: handles.map(usize::from_ne_bytes).collect() })
     }
 
-    /// Leaves those in it for which `keep` says so: how many.
-    fn keep(&self, keep: impl Fn(usize) -> bool) -> Result<u32, i32> {
+    /// Leaves those in it whose entries say one of these: how many.
+    fn keep(&self, entries: &[libc::pollfd], events: i16) -> Result<u32, i32> {
         if self.place.is_null() {
             return Ok(0);
         }
         let fault = |Fault| wsa::EFAULT;
-        let kept: Vec<usize> = self.handles.iter().copied().filter(|&h| keep(h)).collect();
+        let ready = |(_, entry): &(&usize, &libc::pollfd)| entry.revents & events != 0;
+        let kept: Vec<usize> =
+            self.handles.iter().zip(entries).filter(ready).map(|(&handle, _)| handle).collect();
         let bytes: Vec<u8> = kept.iter().flat_map(|handle| handle.to_ne_bytes()).collect();
         self.place.at(8).write(&bytes).map_err(fault)?;
         self.place.write_u32(kept.len() as u32).map_err(fault)?;
@@ -222,7 +224,7 @@ impl Set {
     }
 }
 
-/// `select`: how many sockets are left in the sets. A connect that failed is in the third set, as
+/// `select`: how many sockets are left in the sets; `WSAEINTR` if it was interrupted. A connect that failed is in the third set, as
 /// on Windows, and in the second, as on Linux.
 pub(crate) fn select(sets: [CallerPtr; 3], timeout: CallerPtr) -> Result<i32, i32> {
     const READ: i16 = libc::POLLIN | libc::POLLHUP | libc::POLLERR;
@@ -245,17 +247,18 @@ pub(crate) fn select(sets: [CallerPtr; 3], timeout: CallerPtr) -> Result<i32, i3
     if entries.is_empty() {
         return Err(wsa::EINVAL);
     }
-    sys::poll(&mut entries, deadline).map_err(error_of_errno)?;
+    // Only a call that has to wait can be interrupted.
+    if sys::poll(&mut entries, Some(Instant::now())).map_err(error_of_errno)? == 0 {
+        wait::interruptible(&mut entries, deadline)?;
+    }
     if entries.iter().any(|entry| entry.revents & libc::POLLNVAL != 0) {
         return Err(wsa::ENOTSOCK);
     }
-    let found = |handle: usize, events: i16| {
-        let of_handle = entries.iter().filter(|entry| entry.fd as usize == handle);
-        of_handle.fold(0, |all, entry| all | entry.revents) & events != 0
-    };
-    let count = read.keep(|handle| found(handle, READ))?
-        + write.keep(|handle| found(handle, WRITE))?
-        + except.keep(|handle| found(handle, EXCEPT))?;
+    let (of_read, rest) = entries.split_at(read.handles.len());
+    let (of_write, of_except) = rest.split_at(write.handles.len());
+    let count = read.keep(of_read, READ)?
+        + write.keep(of_write, WRITE)?
+        + except.keep(of_except, EXCEPT)?;
     Ok(count as i32)
 }
 

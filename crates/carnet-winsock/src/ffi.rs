@@ -274,8 +274,8 @@ pub extern "C" fn CancelIoEx(hFile: *mut c_void, lpOverlapped: *mut c_void) -> c
     }))
 }
 
-/// Ends the blocking control-code calls of the process with `WSAEINTR`; `WSAEINVAL` if there is
-/// none.
+/// Ends the calls of the process that wait (`select`, and control codes) with `WSAEINTR`;
+/// `WSAEINVAL` if there is none.
 #[unsafe(no_mangle)]
 pub extern "C" fn WSACancelBlockingCall() -> c_int {
     int(started().and_then(
@@ -285,7 +285,7 @@ pub extern "C" fn WSACancelBlockingCall() -> c_int {
     ))
 }
 
-/// Whether there is a blocking control-code call in the process.
+/// Whether there is a call that [`WSACancelBlockingCall`] would end.
 #[unsafe(no_mangle)]
 pub extern "C" fn WSAIsBlocking() -> c_int {
     c_int::from(process().blocking.any())

@@ -155,7 +155,7 @@ pub(crate) fn overlapped_result(
     }
 }
 
-/// The blocking calls in progress.
+/// The calls that wait and can be interrupted.
 #[derive(Debug, Default)]
 pub(crate) struct Blocking(Mutex<Vec<Arc<Event>>>);
 
@@ -169,6 +169,44 @@ impl Blocking {
         let calls = lock(&self.0);
         calls.iter().for_each(|call| call.set());
         !calls.is_empty()
+    }
+}
+
+/// One of them, until it is dropped.
+#[derive(Debug)]
+struct Interruptible(Arc<Event>);
+
+impl Interruptible {
+    fn begin() -> Result<Self, i32> {
+        let event = Arc::new(Event::new().map_err(|_| wsa::ENOBUFS)?);
+        lock(&process().blocking.0).push(event.clone());
+        Ok(Self(event))
+    }
+}
+
+impl Drop for Interruptible {
+    fn drop(&mut self) {
+        lock(&process().blocking.0).retain(|call| !Arc::ptr_eq(call, &self.0));
+    }
+}
+
+/// Waits until something happens to one of the entries; false when the deadline has passed.
+///
+/// # Errors
+/// `WSAEINTR` for `WSACancelBlockingCall` and for a signal, after which no wait is restarted.
+pub(crate) fn interruptible(
+    entries: &mut Vec<pollfd>,
+    deadline: Option<Instant>,
+) -> Result<bool, i32> {
+    let call = Interruptible::begin()?;
+    entries.push(readable(call.0.descriptor()));
+    let waited = sys::poll(entries, deadline);
+    let raised = entries.pop().is_some_and(|entry| entry.revents != 0);
+    match waited {
+        Ok(_) if raised => Err(wsa::EINTR),
+        Ok(ready) => Ok(ready > 0),
+        Err(libc::EINTR) => Err(wsa::EINTR),
+        Err(_) => Err(wsa::ENOBUFS),
     }
 }
 
@@ -193,14 +231,6 @@ pub(crate) fn blocking_call(
     if !may_block() {
         return Err(wsa::EWOULDBLOCK);
     }
-    let interruption = Arc::new(Event::new().map_err(|_| wsa::ENOBUFS)?);
-    let blocking = &process().blocking;
-    lock(&blocking.0).push(interruption.clone());
-    let waited = sys::poll(&mut [readable(interruption.descriptor())], Some(Instant::now() + time));
-    lock(&blocking.0).retain(|call| !Arc::ptr_eq(call, &interruption));
-    match waited {
-        Ok(0) => Ok(call),
-        // Raised, or a signal that no system call is restarted after.
-        Ok(_) | Err(_) => Err(wsa::EINTR),
-    }
+    interruptible(&mut Vec::new(), Some(Instant::now() + time))?;
+    Ok(call)
 }

@@ -85,6 +85,7 @@ fn options_with_a_meaning_of_their_own() {
 
 #[test]
 fn the_error_of_a_connect_is_winsocks() {
+    let _alone = waiting();
     // Nobody listens on a port that was bound and never listened on.
     let bound = Owned::overlapped();
     let address = bind_to_loopback(&bound);
@@ -160,6 +161,7 @@ fn bytes_pass_and_errors_are_winsocks() {
 
 #[test]
 fn select_needs_sockets_and_leaves_the_ready_ones() {
+    let _alone = waiting();
     let [client, accepted, _listener] = connected();
     let udp = Owned::of(libc::AF_INET, libc::SOCK_DGRAM, 1);
     // SAFETY: as many sockets as said, here and below.

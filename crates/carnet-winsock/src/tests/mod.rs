@@ -11,8 +11,8 @@ mod waits;
 use crate::ffi::*;
 use std::ffi::c_void;
 use std::ptr::null_mut;
-use std::sync::Once;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 const QUERY_RECORDS: u32 = 0x9800_00DC;
 const QUERY_CONTEXT: u32 = 0x9800_00DD;
@@ -33,6 +33,12 @@ fn start() {
         // SAFETY: the size of a WSADATA.
         assert_eq!(unsafe { WSAStartup(0x0202, data.as_mut_ptr().cast()) }, 0);
     });
+}
+
+/// For tests whose calls wait: an interruption is for all waiting calls of the process.
+fn waiting() -> MutexGuard<'static, ()> {
+    static WAITING: Mutex<()> = Mutex::new(());
+    WAITING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A socket that is closed at the end.

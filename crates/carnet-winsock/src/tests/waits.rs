@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::hooks::set_delay;
-use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -104,12 +104,6 @@ fn sleeping_takes_its_time() {
     assert!(began.elapsed() >= Duration::from_millis(40));
 }
 
-/// For tests whose calls wait: an interruption is for all waiting calls of the process.
-fn waiting() -> MutexGuard<'static, ()> {
-    static WAITING: Mutex<()> = Mutex::new(());
-    WAITING.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[test]
 fn a_call_that_must_not_wait_says_so() {
     let _alone = waiting();
@@ -155,6 +149,22 @@ fn a_call_that_waits_can_be_interrupted() {
     }
     assert_eq!(WSACancelBlockingCall(), 0);
     assert_eq!(blocked.join().unwrap(), (10004, 0), "S33");
+
+    let [client, _accepted, _listener] = connected();
+    let waiting = client.0;
+    let blocked = thread::spawn(move || {
+        let mut read = [1, waiting];
+        let none = null_mut();
+        // SAFETY: a set of one socket.
+        let status =
+            unsafe { carnet_winsock_select(0, read.as_mut_ptr().cast(), none, none, none) };
+        (status, WSAGetLastError())
+    });
+    while WSAIsBlocking() == 0 {
+        thread::yield_now();
+    }
+    assert_eq!(WSACancelBlockingCall(), 0);
+    assert_eq!(blocked.join().unwrap(), (-1, 10004), "select too");
 
     // SAFETY: the handler does nothing; the action is complete.
     unsafe {
