@@ -28,13 +28,13 @@ use carnet_core::{
     address::Endpoint,
     classify::Reason,
     event::{Counter, EventKind},
-    flow::{LEG_ONWARD, LEG_REDIRECTED, LegState},
+    flow::{LEG_ONWARD, LEG_REDIRECTED, LEG_STARTING, LegState},
     record::{Hop, MAGIC, Record, VERSION},
 };
 
 use crate::{
     ctx::{fetch_add, load32, load64, store32},
-    decide::{Request, concerns_somebody, netns_of},
+    decide::{Request, concerns_somebody, destination_concerns_somebody, netns_of},
     maps::{CONFIG, CONTEXTS, LEGS},
     process::{self, Process},
     report::{count, event_of_caller, now},
@@ -79,8 +79,11 @@ fn connect(ctx: *mut bpf_sock_addr, destination: Endpoint, rewrite: impl Fn(&End
     let Some(socket) = Socket::new(load64!(ctx, 64) as *mut _) else {
         return PASS;
     };
-    if socket.is_blank() && !concerns_somebody(ctx, &destination) {
-        // The common case.
+    // The common case. What an earlier connect left on the socket stays there: at the SYN it is found
+    // to be stale.
+    if !destination_concerns_somebody(&destination)
+        || socket.is_blank() && !concerns_somebody(ctx, &destination)
+    {
         count(Counter::Passed);
         return PASS;
     }
@@ -248,7 +251,7 @@ impl Attempt<'_> {
             copy_record(leg, record);
             leg.set_hops = record.hop_count;
         }
-        leg.kind = kind;
+        leg.kind = kind | LEG_STARTING;
         // SAFETY: the helper takes this context.
         leg.cookie = unsafe { bpf_get_socket_cookie(self.ctx.cast()) };
         leg.netns = netns_of(self.ctx);

@@ -86,7 +86,30 @@ impl Request {
     }
 }
 
-/// Whether a connection without a record passes the policy's gate.
+/// Whether a connection passes the policy's outer gate. This calls nothing: it is all that most
+/// connects pay for.
+#[inline(always)]
+pub(crate) fn destination_concerns_somebody(destination: &Endpoint) -> bool {
+    classify::destination_concerns_somebody(&Bank::in_force(), &Destination(destination))
+}
+
+/// A connection of which only the destination is asked.
+struct Destination<'a>(&'a Endpoint);
+
+impl Connection for Destination<'_> {
+    #[inline(always)]
+    fn value(&self, field: u32, _argument: u32) -> Wide {
+        if field == Field::DestinationAddress as u32 {
+            self.0.value()
+        } else if field == Field::DestinationPort as u32 {
+            Wide::from_u64(self.0.port.into())
+        } else {
+            Wide::from_u64(TCP.into())
+        }
+    }
+}
+
+/// Whether a connection without a record passes the policy's inner gate.
 #[inline(always)]
 pub(crate) fn concerns_somebody(ctx: *mut bpf_sock_addr, destination: &Endpoint) -> bool {
     classify::concerns_somebody(&Bank::in_force(), &Newcomer { ctx, destination })

@@ -26,7 +26,7 @@ use carnet_core::{
     abi::LISTENER_SLOTS,
     address::{AF_INET, Endpoint},
     event::{Counter, EventKind},
-    flow::{GuardEntry, GuardKey, LEG_REDIRECTED, LegState, ListenerKey, Tuple},
+    flow::{GuardEntry, GuardKey, LEG_REDIRECTED, LEG_STARTING, LegState, ListenerKey, Tuple},
     table::Step,
 };
 
@@ -76,11 +76,22 @@ fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
     let Some(leg) = socket.get(&LEGS) else {
         return;
     };
+    let (local, remote) = ends(ctx);
+    // A leg that an earlier connect left has lost its mark, or leads elsewhere.
+    let fresh = leg.kind & LEG_STARTING != 0 && same(&remote, &leg.target);
+    leg.kind = if fresh { leg.kind & !LEG_STARTING } else { 0 };
+    if let Some(connection) = socket.multipath()
+        && let Some(copy) = connection.get(&LEGS)
+    {
+        copy.kind = leg.kind;
+    }
+    if !fresh {
+        return;
+    }
     watch_state(ctx);
     if leg.kind != LEG_REDIRECTED {
         return;
     }
-    let (local, remote) = ends(ctx);
     let key = tuple(leg.netns, &local, &remote);
     // SAFETY: key and value are whole and of the map's types; the value lies in another map, from
     // which the kernel copies it.

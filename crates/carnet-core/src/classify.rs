@@ -8,7 +8,7 @@ use crate::{
     arbitration::{Verdict, action_of},
     chain::{Chain, hop_limit, slot_bit},
     table::{
-        Action, EMPTY_LEAF, FAILURE_SKIP, FilterRow, HeaderRow, LEAF, LeafRow, MAX_CANDIDATES,
+        Action, ConditionRow, EMPTY_LEAF, FAILURE_SKIP, FilterRow, LEAF, LeafRow, MAX_CANDIDATES,
         MAX_CONDITIONS, MAX_DEPTH, MAX_SERVICES, NO_SLOT, Step, Tables,
     },
 };
@@ -251,12 +251,21 @@ where
     }
 }
 
-/// Whether any filter may match: whether the connection passes the policy's gate. Most do not.
+/// Whether any filter may match, as far as the destination tells: whether the connection passes the
+/// policy's outer gate. Most do not. Asks for fields of the destination only.
+#[inline(always)]
+pub fn destination_concerns_somebody<T: Tables, C: Connection>(tables: &T, connection: &C) -> bool {
+    tables.header().is_some_and(|header| passes(&header.outer_gate, connection))
+}
+
+/// Whether any filter may match, as far as the policy's inner gate tells.
 #[inline(always)]
 pub fn concerns_somebody<T: Tables, C: Connection>(tables: &T, connection: &C) -> bool {
-    let Some(HeaderRow { gate, .. }) = tables.header() else {
-        return false;
-    };
+    tables.header().is_some_and(|header| passes(&header.inner_gate, connection))
+}
+
+#[inline(always)]
+fn passes<C: Connection>(gate: &ConditionRow, connection: &C) -> bool {
     connection.value(gate.field, gate.argument).within(gate.first, gate.last)
 }
 
@@ -268,7 +277,8 @@ pub fn leaf_of<T: Tables, C: Connection>(tables: &T, connection: &C) -> LeafRow 
     let Some(header) = tables.header() else {
         return NONE;
     };
-    if !concerns_somebody(tables, connection) {
+    if !destination_concerns_somebody(tables, connection) || !concerns_somebody(tables, connection)
+    {
         return NONE;
     }
     let mut at = header.root;

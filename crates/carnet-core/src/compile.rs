@@ -110,7 +110,8 @@ pub fn compile(policy: &Policy, generation: u64) -> Result<CompiledPolicy, Compi
     let mut compiled = CompiledPolicy { services: service_rows(policy), ..Default::default() };
     compiled.add_filters(policy)?;
     compiled.header = HeaderRow {
-        gate: gate(&compiled),
+        outer_gate: gate(&compiled, Field::is_of_destination),
+        inner_gate: gate(&compiled, |_| true),
         generation,
         root: EMPTY_LEAF,
         fields: compiled.conditions.iter().fold(0, |fields, c| fields | 1 << c.field),
@@ -121,9 +122,9 @@ pub fn compile(policy: &Policy, generation: u64) -> Result<CompiledPolicy, Compi
     Ok(compiled)
 }
 
-/// The gate: of all fields the one whose range around all rows leaves out the largest part of its
+/// A gate: of the `eligible` fields the one whose range around all rows leaves out the largest part of its
 /// values. Where several leave out as much it is the first, which is cheap to find out.
-fn gate(compiled: &CompiledPolicy) -> ConditionRow {
+fn gate(compiled: &CompiledPolicy, eligible: impl Fn(Field) -> bool) -> ConditionRow {
     // Nothing passes; what a policy without filters has.
     let shut = ConditionRow { first: Wide::from(1), last: Wide::MIN, ..Default::default() };
     let Some(row) = compiled.filters.first() else {
@@ -135,7 +136,8 @@ fn gate(compiled: &CompiledPolicy) -> ConditionRow {
     };
     let open = ConditionRow { last: Wide::MAX, ..Default::default() };
     // A field that some row does not test leaves nothing out, so those of one row are enough.
-    let hulls = conditions(row).iter().filter_map(|start| {
+    let starts = conditions(row).iter().filter(|c| eligible(Field::ALL[c.field as usize]));
+    let hulls = starts.filter_map(|start| {
         let mut hull = *start;
         for row in &compiled.filters {
             let same = |c: &&ConditionRow| (c.field, c.argument) == (hull.field, hull.argument);

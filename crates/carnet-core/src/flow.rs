@@ -9,6 +9,10 @@ pub const LEG_REDIRECTED: u32 = 1;
 /// [`LegState::kind`]: the connection carries a record and goes to its destination.
 pub const LEG_ONWARD: u32 = 2;
 
+/// Added to [`LegState::kind`] from the connect until its SYN is sent. If it is still there at
+/// another SYN, that connect failed before, and the leg is not this one's.
+pub const LEG_STARTING: u32 = 1 << 8;
+
 /// One leg of a flow: the state of the socket that connects, copied to the socket that the service
 /// accepts.
 ///
@@ -18,7 +22,7 @@ pub const LEG_ONWARD: u32 = 2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct LegState {
-    /// [`LEG_REDIRECTED`] or [`LEG_ONWARD`].
+    /// [`LEG_REDIRECTED`] or [`LEG_ONWARD`], at first with [`LEG_STARTING`]; 0 without a connection.
     pub kind: u32,
     /// Length of the redirect context in bytes, 0 for none.
     pub context_length: u32,

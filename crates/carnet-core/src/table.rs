@@ -13,6 +13,9 @@
 //! Worked example: two filters, `A: port 80` and `B: any port`, give one node
 //! `port < 80 ? leaf(B) : node(port < 81 ? leaf(A, B) : leaf(B))`.
 //!
+//! Most connections concern nobody. The head has two gates for them: ranges of one field each,
+//! outside of which no filter matches, so that they are through after a comparison or two.
+//!
 //! # Transactions
 //!
 //! All tables exist twice ("banks"). A transaction writes the idle bank and then flips one number,
@@ -76,6 +79,11 @@ impl Field {
         Self::NetworkNamespace,
     ];
 
+    /// Whether it is a field of the destination: the same for all connections of a flow.
+    pub const fn is_of_destination(self) -> bool {
+        matches!(self, Self::Protocol | Self::DestinationAddress | Self::DestinationPort)
+    }
+
     /// The bit of this field in [`HeaderRow::fields`].
     #[inline(always)]
     pub const fn bit(self) -> u32 {
@@ -105,14 +113,19 @@ pub const FAILURE_BLOCK: u32 = 0;
 /// [`ServiceRow::failure`]: without a live listener, the service is passed over.
 pub const FAILURE_SKIP: u32 = 1;
 
-/// The head of a bank: what every connect reads, in the size of a cache line.
+/// The head of a bank. What every connect reads comes first.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
 #[repr(C)]
 pub struct HeaderRow {
-    /// The gate: only connections in this range are looked at further.
-    pub gate: ConditionRow,
+    /// The outer gate, a range of a field of the destination: only connections in it are looked at
+    /// further. All connections of a flow have the same destination, so those that carry a record
+    /// come through too.
+    pub outer_gate: ConditionRow,
+    /// The inner gate, a range of any field: only connections in it, or with a record, are looked
+    /// at further.
+    pub inner_gate: ConditionRow,
     /// Root of the tree: a node, or with [`LEAF`] a leaf.
     pub root: u32,
     /// Number of services in the policy.
@@ -214,7 +227,7 @@ pub struct ServiceRow {
 const _: () = {
     // A set of services is one 64-bit word.
     assert!(MAX_SERVICES <= 64);
-    assert!(size_of::<HeaderRow>() == 64);
+    assert!(size_of::<HeaderRow>() == 104);
     assert!(size_of::<NodeRow>() == 32);
     assert!(size_of::<LeafRow>() == 8);
     assert!(size_of::<ConditionRow>() == 40);

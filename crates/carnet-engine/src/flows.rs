@@ -12,7 +12,7 @@ use std::{
 };
 
 use carnet_core::{
-    flow::{LEG_REDIRECTED, LegState},
+    flow::{LEG_ONWARD, LEG_REDIRECTED, LegState},
     record::{AppIdentity, FileId, Hop},
 };
 use zerocopy::FromBytes as _;
@@ -137,8 +137,9 @@ fn read_legs(program: &std::path::Path, tables: &Tables) -> Result<Vec<LegState>
     let mut seen = BTreeSet::new();
     let states = bytes.chunks_exact(size_of::<LegState>());
     let states = states.filter_map(|bytes| LegState::read_from_bytes(bytes).ok());
-    // Without a kind: the connect that makes the leg is not done yet.
-    Ok(states.filter(|leg| leg.kind != 0 && seen.insert((leg.cookie, leg.netns))).collect())
+    // Others have no connection, or not yet.
+    let is_there = |leg: &LegState| matches!(leg.kind, LEG_REDIRECTED | LEG_ONWARD);
+    Ok(states.filter(|leg| is_there(leg) && seen.insert((leg.cookie, leg.netns))).collect())
 }
 
 impl Flow {
@@ -189,7 +190,7 @@ impl FlowApp {
 
 #[cfg(test)]
 mod tests {
-    use carnet_core::{address::Endpoint, flow::LEG_ONWARD};
+    use carnet_core::address::Endpoint;
     use zerocopy::FromZeros as _;
 
     use super::*;

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::Path};
 
-use carnet_core::{abi, object::Conditions};
+use carnet_core::{abi, event::Counter, object::Conditions};
 use carnet_testbed::{Topology, exchange, peer_command};
 use carnet_tests::{
     Lab, Must as _, Plan, Report,
@@ -194,6 +194,39 @@ fn a_socket_that_is_used_again_carries_nothing_over() {
     assert_ne!(flows[0], flows[1]);
     drop(socket);
     lab.settle();
+}
+
+#[test]
+fn a_connect_that_fails_before_its_syn_leaves_nothing() {
+    let lab = Lab::new();
+    let other = lab.network().another_echo();
+    let conditions = Conditions { ports: vec![lab.v4().port().into()], ..Conditions::default() };
+    lab.service_with("alpha", Plan { conditions, ..Plan::default() });
+    let service = lab.start("alpha");
+    let client = lab.puppet();
+    let first = client.tcp(lab.v4());
+    first.share_port().must("share the port");
+    first.bind(address("0.0.0.0:0")).must("bind");
+    let port = first.local().must("ask for the port").port();
+    first.connect(lab.v4()).must("connect");
+    echoes(&first);
+
+    // The same two ends once more: refused when the connect hook has done its part.
+    let second = client.tcp(lab.v4());
+    second.share_port().must("share the port");
+    second.bind(address(&format!("0.0.0.0:{port}"))).must("bind to the same port");
+    let refused = second.connect(lab.v4()).map_err(|errno| errno.0);
+    assert_eq!(refused, Err(libc::EADDRNOTAVAIL));
+    assert_eq!(lab.counter(Counter::Redirected), 2);
+    second.connect(other.address()).must("connect elsewhere");
+    assert_eq!(second.peer(), Ok(other.address()));
+    echoes(&second);
+    let flow = service.reports(1)[0].flow;
+    let legs = lab.engine().flows().must("list the flows");
+    assert!(legs.iter().all(|leg| leg.flow == flow), "{legs:#?}");
+    drop((first, second));
+    lab.settle();
+    assert_eq!(service.finish().len(), 1);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::{
 use carnet_core::{
     address::Wide,
     chain::Chain,
-    classify::concerns_somebody,
+    classify::{concerns_somebody, destination_concerns_somebody},
     compile::{
         CompileError, CompiledPolicy, MAX_ROWS_PER_FILTER, SMALL_LEAF, compile, max_candidates,
         max_nodes,
@@ -37,11 +37,12 @@ impl<'a> Bank<'a> {
         Self { compiled, flat: None, nodes_read: Cell::new(0), candidates_read: Cell::new(0) }
     }
 
-    /// No gate, and one leaf with all rows in the order of arbitration.
+    /// No gates, and one leaf with all rows in the order of arbitration.
     fn flat(compiled: &'a CompiledPolicy) -> Self {
         let count = compiled.filters().len() as u32;
         let gate = ConditionRow { last: Wide::MAX, ..Default::default() };
-        let header = HeaderRow { gate, root: LEAF, ..*compiled.header() };
+        let header =
+            HeaderRow { outer_gate: gate, inner_gate: gate, root: LEAF, ..*compiled.header() };
         let leaf = LeafRow { first: 0, count };
         Self { flat: Some((header, leaf, (0..count).collect())), ..Self::new(compiled) }
     }
@@ -294,18 +295,20 @@ fn the_worked_example_of_the_table_module() {
 }
 
 #[test]
-fn an_empty_policy_has_a_shut_gate_and_lets_everything_pass() {
+fn an_empty_policy_has_shut_gates_and_lets_everything_pass() {
     let compiled = compile(&Policy::new(), 1).unwrap();
     assert_eq!((compiled.nodes().len(), compiled.leaves().len()), (0, 0));
     assert_eq!((compiled.header().root, compiled.header().fields), (EMPTY_LEAF, 0));
-    assert!(!concerns_somebody(&compiled, &connection_to("0.0.0.0:0")));
-    assert!(!concerns_somebody(&compiled, &connection_to("[ffff::]:65535")));
+    for destination in ["0.0.0.0:0", "[ffff::]:65535"] {
+        assert!(!destination_concerns_somebody(&compiled, &connection_to(destination)));
+        assert!(!concerns_somebody(&compiled, &connection_to(destination)));
+    }
     let decision = decide(&compiled, &connection_to("192.0.2.1:1"), &Chain::empty(0));
     assert_eq!(decision, carnet_core::Decision::PASS);
 }
 
 #[test]
-fn the_gate_is_the_narrowest_range_around_all_filters() {
+fn the_gates_are_the_narrowest_ranges_around_all_filters() {
     let mut policy = policy(&[("s", 0)], &[]);
     let mut add = |conditions| {
         policy.add_filter(new_filter("s", conditions, FilterAction::BLOCK)).unwrap();
@@ -314,15 +317,20 @@ fn the_gate_is_the_narrowest_range_around_all_filters() {
     let ports = |first, last| vec![PortRange::new(first, last).unwrap()];
     let users = vec![UserRange::from(1000)];
     let one = Conditions { ports: ports(80, 90), users: users.clone(), ..Default::default() };
-    // A user is one of many more values than a port.
-    assert_eq!(add(one).gate.field, Field::User as u32);
+    let header = add(one);
+    // A user is one of many more values than a port, but not the destination's.
+    assert_eq!(header.inner_gate.field, Field::User as u32);
+    assert_eq!(header.outer_gate.field, Field::DestinationPort as u32);
     let two = Conditions { ports: ports(443, 443), ..Default::default() };
-    let gate = add(two).gate;
-    assert_eq!(gate.field, Field::DestinationPort as u32);
-    assert_eq!((u128::from(gate.first), u128::from(gate.last)), (80, 443));
-    let gate = add(Conditions { users, ..Default::default() }).gate;
+    let HeaderRow { outer_gate, inner_gate, .. } = add(two);
+    assert_eq!(outer_gate, inner_gate);
+    assert_eq!(outer_gate.field, Field::DestinationPort as u32);
+    assert_eq!((u128::from(outer_gate.first), u128::from(outer_gate.last)), (80, 443));
     // No field is tested by all of them.
-    assert_eq!((gate.first, gate.last), (Wide::MIN, Wide::MAX));
+    let HeaderRow { outer_gate, inner_gate, .. } = add(Conditions { users, ..Default::default() });
+    for gate in [outer_gate, inner_gate] {
+        assert_eq!((gate.first, gate.last), (Wide::MIN, Wide::MAX));
+    }
 }
 
 #[test]
