@@ -8,12 +8,15 @@
 use std::{
     env,
     fmt::Write as _,
-    fs,
+    fs::{self, Permissions},
     io::{BufRead as _, BufReader, Write as _},
     net::{SocketAddr, TcpStream},
     os::{
         fd::{AsFd as _, OwnedFd},
-        unix::{fs::symlink, net::UnixStream},
+        unix::{
+            fs::{PermissionsExt as _, symlink},
+            net::UnixStream,
+        },
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -39,8 +42,6 @@ const SILENCE: Duration = Duration::from_secs(120);
 const LIBRARY: &str = "CARNET_CONTRACT_LIBRARY";
 /// Arguments for the C compiler, separated by blanks.
 const FLAGS: &str = "CARNET_CONTRACT_CFLAGS";
-/// A program that is to run the programs, with its arguments, separated by blanks.
-const WRAPPER: &str = "CARNET_CONTRACT_WRAPPER";
 
 /// How a C program gets the library.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +70,15 @@ impl Scratch {
         );
         let directory = env::temp_dir().join(name);
         fs::create_dir(&directory).must("make a directory");
-        Self(directory)
+        let scratch = Self(directory);
+        scratch.open_to_all(&scratch.0);
+        scratch
+    }
+
+    /// Lets every user read and execute what is in it, whatever the umask says.
+    #[track_caller]
+    pub fn open_to_all(&self, path: &Path) {
+        fs::set_permissions(path, Permissions::from_mode(0o755)).must("set permissions");
     }
 
     /// Where it is.
@@ -109,8 +118,9 @@ impl Program {
         let mut command = Command::new("cc");
         command.args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-o"]);
         command.arg(&program.path).args(sources.iter().map(|source| root.join(source)));
-        let flags = words(FLAGS);
-        if flags.iter().any(|flag| flag == "-fsanitize=thread") {
+        let flags = env::var(FLAGS).unwrap_or_default();
+        let flags: Vec<&str> = flags.split_whitespace().collect();
+        if flags.contains(&"-fsanitize=thread") {
             command.arg(root.join("tests/contract/tsan.c"));
         }
         command.args(flags);
@@ -137,6 +147,7 @@ impl Program {
         let output = command.output().must("start the C compiler, cc");
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{sources:?} does not compile:\n{said}");
+        program.directory.open_to_all(&program.path);
         program
     }
 
@@ -148,25 +159,12 @@ impl Program {
     /// A command that runs it in a service's cgroup and in the clients' namespace.
     #[track_caller]
     pub fn command(&self, lab: &Lab, service: &str) -> Command {
-        let mut wrapper = words(WRAPPER).into_iter();
-        let mut command = match wrapper.next() {
-            Some(program) => {
-                let mut command = Command::new(program);
-                command.args(wrapper).arg(&self.path);
-                command
-            }
-            None => Command::new(&self.path),
-        };
+        let mut command = Command::new(&self.path);
         lab.cgroup_of(service).enter_command(&mut command).must("enter the service's cgroup");
         let namespace = &lab.network().topology.client;
         namespace.enter_command(&mut command).must("enter the namespace");
         command
     }
-}
-
-fn words(variable: &str) -> Vec<String> {
-    let value = env::var(variable).unwrap_or_default();
-    value.split_whitespace().map(str::to_owned).collect()
 }
 
 /// Where the library is: cargo puts what a test is built with beside the test, since the library

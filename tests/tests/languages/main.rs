@@ -27,19 +27,23 @@ fn source(file: &str) -> PathBuf {
 /// A service to be started, and what has to stay where it is meanwhile.
 struct Service {
     command: Command,
-    _files: Option<Box<dyn Send>>,
+    _files: Box<dyn Send>,
 }
 
 fn c() -> Option<Service> {
     let compiled = Program::compile(&["examples/languages/service.c"], Link::None);
-    Some(Service { command: Command::new(compiled.path()), _files: Some(Box::new(compiled)) })
+    Some(Service { command: Command::new(compiled.path()), _files: Box::new(compiled) })
 }
 
 fn python() -> Option<Service> {
+    // The checkout may be hidden from the user as whom the service runs.
+    let scratch = Scratch::new();
+    let script = scratch.path().join("service.py");
+    fs::copy(source("service.py"), &script).must("copy the script");
+    scratch.open_to_all(&script);
     let mut command = Command::new("python3");
-    // Nothing is to be written beside the source.
-    command.arg("-B").arg(source("service.py"));
-    Some(Service { command, _files: None })
+    command.arg("-B").arg(script);
+    Some(Service { command, _files: Box::new(scratch) })
 }
 
 /// `None` where there is no Go.
@@ -64,7 +68,8 @@ fn go() -> Option<Service> {
             assert!(output.status.success(), "the service in Go does not compile:\n{said}");
         }
     }
-    Some(Service { command: Command::new(program), _files: Some(Box::new(scratch)) })
+    scratch.open_to_all(&program);
+    Some(Service { command: Command::new(program), _files: Box::new(scratch) })
 }
 
 /// Starts a service, of this name in the policy, in its cgroup.
