@@ -15,7 +15,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 const THREADS: u64 = 4;
 const ROUNDS: u64 = 100_000;
-const PAGE: usize = 4096;
+/// The largest page that a kernel has; a multiple of every other.
+const PAGE: usize = 64 * 1024;
 
 /// xorshift64*.
 struct Random(u64);

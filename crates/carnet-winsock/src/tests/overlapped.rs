@@ -303,6 +303,16 @@ fn names_of_threads_are_checked() {
     let mut of_exited = receiver.recv().unwrap();
     let pages = crate::memory::tests::Pages::new();
     let mut none = [0x1236, 0];
+    // A good name, of which only the first half is in memory (S24).
+    let mut own = own_thread();
+    let half: *mut usize = pages.at(2, -8);
+    // SAFETY: before the page that is not there is the read-only one, which is made writable.
+    unsafe {
+        let page: *mut c_void = pages.at(1, 0);
+        let writable = libc::PROT_READ | libc::PROT_WRITE;
+        assert_eq!(libc::mprotect(page, 4096, writable), 0);
+        half.write(own[0]);
+    }
     let bad: [*mut c_void; 4] =
         [of_exited.as_mut_ptr().cast(), none.as_mut_ptr().cast(), pages.at(2, -8), pages.at(2, 0)];
     for thread in bad {
@@ -317,6 +327,7 @@ fn names_of_threads_are_checked() {
         let status = unsafe { WPUQueueApc(thread, Some(count_call), 0, &raw mut error) };
         assert_eq!((status, error), (-1, 10014), "W45");
     }
+    assert_eq!(close_thread(&mut own), (0, 0));
 }
 
 unsafe extern "C" fn count_call(counter: usize) {
