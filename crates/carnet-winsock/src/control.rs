@@ -3,7 +3,6 @@
 use crate::contract::{Control, Failure};
 use crate::memory::{CallerPtr, Fault};
 use crate::operation;
-use crate::process::process;
 use crate::sockets::Socket;
 use crate::sys::{self, Errno};
 use carnet_core::abi;
@@ -95,9 +94,6 @@ pub(crate) fn perform(fd: RawFd, request: &Request) -> Result<Answer, Failure> {
         }
         Request::Unsupported => Err(Failure::NotSupported),
         Request::Flush(socket) => {
-            if process().strict_msafd {
-                return Err(Failure::NotSupported);
-            }
             operation::cancel_of_socket(*socket);
             Ok(Answer::NOTHING)
         }

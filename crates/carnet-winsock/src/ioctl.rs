@@ -57,9 +57,18 @@ pub(crate) fn ioctl(call: &Call, target: Target) -> Result<(), i32> {
     }
 }
 
+/// What a code asks for here: without `SIO_FLUSH` if Microsoft's own provider is to be the model
+/// (contract X2, W16..W18).
+fn control_of(code: u32) -> Control {
+    match control(code) {
+        Control::Flush if process().strict_msafd => Control::Unknown,
+        control => control,
+    }
+}
+
 /// Does not return before there is a result (contract S20, W2).
 fn synchronous(call: &Call, socket: Socket) -> Result<(), i32> {
-    let control = control(call.code);
+    let control = control_of(call.code);
     let report = |failure: Failure| {
         // The error counts, whatever has become of the memory that was checked before.
         let _ = call.returned.write_u32(failure.returned());
@@ -86,7 +95,7 @@ fn synchronous(call: &Call, socket: Socket) -> Result<(), i32> {
 fn overlapped(call: &Call, socket: Socket, target: Target) -> Result<(), i32> {
     let overlapped = Overlapped(call.overlapped);
     let notification = notification(call, overlapped, target)?;
-    let control = control(call.code);
+    let control = control_of(call.code);
     // What is wrong with the arguments is said at once, and there is no completion (W5, W23, W30).
     let request = request(call, socket, control).map_err(Failure::code)?;
     let pends = match control {
