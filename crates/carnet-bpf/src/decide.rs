@@ -193,17 +193,7 @@ fn fact(ctx: *mut bpf_sock_addr, destination: &Endpoint, field: u32, argument: u
         Wide::from_u64(destination.port.into())
     } else if field == Field::Protocol as u32 {
         Wide::from_u64(TCP.into())
-    } else {
-        let mut value = Wide::MIN;
-        rarer_fact(ctx, field, argument, &mut value);
-        value
-    }
-}
-
-/// What every connect need not find out: a function of its own, to keep their code short.
-#[inline(never)]
-fn rarer_fact(ctx: *mut bpf_sock_addr, field: u32, argument: u32, value: &mut Wide) {
-    *value = if field == Field::Cgroup as u32 {
+    } else if field == Field::Cgroup as u32 {
         Wide::from_u64(process::ancestor_cgroup(argument))
     } else if field == Field::User as u32 {
         Wide::from_u64(process::uid().into())
@@ -213,7 +203,7 @@ fn rarer_fact(ctx: *mut bpf_sock_addr, field: u32, argument: u32, value: &mut Wi
         Wide::from_u64(netns_of(ctx))
     } else {
         Wide::MIN
-    };
+    }
 }
 
 #[inline(always)]
