@@ -51,6 +51,22 @@ ROW(closing_the_socket, "S29a W33")
     WSACloseEvent(event);
 }
 
+ROW(closing_the_descriptor_itself, "S29a")
+{
+    WSAEVENT event = WSACreateEvent();
+    WSAOVERLAPPED overlapped = fresh(event);
+    SOCKET closed = redirected();
+
+    /* The library is not told; it notices when the operation is carried out. */
+    carnet_winsock_test_delay(1000);
+    start(closed, 0, &overlapped, NULL);
+    raw_close((int)closed);
+    CHECK(signalled(event, PATIENCE_MS));
+    EQUAL(overlapped.Internal, STATUS_CANCELLED);
+    carnet_winsock_test_delay(LONG_MS);
+    WSACloseEvent(event);
+}
+
 ROW(flushing_the_socket, "S29b")
 {
     WSAEVENT events[3] = {WSACreateEvent(), WSACreateEvent(), WSACreateEvent()};

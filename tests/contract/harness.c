@@ -258,6 +258,11 @@ unsigned long long cookie_of(int descriptor)
     return cookie;
 }
 
+void set_environment(const char *name, const char *value)
+{
+    MUST(setenv(name, value, 1) == 0);
+}
+
 void become_nobody(void)
 {
     MUST(setgroups(0, NULL) == 0);

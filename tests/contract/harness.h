@@ -112,6 +112,9 @@ int is_open(int descriptor);
 /* The socket's cookie. */
 unsigned long long cookie_of(int descriptor);
 
+/* setenv(3). */
+void set_environment(const char *name, const char *value);
+
 /* Becomes an ordinary user without capabilities, for good. */
 void become_nobody(void);
 

@@ -61,7 +61,7 @@ ROW(a_set_that_pends, "S13 S14 S17 S19 S27 S28 W4 W39 W47")
         struct call call = set_call(onwards, record, length, &returned);
         int error;
         call.overlapped = &overlapped;
-        carnet_winsock_test_delay(300);
+        carnet_winsock_test_delay(1500);
         EQUAL(make(entry, call, &error), SOCKET_ERROR);
         EQUAL(error, WSA_IO_PENDING);
         EQUAL(returned, UNTOUCHED);
@@ -311,7 +311,7 @@ ROW(the_event_is_reset_and_set_again, "W7")
 
     call.overlapped = &overlapped;
     WSASetEvent(event);
-    carnet_winsock_test_delay(200);
+    carnet_winsock_test_delay(1000);
     EQUAL(error_of(BY_WSA, call), WSA_IO_PENDING);
     CHECK(!signalled(event, 0), "while it pends");
     CHECK(signalled(event, PATIENCE_MS));

@@ -21,7 +21,7 @@ ROW(success_failure_and_pending, "W39 S14")
     DWORD bytes = UNTOUCHED, flags = UNTOUCHED;
 
     accepted = redirected();
-    carnet_winsock_test_delay(200);
+    carnet_winsock_test_delay(1000);
     start(&overlapped, NULL);
     EQUAL(WSAGetOverlappedResult(accepted, &overlapped, &bytes, FALSE, &flags), FALSE);
     EQUAL(WSAGetLastError(), WSA_IO_INCOMPLETE);

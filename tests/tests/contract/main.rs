@@ -80,6 +80,11 @@ fn messages() {
 }
 
 #[test]
+fn strict() {
+    run_rows("strict", Link::Shared, CONTEXT);
+}
+
+#[test]
 fn stress() {
     run_rows("stress", Link::Shared, CONTEXT);
 }
