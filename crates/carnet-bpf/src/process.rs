@@ -12,10 +12,14 @@ use aya_ebpf::helpers::generated::{
 use carnet_core::{
     flow::LegState,
     record::{AppIdentity, FileId, MAX_PATH},
-    table::{MAX_CGROUP_LEVEL, Step},
+    table::{MAX_CGROUP_LEVEL, Repeat as _, Step},
 };
 
-use crate::{bank::repeat, ctx::opaque, maps::SVC_CGROUPS};
+use crate::{
+    bank::{Bank, repeat},
+    ctx::opaque,
+    maps::SVC_CGROUPS,
+};
 
 /// Byte offsets of the fields that are read, in the kernel's structures.
 #[repr(C)]
@@ -292,7 +296,7 @@ fn path(file: u64, buffer: &mut [u8; MAX_PATH]) -> u32 {
     let mut climb = Climb {
         dentry: read(file, offset!(file_path_dentry)),
         mount: mnt.wrapping_sub(offset!(mount_vfsmount).into()),
-        start: MAX_PATH as u32,
+        start: Bank::forget(MAX_PATH as u32),
         complete: false,
         buffer,
     };

@@ -23,11 +23,11 @@ use carnet_core::{
     event::{Counter, EventKind},
     flow::{ListenerEntry, ListenerKey},
     record::{MAX_HOPS, MAX_RECORD, Record, RecordError},
-    table::Step,
+    table::{Repeat as _, Step},
 };
 
 use crate::{
-    bank::repeat,
+    bank::{Bank, repeat},
     ctx::{load32, load64, opaque, store32},
     listener::same,
     mac::carnet_mac,
@@ -216,7 +216,7 @@ fn register(
     let mut search = SlotSearch {
         key: ListenerKey { handle, netns, family: local.family.into(), slot: 0 },
         entry: ListenerEntry { local, missed: 0 },
-        free: LISTENER_SLOTS,
+        free: Bank::forget(LISTENER_SLOTS),
         done: false,
     };
     repeat(LISTENER_SLOTS, &mut search);

@@ -326,13 +326,13 @@ where
         observer,
         dead,
         first: leaf.first,
-        decided_sublayer: u32::MAX,
+        decided_sublayer: T::forget(u32::MAX),
         redirecting: 0,
-        verdict: Verdict::None as u32,
-        reason: Reason::NoFilter as u32,
-        slot: NO_SLOT,
+        verdict: T::forget(Verdict::None as u32),
+        reason: T::forget(Reason::NoFilter as u32),
+        slot: T::forget(NO_SLOT),
         handle: 0,
-        filter: 0,
+        filter: u64::from(T::forget(0)),
         skipped: 0,
     };
     T::repeat(if leaf.count < MAX_CANDIDATES { leaf.count } else { MAX_CANDIDATES }, &mut scan);

@@ -251,9 +251,14 @@ pub trait Repeat {
 
     /// Gives `value` back.
     ///
-    /// The BPF verifier follows every constant that a loop's body leaves in the loop's state, and
-    /// the combinations of a few of them are more than it is willing to look at. What goes
-    /// through here is a number that it knows nothing of.
+    /// What goes through here is a number of which the BPF verifier knows nothing. It has to, for
+    /// every number in a loop's state on which the body's branches depend:
+    ///
+    /// - Before Linux 6.7 the verifier looks at one turn of a loop only, and removes branches that
+    ///   it has not seen taken: with a start value that it knows, the body would keep the branches
+    ///   of its first turn alone.
+    /// - It follows every constant that a body leaves in the state, and the combinations of a few of
+    ///   them are more than it is willing to look at.
     #[inline(always)]
     fn forget(value: u32) -> u32 {
         value
