@@ -8,8 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
@@ -17,7 +18,7 @@ use serde::Deserialize;
 
 use crate::cargo::{self, Built, Kind};
 use crate::process::{self, Privilege, announce, find_program, is_root};
-use crate::{host, test};
+use crate::{host, test, winsock};
 
 /// Where the clauses and the C programs are.
 const DIRECTORY: &str = "tests/contract";
@@ -26,13 +27,19 @@ const TABLE: &str = "docs/contract.md";
 /// The service that has to compile for Windows, and the compiler, with its Debian package.
 const SERVICE: &str = "tests/contract/service.c";
 const MINGW: (&str, &str) = ("x86_64-w64-mingw32-gcc", "gcc-mingw-w64-x86-64");
-/// The name under which that stands in the clauses.
-const COMPILES_FOR_WINDOWS: &str = "mingw-w64: service.c";
+/// The service compiled for both systems, under the names by which clauses speak of that.
+const COMPILATIONS: [(&str, Compilation); 2] = [
+    ("mingw-w64: service.c", compile_for_windows),
+    ("pkg-config: service.c", compile_with_installed_library),
+];
 /// A compiler that takes unstable options, and the source of its standard library; where that is.
 const DEBIANS_RUST: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 const DEBIANS_LIBRARY: &str = "/usr/lib/rustlib/src/rust/library";
 /// The package whose test programs run the rows.
 const TESTS: &str = "carnet-tests";
+
+/// Compiles the service of the checkout at this path.
+type Compilation = fn(&Path) -> Result<()>;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -77,12 +84,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         return sanitize(&root, privilege, sanitizer);
     }
     let mut results = Results::default();
-    announce("the service for both systems, compiled for Windows");
-    let compiled = compile_for_windows(&root);
-    if let Err(error) = &compiled {
-        eprintln!("    failed: {error:#}");
+    for (name, check) in COMPILATIONS {
+        announce(name);
+        let compiled = check(&root);
+        if let Err(error) = &compiled {
+            eprintln!("    failed: {error:#}");
+        }
+        results.0.insert(name.to_owned(), compiled.is_ok());
     }
-    results.0.insert(COMPILES_FOR_WINDOWS.to_owned(), compiled.is_ok());
     contract.run_tests(&root, privilege, &mut results)?;
 
     announce("the contract, clause by clause");
@@ -115,6 +124,49 @@ pub(crate) fn compile_for_windows(root: &Path) -> Result<()> {
             .arg(output)
             .args([SERVICE, "-lws2_32"]),
     )
+}
+
+/// Compiles the service as a user of the installed library does, and starts it.
+fn compile_with_installed_library(root: &Path) -> Result<()> {
+    if find_program("pkg-config").is_none() {
+        if !(host::is_debian() && is_root()) {
+            bail!("pkg-config is missing (on Debian: apt-get install pkgconf)");
+        }
+        host::install_packages(&["pkgconf".to_owned()])?;
+    }
+    let prefix = cargo::target_directory(root).join("contract-install");
+    winsock::build_and_install(root, &prefix, None)?;
+    let lib = prefix.join("lib");
+    let flags = process::read(
+        Command::new("pkg-config")
+            .args(["--cflags", "--libs", "carnet-winsock"])
+            .env("PKG_CONFIG_PATH", lib.join("pkgconfig")),
+    )?;
+    let service = prefix.join("service");
+    process::run(
+        Command::new("cc")
+            .current_dir(root)
+            .args(["-Wall", "-Wextra", "-Werror", SERVICE, "-o"])
+            .arg(&service)
+            .args(flags.split_whitespace()),
+    )?;
+    let mut child = Command::new(&service)
+        .env("LD_LIBRARY_PATH", &lib)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start the service")?;
+    let mut line = String::new();
+    let read = match child.stdout.take() {
+        Some(stdout) => BufReader::new(stdout).read_line(&mut line),
+        None => Ok(0),
+    };
+    child.kill()?;
+    child.wait()?;
+    read?;
+    if line.trim_end() != "ready" {
+        bail!("the service says {line:?} instead of being ready");
+    }
+    Ok(())
 }
 
 /// The file of clauses.
@@ -265,7 +317,7 @@ impl Contract {
             let (package, name) = test.split_once(": ").with_context(|| {
                 format!("clauses.toml names the test {test:?}, which is not `PACKAGE: TEST`")
             })?;
-            if test != COMPILES_FOR_WINDOWS {
+            if !COMPILATIONS.iter().any(|(name, _)| name == test) {
                 named.entry(package).or_default().insert(name);
             }
         }

@@ -61,7 +61,7 @@ fn check(root: &Path) -> Result<()> {
     )
 }
 
-fn build_and_install(root: &Path, prefix: &Path, destdir: Option<&Path>) -> Result<()> {
+pub(crate) fn build_and_install(root: &Path, prefix: &Path, destdir: Option<&Path>) -> Result<()> {
     if !prefix.is_absolute() {
         bail!("the prefix `{}` is not an absolute path", prefix.display());
     }
