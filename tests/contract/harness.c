@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -274,6 +275,8 @@ int main(void)
 {
     int failed = 0;
 
+    /* A row may wait for ever; a test that is killed is not to leave it behind. */
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
     for (current = first; current; current = current->next) {
         failures = 0;
