@@ -135,8 +135,14 @@ pub(crate) fn overlapped_result(
         let event = fields.event().map_err(fault)? & !1;
         if event == 0 {
             // Nothing to wait for but the operation.
-            let operation = process().pending.with_overlapped(socket, overlapped);
-            operation.ok_or(wsa::INVALID_HANDLE)?.wait();
+            match process().pending.with_overlapped(socket, overlapped) {
+                Some(operation) => operation.wait(),
+                // Unless it has completed since.
+                None if fields.status().map_err(fault)? == status::PENDING => {
+                    return Err(wsa::INVALID_HANDLE);
+                }
+                None => {}
+            }
         } else {
             let event = process().events.get(event).ok_or(wsa::INVALID_HANDLE)?;
             // Routines stay queued (W40).
