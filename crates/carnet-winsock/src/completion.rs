@@ -11,6 +11,8 @@ use std::collections::VecDeque;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Pending,
+    /// It is being tried; this may come to nothing.
+    Trying,
     /// Somebody has claimed it and is delivering the result.
     Delivering,
     /// The result is where the caller looks for it.
@@ -22,18 +24,21 @@ enum Phase {
 #[derive(Debug)]
 pub(crate) struct Completion {
     phase: Mutex<Phase>,
-    done: Condvar,
+    changed: Condvar,
 }
 
 impl Completion {
     pub(crate) fn new() -> Self {
-        Self { phase: Mutex::new(Phase::Pending), done: Condvar::new() }
+        Self { phase: Mutex::new(Phase::Pending), changed: Condvar::new() }
     }
 
     /// True for the one caller that is to deliver the result. It must call [`finish`](Self::finish)
-    /// when the result is visible.
+    /// when the result is visible. Waits for the end of a try, which is short.
     pub(crate) fn claim(&self) -> bool {
         let mut phase = lock(&self.phase);
+        while *phase == Phase::Trying {
+            phase = wait(&self.changed, phase);
+        }
         let first = *phase == Phase::Pending;
         if first {
             *phase = Phase::Delivering;
@@ -41,24 +46,50 @@ impl Completion {
         first
     }
 
+    /// Tries what touches the caller's memory and cannot be undone: nobody can cancel meanwhile and
+    /// make the caller believe that its memory is free. A try with a result is a
+    /// [`claim`](Self::claim); after one without, the operation pends as before. One thread alone
+    /// does this. `Err` if it no longer pends.
+    pub(crate) fn attempt<R>(
+        &self,
+        attempt: impl FnOnce() -> Option<R>,
+    ) -> Result<Option<R>, NotPending> {
+        {
+            let mut phase = lock(&self.phase);
+            if *phase != Phase::Pending {
+                return Err(NotPending);
+            }
+            *phase = Phase::Trying;
+        }
+        let result = attempt();
+        let next = if result.is_some() { Phase::Delivering } else { Phase::Pending };
+        *lock(&self.phase) = next;
+        self.changed.notify_all();
+        Ok(result)
+    }
+
     /// Says that the result is visible.
     pub(crate) fn finish(&self) {
         *lock(&self.phase) = Phase::Done;
-        self.done.notify_all();
+        self.changed.notify_all();
     }
 
     /// Waits until the result is visible.
     pub(crate) fn wait(&self) {
         let mut phase = lock(&self.phase);
         while *phase != Phase::Done {
-            phase = wait(&self.done, phase);
+            phase = wait(&self.changed, phase);
         }
     }
 
     pub(crate) fn is_pending(&self) -> bool {
-        *lock(&self.phase) == Phase::Pending
+        matches!(*lock(&self.phase), Phase::Pending | Phase::Trying)
     }
 }
+
+/// The operation has been completed, or is being so.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct NotPending;
 
 /// The fields of a caller's `WSAOVERLAPPED` that an operation writes.
 pub(crate) trait Fields {
@@ -152,8 +183,10 @@ impl<A, S: Signal> ApcQueue<A, S> {
 }
 
 #[cfg(all(test, loom))]
+#[expect(unsafe_code, reason = "loom's cell, which says whether an access excludes all others")]
 mod model {
     use super::*;
+    use loom::cell::UnsafeCell;
     use loom::sync::Arc;
     use loom::sync::atomic::{AtomicU32, AtomicUsize};
     use loom::thread;
@@ -239,6 +272,51 @@ mod model {
             assert!(!operation.is_pending());
             threads.into_iter().for_each(|thread| thread.join().unwrap());
         });
+    }
+
+    /// The caller's buffer is written by tries, and given back with the result: whoever is told has
+    /// it alone. Each of two tries may come to nothing.
+    #[test]
+    fn a_try_and_a_cancellation_exclude_one_another() {
+        for successful in 0..3 {
+            loom::model(move || {
+                let shared = Arc::new((Completion::new(), UnsafeCell::new(0), AtomicUsize::new(0)));
+                let worker = {
+                    let shared = shared.clone();
+                    thread::spawn(move || {
+                        let (operation, buffer, delivered) = &*shared;
+                        for number in 0..2 {
+                            let tried = operation.attempt(|| {
+                                // SAFETY: loom fails the test if anybody else has it.
+                                buffer.with_mut(|buffer| unsafe { *buffer = number });
+                                (number == successful).then_some(())
+                            });
+                            match tried {
+                                Ok(None) => {}
+                                Ok(Some(())) => {
+                                    delivered.fetch_add(1, Ordering::Relaxed);
+                                    operation.finish();
+                                    return;
+                                }
+                                Err(NotPending) => return,
+                            }
+                        }
+                    })
+                };
+                let (operation, buffer, delivered) = &*shared;
+                let cancelled = operation.claim();
+                if cancelled {
+                    delivered.fetch_add(1, Ordering::Relaxed);
+                    operation.finish();
+                }
+                assert!(cancelled || successful < 2, "nothing else would complete it");
+                operation.wait();
+                // SAFETY: as above: the caller has its buffer back.
+                buffer.with_mut(|buffer| unsafe { *buffer = 7 });
+                assert_eq!(delivered.load(Ordering::Relaxed), 1);
+                worker.join().unwrap();
+            });
+        }
     }
 
     #[test]

@@ -442,25 +442,35 @@ pub unsafe extern "C" fn WPUCompleteOverlappedRequest(
 
 // ---- Messages ----------------------------------------------------------------------------------
 
-/// Receives a message with its ancillary data. Overlapped: `WSAEOPNOTSUPP`.
+/// Receives a message with its ancillary data. Overlapped, which is for datagrams of IPv4 and IPv6
+/// (`WSAEOPNOTSUPP`): at once, or later (`WSA_IO_PENDING`); see `docs/winsock.md`.
 ///
 /// # Safety
-/// The message, its buffers and `lpdwNumberOfBytesRecvd` may be written.
+/// The message, its buffers and `lpdwNumberOfBytesRecvd` may be written, all but the last until an
+/// overlapped operation has completed; the routine may be called.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn WSARecvMsg(
     s: usize,
     lpMsg: *mut c_void,
     lpdwNumberOfBytesRecvd: *mut u32,
     lpOverlapped: *mut c_void,
-    _lpCompletionRoutine: LPWSAOVERLAPPED_COMPLETION_ROUTINE,
+    lpCompletionRoutine: LPWSAOVERLAPPED_COMPLETION_ROUTINE,
 ) -> c_int {
-    int(message::receive(s, at(lpMsg), at(lpdwNumberOfBytesRecvd), at(lpOverlapped)))
+    int(message::receive(&message::Call {
+        socket: s,
+        message: at(lpMsg),
+        count: at(lpdwNumberOfBytesRecvd),
+        overlapped: at(lpOverlapped),
+        routine: lpCompletionRoutine,
+    }))
 }
 
-/// Sends a message with its ancillary data. Overlapped: `WSAEOPNOTSUPP`.
+/// Sends a message with its ancillary data. Overlapped, which is for datagrams of IPv4 and IPv6
+/// (`WSAEOPNOTSUPP`): at once, or later (`WSA_IO_PENDING`); see `docs/winsock.md`.
 ///
 /// # Safety
-/// `lpNumberOfBytesSent` may be written.
+/// `lpNumberOfBytesSent` may be written; the message's buffers stay until an overlapped operation
+/// has completed; the routine may be called.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn WSASendMsg(
     Handle: usize,
@@ -468,9 +478,16 @@ pub unsafe extern "C" fn WSASendMsg(
     dwFlags: u32,
     lpNumberOfBytesSent: *mut u32,
     lpOverlapped: *mut c_void,
-    _lpCompletionRoutine: LPWSAOVERLAPPED_COMPLETION_ROUTINE,
+    lpCompletionRoutine: LPWSAOVERLAPPED_COMPLETION_ROUTINE,
 ) -> c_int {
-    int(message::send(Handle, at(lpMsg), dwFlags, at(lpNumberOfBytesSent), at(lpOverlapped)))
+    let call = message::Call {
+        socket: Handle,
+        message: at(lpMsg),
+        count: at(lpNumberOfBytesSent),
+        overlapped: at(lpOverlapped),
+        routine: lpCompletionRoutine,
+    };
+    int(message::send(&call, dwFlags))
 }
 
 // ---- Sockets -----------------------------------------------------------------------------------

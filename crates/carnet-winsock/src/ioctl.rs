@@ -9,7 +9,7 @@ use crate::contract::{Control, Failure, control, wsa};
 use crate::control::{Output, Request, check_state, perform};
 use crate::hooks;
 use crate::memory::{CallerPtr, Fault, Overlapped};
-use crate::operation::{Notification, complete_at_once};
+use crate::operation::{Notification, Outcome, Work, complete_at_once};
 use crate::process::process;
 use crate::sockets::Socket;
 use crate::sys;
@@ -94,7 +94,7 @@ fn synchronous(call: &Call, socket: Socket) -> Result<(), i32> {
 /// Returns at once (contract S13..S19).
 fn overlapped(call: &Call, socket: Socket, target: Target) -> Result<(), i32> {
     let overlapped = Overlapped(call.overlapped);
-    let notification = notification(call, overlapped, target)?;
+    let notification = notification(overlapped, call.routine, target)?;
     let control = control_of(call.code);
     // What is wrong with the arguments is said at once, and there is no completion (W5, W23, W30).
     let request = request(call, socket, control).map_err(Failure::code)?;
@@ -107,7 +107,9 @@ fn overlapped(call: &Call, socket: Socket, target: Target) -> Result<(), i32> {
     };
     if pends {
         let pending = &process().pending;
-        pending.begin(socket, overlapped, notification, request).map_err(Failure::code)?;
+        pending
+            .begin(socket, overlapped, notification, Work::Control(request))
+            .map_err(Failure::code)?;
         return Err(wsa::IO_PENDING);
     }
     let answer = perform(socket.fd, &request).map_err(Failure::code)?;
@@ -115,14 +117,18 @@ fn overlapped(call: &Call, socket: Socket, target: Target) -> Result<(), i32> {
     if control != Control::KeepAlive {
         call.returned.write_u32(answer.length()).map_err(|Fault| wsa::EFAULT)?;
     }
-    complete_at_once(overlapped, &notification, answer);
+    complete_at_once(overlapped, &notification, &Outcome::Answered(answer));
     Ok(())
 }
 
 /// Checks the overlapped structure and who is to be told (contract S18, S31, W7).
-fn notification(call: &Call, overlapped: Overlapped, target: Target) -> Result<Notification, i32> {
+pub(crate) fn notification(
+    overlapped: Overlapped,
+    routine: Option<CompletionRoutine>,
+    target: Target,
+) -> Result<Notification, i32> {
     overlapped.check().map_err(|Fault| wsa::EFAULT)?;
-    let Some(routine) = call.routine else {
+    let Some(routine) = routine else {
         let handle = overlapped.event().map_err(|Fault| wsa::EFAULT)?;
         // The lowest bit is a flag for completion ports (W37); an invalid handle is none.
         return Ok(Notification::Event(process().events.get(handle & !1)));

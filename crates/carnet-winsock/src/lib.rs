@@ -14,7 +14,7 @@
 //! | `ioctl` | `WSAIoctl` and `WSPIoctl`: the order of checks, now or later |
 //! | `control` | carrying out a control code |
 //! | `contract` | numbers and tables |
-//! | `operation`, `executor` | pending operations, and the thread that carries them out |
+//! | `operation`, `executor`, `poller` | pending operations, and the thread that carries them out |
 //! | `completion` | their core: exactly once, in the right order; explored by loom |
 //! | `wait`, `events`, `thread` | waits, events, the queue of completion routines of a thread |
 //! | `sockets`, `process` | what Windows keeps of a socket; what there is once in a process |
@@ -38,6 +38,7 @@ mod memory;
 mod message;
 mod operation;
 mod options;
+mod poller;
 mod process;
 mod sockets;
 mod sync;

@@ -113,6 +113,13 @@ impl CallerPtr {
         self.at(near).check_mapped(length - near)
     }
 
+    /// Checks that `length` bytes can be read there.
+    pub(crate) fn check_readable(self, length: usize) -> Result<(), Fault> {
+        let near = length.min(MOST);
+        self.advise(near, libc::MADV_POPULATE_READ)?;
+        self.at(near).check_mapped(length - near)
+    }
+
     /// Checks that there is memory, whatever it allows: for what is never touched.
     fn check_mapped(self, length: usize) -> Result<(), Fault> {
         let (start, length) = self.pages(length)?;

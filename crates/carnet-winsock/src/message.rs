@@ -5,14 +5,21 @@
 //! and contexts are no control messages of Linux: they are taken from and given to the engine's
 //! socket options. The engine answers these on UDP sockets from the release on in which it redirects
 //! UDP; until then no datagram carries any.
+//!
+//! An overlapped one that cannot be done at once is an operation: the executor does it when the
+//! socket is ready, and writes the caller's `WSAMSG` with the result.
 #![expect(unsafe_code, reason = "sendmsg(2) and recvmsg(2) with buffers of the caller's")]
 
-use crate::contract::{Failure, error_of_errno, wsa};
-use crate::memory::{CallerPtr, Fault, MOST};
+use crate::contract::{Failure, error_of_errno, status, wsa};
+use crate::ioctl::{self, Target};
+use crate::memory::{CallerPtr, Fault, MOST, Overlapped};
+use crate::operation::{Outcome, Work, complete_at_once};
 use crate::process::process;
 use crate::sockets::{Socket, Wanted};
-use crate::sys;
+use crate::sys::{self, Errno};
+use crate::thread::CompletionRoutine;
 use carnet_core::abi;
+use std::os::fd::RawFd;
 
 /// `IP_WFP_REDIRECT_RECORDS` and `IPV6_WFP_REDIRECT_RECORDS`.
 pub(crate) const RECORDS: i32 = 60;
@@ -34,12 +41,25 @@ pub(crate) fn extension_function(guid: &[u8]) -> Option<usize> {
     }
 }
 
+/// An operation's arguments that are the same for both functions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Call {
+    pub(crate) socket: usize,
+    pub(crate) message: CallerPtr,
+    /// `lpdwNumberOfBytesRecvd` or `lpNumberOfBytesSent`.
+    pub(crate) count: CallerPtr,
+    pub(crate) overlapped: CallerPtr,
+    pub(crate) routine: Option<CompletionRoutine>,
+}
+
 /// The fields of a `WSAMSG`.
+#[derive(Debug)]
 struct Message {
     place: CallerPtr,
-    name: usize,
+    name: CallerPtr,
     name_length: usize,
-    buffers: Vec<libc::iovec>,
+    /// Address and length of each buffer.
+    buffers: Vec<(usize, usize)>,
     control: CallerPtr,
     control_length: usize,
     flags: u32,
@@ -54,154 +74,368 @@ impl Message {
     const BUFFER: usize = 16;
 
     fn read(place: CallerPtr) -> Result<Self, i32> {
-        let bytes: [u8; Self::SIZE] = place.read().map_err(|Fault| wsa::EFAULT)?;
+        let bytes: [u8; Self::SIZE] = place.read().map_err(fault)?;
         let word = |at: usize| {
             bytes.get(at..at + 8).and_then(|v| v.try_into().ok()).map_or(0, usize::from_ne_bytes)
         };
         let half = |at: usize| {
             bytes.get(at..at + 4).and_then(|v| v.try_into().ok()).map_or(0, u32::from_ne_bytes)
         };
+        // SAFETY: the message says that these are its places.
+        let at = |offset| unsafe { CallerPtr::new(word(offset)) };
         let count = half(24) as usize;
         if count * Self::BUFFER > MOST {
             return Err(wsa::EMSGSIZE);
         }
-        // SAFETY: the message says that these are its buffers.
-        let (buffers, control) = unsafe { (CallerPtr::new(word(16)), CallerPtr::new(word(40))) };
-        let buffers = buffers.read_vec(count * Self::BUFFER).map_err(|Fault| wsa::EFAULT)?;
+        let buffers = at(16).read_vec(count * Self::BUFFER).map_err(fault)?;
         let buffers = buffers.chunks_exact(Self::BUFFER).map(|buffer| {
             let (length, address) = buffer.split_at(8);
             let length = length.first_chunk().map_or(0, |v| u32::from_ne_bytes(*v));
             let address = address.first_chunk().map_or(0, |v| usize::from_ne_bytes(*v));
-            libc::iovec { iov_base: address as *mut _, iov_len: length as usize }
+            (address, length as usize)
         });
         Ok(Self {
             place,
-            name: word(0),
+            name: at(0),
             name_length: half(Self::NAME_LENGTH) as usize,
             buffers: buffers.collect(),
-            control,
+            control: at(40),
             control_length: half(Self::CONTROL_LENGTH) as usize,
             flags: half(Self::FLAGS),
         })
     }
+
+    /// As the kernel wants them.
+    fn vectors(&self) -> Vec<libc::iovec> {
+        let vector = |&(address, iov_len): &(usize, usize)| libc::iovec {
+            iov_base: address as *mut _,
+            iov_len,
+        };
+        self.buffers.iter().map(vector).collect()
+    }
+
+    /// Checks the buffers, which would otherwise be found bad when it is too late to say so.
+    fn check_buffers(&self, check: fn(CallerPtr, usize) -> Result<(), Fault>) -> Result<(), i32> {
+        self.buffers.iter().try_for_each(|&(address, length)| {
+            // SAFETY: the message says that this is a buffer of it.
+            check(unsafe { CallerPtr::new(address) }, length).map_err(fault)
+        })
+    }
 }
 
-fn find(handle: usize, overlapped: CallerPtr) -> Result<Socket, i32> {
+fn fault(Fault: Fault) -> i32 {
+    wsa::EFAULT
+}
+
+/// A message to be received: what was in its `WSAMSG` when the call was made.
+#[derive(Debug)]
+pub(crate) struct Receive(Message);
+
+impl Receive {
+    fn read(place: CallerPtr) -> Result<Self, i32> {
+        let message = Message::read(place)?;
+        message.place.check_writable(Message::SIZE).map_err(fault)?;
+        message.control.check_writable(message.control_length).map_err(fault)?;
+        if !message.name.is_null() {
+            message.name.check_writable(message.name_length.min(NAME)).map_err(fault)?;
+        }
+        Ok(Self(message))
+    }
+
+    /// Receives it into its buffers. Nothing else of the caller's is written yet.
+    fn perform(&self, fd: RawFd, wanted: Wanted, flags: i32) -> Result<Received, Errno> {
+        let message = &self.0;
+        let mut buffers = message.vectors();
+        // The kernel's control messages come here first, so that others can follow them.
+        let mut control = Control::new(message.control_length.min(MOST));
+        let mut name = vec![0; NAME];
+        // SAFETY: zero is a valid value of every field.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        header.msg_name = name.as_mut_ptr().cast();
+        header.msg_namelen = name.len() as libc::socklen_t;
+        header.msg_iov = buffers.as_mut_ptr();
+        header.msg_iovlen = buffers.len() as _;
+        header.msg_control = control.bytes.as_mut_ptr().cast();
+        header.msg_controllen = control.bytes.len() as _;
+        let flags = message.flags.cast_signed() | flags;
+        // SAFETY: name, control and the list of buffers are ours and outlive the call; the buffers
+        // are the caller's, for this purpose, and checked by the kernel.
+        let count = unsafe { libc::recvmsg(fd, &raw mut header, flags) };
+        if count < 0 {
+            return Err(sys::errno());
+        }
+        control.used = header.msg_controllen as usize;
+        control.truncated = header.msg_flags & libc::MSG_CTRUNC != 0;
+        name.truncate(header.msg_namelen as usize);
+        control.add_redirection(fd, wanted, &name);
+        let lost = if control.truncated { libc::MSG_CTRUNC } else { 0 };
+        control.bytes.truncate(control.used);
+        Ok(Received {
+            place: message.place,
+            name_place: message.name,
+            name_room: message.name_length,
+            control_place: message.control,
+            name,
+            control: control.bytes,
+            flags: header.msg_flags & !libc::MSG_CMSG_CLOEXEC | lost,
+            bytes: count as u32,
+        })
+    }
+}
+
+/// A message that was received, all but its buffers still to be written to the caller's memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Received {
+    place: CallerPtr,
+    name_place: CallerPtr,
+    name_room: usize,
+    control_place: CallerPtr,
+    name: Vec<u8>,
+    control: Vec<u8>,
+    flags: i32,
+    bytes: u32,
+}
+
+impl Received {
+    /// Writes the source, the control data, and the fields of the `WSAMSG` that say how long they
+    /// are and what was lost.
+    pub(crate) fn store(&self) -> Result<(), Fault> {
+        if !self.name_place.is_null() {
+            let fitting = self.name.get(..self.name_room).unwrap_or(&self.name);
+            self.name_place.write(fitting)?;
+            self.place.at(Message::NAME_LENGTH).write_u32(self.name.len() as u32)?;
+        }
+        self.control_place.write(&self.control)?;
+        self.place.at(Message::CONTROL_LENGTH).write_u32(self.control.len() as u32)?;
+        self.place.at(Message::FLAGS).write_u32(self.flags.cast_unsigned())
+    }
+
+    /// The message is there as far as it fits, and the result says that it did not.
+    fn is_truncated(&self) -> bool {
+        self.flags & libc::MSG_TRUNC != 0
+    }
+
+    /// What a completion reports: status and bytes.
+    pub(crate) fn status(&self) -> (u32, u32) {
+        let status = if self.is_truncated() { status::BUFFER_OVERFLOW } else { status::SUCCESS };
+        (status, self.bytes)
+    }
+}
+
+/// A message to be sent: all of it but its buffers is copied.
+#[derive(Debug)]
+pub(crate) struct Send {
+    message: Message,
+    name: Vec<u8>,
+    control: Vec<u8>,
+    flags: i32,
+}
+
+impl Send {
+    /// A redirect record among the control data is given to the engine here.
+    fn read(place: CallerPtr, flags: u32, fd: RawFd) -> Result<Self, i32> {
+        let message = Message::read(place)?;
+        if message.control_length > MOST {
+            return Err(wsa::EINVAL);
+        }
+        let name = if message.name.is_null() { 0 } else { message.name_length.min(NAME) };
+        let name = message.name.read_vec(name).map_err(fault)?;
+        let control = message.control.read_vec(message.control_length).map_err(fault)?;
+        let Outgoing { native: control, records } = Outgoing::split(&control)?;
+        if let Some(records) = records {
+            sys::set_option(fd, abi::LEVEL, abi::SET_REDIRECT_RECORDS, &records)
+                .map_err(|errno| Failure::of_option(errno).code())?;
+        }
+        Ok(Self { message, name, control, flags: flags.cast_signed() | libc::MSG_NOSIGNAL })
+    }
+
+    /// Sends it: the number of bytes.
+    fn perform(&self, fd: RawFd, flags: i32) -> Result<u32, Errno> {
+        let mut buffers = self.message.vectors();
+        // SAFETY: zero is a valid value of every field.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        if !self.name.is_empty() {
+            header.msg_name = self.name.as_ptr().cast_mut().cast();
+            header.msg_namelen = self.name.len() as libc::socklen_t;
+        }
+        header.msg_iov = buffers.as_mut_ptr();
+        header.msg_iovlen = buffers.len() as _;
+        if !self.control.is_empty() {
+            header.msg_control = self.control.as_ptr().cast_mut().cast();
+            header.msg_controllen = self.control.len() as _;
+        }
+        // SAFETY: name, control and the list of buffers are ours and outlive the call, which only
+        // reads them; the buffers are the caller's, for this purpose, and checked by the kernel.
+        let count = unsafe { libc::sendmsg(fd, &raw const header, self.flags | flags) };
+        if count < 0 { Err(sys::errno()) } else { Ok(count as u32) }
+    }
+}
+
+/// What operations of one kind on one socket wait in, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lane {
+    Receive,
+    /// The queue of errors, which fills by itself.
+    ReceiveError,
+    Send,
+}
+
+impl Lane {
+    /// What of `epoll(7)` says that the socket may be ready; errors are always said.
+    pub(crate) fn events(self) -> u32 {
+        match self {
+            Self::Receive | Self::ReceiveError => libc::EPOLLIN.cast_unsigned(),
+            Self::Send => libc::EPOLLOUT.cast_unsigned(),
+        }
+    }
+}
+
+/// A message to be received or sent without waiting.
+#[derive(Debug)]
+pub(crate) enum Transfer {
+    Receive(Receive),
+    Send(Send),
+}
+
+impl Transfer {
+    pub(crate) fn lane(&self) -> Lane {
+        match self {
+            Self::Receive(Receive(message)) => {
+                let of_errors = message.flags.cast_signed() & libc::MSG_ERRQUEUE != 0;
+                if of_errors { Lane::ReceiveError } else { Lane::Receive }
+            }
+            Self::Send(_) => Lane::Send,
+        }
+    }
+
+    /// Receives or sends it if the socket is ready for it.
+    pub(crate) fn attempt(&self, fd: RawFd, wanted: Wanted) -> Option<Outcome> {
+        let result = match self {
+            Self::Receive(receive) => {
+                receive.perform(fd, wanted, libc::MSG_DONTWAIT).map(Outcome::Received)
+            }
+            Self::Send(send) => send.perform(fd, libc::MSG_DONTWAIT).map(Outcome::Sent),
+        };
+        match result {
+            Ok(outcome) => Some(outcome),
+            Err(libc::EAGAIN) => None,
+            Err(errno) => Some(Outcome::NotTransferred(error_of_errno(errno))),
+        }
+    }
+
+    /// What would be found bad in another thread, too late to be said at once (contract W5).
+    fn check_buffers(&self) -> Result<(), i32> {
+        match self {
+            Self::Receive(Receive(message)) => message.check_buffers(CallerPtr::check_writable),
+            Self::Send(send) => send.message.check_buffers(CallerPtr::check_readable),
+        }
+    }
+}
+
+fn find(call: &Call) -> Result<Socket, i32> {
     if !process().is_started() {
         return Err(wsa::NOTINITIALISED);
     }
-    let socket = process().sockets.find(handle)?;
-    if overlapped.is_null() || !socket.attributes.overlapped {
-        Ok(socket)
+    process().sockets.find(call.socket)
+}
+
+fn is_overlapped(call: &Call, socket: Socket) -> bool {
+    socket.attributes.overlapped && !call.overlapped.is_null()
+}
+
+/// `WSARecvMsg`.
+pub(crate) fn receive(call: &Call) -> Result<(), i32> {
+    let socket = find(call)?;
+    if is_overlapped(call, socket) {
+        check_kind(socket.fd)?;
+        return overlapped(call, socket, |place| Receive::read(place).map(Transfer::Receive));
+    }
+    let receive = Receive::read(call.message)?;
+    check_count(call)?;
+    let received =
+        receive.perform(socket.fd, socket.attributes.wanted, 0).map_err(error_of_errno)?;
+    received.store().map_err(fault)?;
+    store_count(call, received.bytes)?;
+    if received.is_truncated() { Err(wsa::EMSGSIZE) } else { Ok(()) }
+}
+
+/// `WSASendMsg`.
+pub(crate) fn send(call: &Call, flags: u32) -> Result<(), i32> {
+    let socket = find(call)?;
+    if is_overlapped(call, socket) {
+        check_kind(socket.fd)?;
+        return send_overlapped(call, socket, flags);
+    }
+    check_count(call)?;
+    let sent = Send::read(call.message, flags, socket.fd)?
+        .perform(socket.fd, 0)
+        .map_err(error_of_errno)?;
+    store_count(call, sent)
+}
+
+/// An overlapped one, on a socket of any kind.
+pub(crate) fn send_overlapped(call: &Call, socket: Socket, flags: u32) -> Result<(), i32> {
+    overlapped(call, socket, |place| Send::read(place, flags, socket.fd).map(Transfer::Send))
+}
+
+/// The count need not be asked for.
+fn check_count(call: &Call) -> Result<(), i32> {
+    if call.count.is_null() { Ok(()) } else { call.count.check_writable(4).map_err(fault) }
+}
+
+fn store_count(call: &Call, count: u32) -> Result<(), i32> {
+    if call.count.is_null() { Ok(()) } else { call.count.write_u32(count).map_err(fault) }
+}
+
+/// At once if that is possible and nothing else waits for the same; otherwise it pends, whether the
+/// socket is a blocking one or not.
+fn overlapped(
+    call: &Call,
+    socket: Socket,
+    read: impl FnOnce(CallerPtr) -> Result<Transfer, i32>,
+) -> Result<(), i32> {
+    let overlapped = Overlapped(call.overlapped);
+    check_count(call)?;
+    let notification = ioctl::notification(overlapped, call.routine, Target::Caller)?;
+    let transfer = read(call.message)?;
+    transfer.check_buffers()?;
+    let pending = &process().pending;
+    let outcome = if pending.any_in(socket, transfer.lane()) {
+        None
     } else {
-        Err(wsa::EOPNOTSUPP)
-    }
+        transfer.attempt(socket.fd, socket.attributes.wanted)
+    };
+    let Some(outcome) = outcome else {
+        let work = Work::Transfer(transfer);
+        pending.begin(socket, overlapped, notification, work).map_err(Failure::code)?;
+        return Err(wsa::IO_PENDING);
+    };
+    let bytes = match &outcome {
+        Outcome::NotTransferred(error) => return Err(*error),
+        Outcome::Received(received) if !received.is_truncated() => received.bytes,
+        Outcome::Sent(bytes) => *bytes,
+        // That a message was cut is said by its completion, with what there is of it.
+        _ => {
+            complete_at_once(overlapped, &notification, &outcome);
+            return Err(wsa::IO_PENDING);
+        }
+    };
+    // The completion is the last that is written, and it comes in any case (W3).
+    let counted = store_count(call, bytes);
+    complete_at_once(overlapped, &notification, &outcome);
+    counted
 }
 
-/// `WSARecvMsg`, which waits: an overlapped one is `WSAEOPNOTSUPP`.
-pub(crate) fn receive(
-    handle: usize,
-    message: CallerPtr,
-    received: CallerPtr,
-    overlapped: CallerPtr,
-) -> Result<(), i32> {
-    let fault = |Fault| wsa::EFAULT;
-    let socket = find(handle, overlapped)?;
-    let mut message = Message::read(message)?;
-    message.place.check_writable(Message::SIZE).map_err(fault)?;
-    if !received.is_null() {
-        received.check_writable(4).map_err(fault)?;
-    }
-    message.control.check_writable(message.control_length).map_err(fault)?;
-    // The kernel's control messages come here first, so that others can follow them.
-    let mut control = Control::new(message.control_length.min(MOST));
-    let mut name = [0_u8; size_of::<libc::sockaddr_storage>()];
-    // SAFETY: zero is a valid value of every field.
-    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
-    header.msg_name = name.as_mut_ptr().cast();
-    header.msg_namelen = name.len() as libc::socklen_t;
-    header.msg_iov = message.buffers.as_mut_ptr();
-    header.msg_iovlen = message.buffers.len() as _;
-    header.msg_control = control.bytes.as_mut_ptr().cast();
-    header.msg_controllen = control.bytes.len() as _;
-    // SAFETY: name, control and the list of buffers are ours and outlive the call; the buffers are
-    // the caller's, for this purpose, and checked by the kernel.
-    let count = unsafe { libc::recvmsg(socket.fd, &raw mut header, message.flags as i32) };
-    if count < 0 {
-        return Err(error_of_errno(sys::errno()));
-    }
-    control.used = header.msg_controllen as usize;
-    control.truncated = header.msg_flags & libc::MSG_CTRUNC != 0;
-    let name_length = (header.msg_namelen as usize).min(name.len());
-    let source = name.get(..name_length).unwrap_or_default();
-    control.add_redirection(socket, source);
-
-    if message.name != 0 {
-        // SAFETY: the message says that this is its place for the address.
-        let place = unsafe { CallerPtr::new(message.name) };
-        let fitting = source.get(..message.name_length).unwrap_or(source);
-        place.write(fitting).map_err(fault)?;
-        let written = (source.len() as u32).to_ne_bytes();
-        message.place.at(Message::NAME_LENGTH).write(&written).map_err(fault)?;
-    }
-    let filled = control.bytes.get(..control.used).unwrap_or_default();
-    message.control.write(filled).map_err(fault)?;
-    message.place.at(Message::CONTROL_LENGTH).write_u32(filled.len() as u32).map_err(fault)?;
-    let lost = if control.truncated { libc::MSG_CTRUNC } else { 0 };
-    let flags = header.msg_flags & !libc::MSG_CMSG_CLOEXEC | lost;
-    message.place.at(Message::FLAGS).write_u32(flags.cast_unsigned()).map_err(fault)?;
-    if !received.is_null() {
-        received.write_u32(count as u32).map_err(fault)?;
-    }
-    // The message is there as far as it fits, and the call says that it did not.
-    if flags & libc::MSG_TRUNC != 0 { Err(wsa::EMSGSIZE) } else { Ok(()) }
+/// Overlapped messages are for sockets of datagrams of IPv4 and IPv6.
+fn check_kind(fd: RawFd) -> Result<(), i32> {
+    let option = |name| sys::get_int(fd, libc::SOL_SOCKET, name).map_err(error_of_errno);
+    let inet = matches!(option(libc::SO_DOMAIN)?, libc::AF_INET | libc::AF_INET6);
+    let datagrams = matches!(option(libc::SO_TYPE)?, libc::SOCK_DGRAM | libc::SOCK_RAW);
+    if inet && datagrams { Ok(()) } else { Err(wsa::EOPNOTSUPP) }
 }
 
-/// `WSASendMsg`, which waits: an overlapped one is `WSAEOPNOTSUPP`.
-pub(crate) fn send(
-    handle: usize,
-    message: CallerPtr,
-    flags: u32,
-    sent: CallerPtr,
-    overlapped: CallerPtr,
-) -> Result<(), i32> {
-    let fault = |Fault| wsa::EFAULT;
-    let socket = find(handle, overlapped)?;
-    let mut message = Message::read(message)?;
-    if !sent.is_null() {
-        sent.check_writable(4).map_err(fault)?;
-    }
-    if message.control_length > MOST {
-        return Err(wsa::EINVAL);
-    }
-    let control = message.control.read_vec(message.control_length).map_err(fault)?;
-    let Outgoing { mut native, records } = Outgoing::split(&control)?;
-    if let Some(records) = records {
-        sys::set_option(socket.fd, abi::LEVEL, abi::SET_REDIRECT_RECORDS, &records)
-            .map_err(|errno| Failure::of_option(errno).code())?;
-    }
-    // SAFETY: zero is a valid value of every field.
-    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
-    header.msg_name = message.name as *mut _;
-    header.msg_namelen = message.name_length as libc::socklen_t;
-    header.msg_iov = message.buffers.as_mut_ptr();
-    header.msg_iovlen = message.buffers.len() as _;
-    if !native.is_empty() {
-        header.msg_control = native.as_mut_ptr().cast();
-        header.msg_controllen = native.len() as _;
-    }
-    let flags = flags.cast_signed() | libc::MSG_NOSIGNAL;
-    // SAFETY: control and the list of buffers are ours and outlive the call; name and buffers are
-    // the caller's, for this purpose, and checked by the kernel.
-    let count = unsafe { libc::sendmsg(socket.fd, &raw const header, flags) };
-    if count < 0 {
-        return Err(error_of_errno(sys::errno()));
-    }
-    if !sent.is_null() {
-        sent.write_u32(count as u32).map_err(fault)?;
-    }
-    Ok(())
-}
+/// The longest address that there is.
+const NAME: usize = size_of::<libc::sockaddr_storage>();
 
 /// `WSACMSGHDR` and `cmsghdr`: length (with the header), level, type.
 const HEADER: usize = 16;
@@ -224,8 +458,7 @@ impl Control {
     }
 
     /// Adds what was asked for of the redirection of a datagram from this source.
-    fn add_redirection(&mut self, socket: Socket, source: &[u8]) {
-        let wanted = socket.attributes.wanted;
+    fn add_redirection(&mut self, fd: RawFd, wanted: Wanted, source: &[u8]) {
         if wanted == Wanted::default() {
             return;
         }
@@ -233,8 +466,7 @@ impl Control {
         let mut add = |wanted: bool, kind: i32, option: i32| {
             let mut value = vec![0; 4096];
             // An error says that the datagram carries none.
-            if wanted && let Ok(length) = sys::get_option(socket.fd, abi::LEVEL, option, &mut value)
-            {
+            if wanted && let Ok(length) = sys::get_option(fd, abi::LEVEL, option, &mut value) {
                 value.truncate(length);
                 self.add(level, kind, &value);
             }

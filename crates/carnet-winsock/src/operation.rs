@@ -1,11 +1,13 @@
 //! Overlapped operations: from their begin to the delivery of their result, which happens exactly
 //! once however many try (contract W3..W11, S28, S29).
 
-use crate::completion::{Completion, publish};
-use crate::contract::{Failure, error_of_status, status};
+use crate::completion::{Completion, NotPending, publish};
+use crate::contract::{Failure, error_of_status, status, status_of_error};
 use crate::control::{self, Answer, Request};
 use crate::events::Event;
 use crate::memory::{CallerPtr, Fault, Overlapped};
+use crate::message::{Lane, Received, Transfer};
+use crate::poller::Watched;
 use crate::process::process;
 use crate::sockets::Socket;
 use crate::sync::{Mutex, lock};
@@ -13,7 +15,7 @@ use crate::sys;
 use crate::thread::{self, Apc, CompletionRoutine, Queue};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 /// Who is told that an operation has completed; never both (contract W7).
@@ -50,8 +52,30 @@ impl Notification {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     Answered(Answer),
+    Received(Received),
+    Sent(u32),
     Failed(Failure),
+    /// A message could not be received or sent, for this Winsock error.
+    NotTransferred(i32),
     Cancelled,
+}
+
+impl Outcome {
+    /// Writes what belongs to the result to the caller's memory: status, bytes, Winsock error.
+    fn store(&self) -> (u32, u32, i32) {
+        let stored = match self {
+            Self::Answered(answer) => answer.store().map(|bytes| (status::SUCCESS, bytes)),
+            Self::Received(received) => received.store().map(|()| received.status()),
+            Self::Sent(bytes) => Ok((status::SUCCESS, *bytes)),
+            Self::Failed(failure) => Ok((failure.status(), 0)),
+            // Many of these have no status of their own (W43): the code itself is kept too (W47).
+            Self::NotTransferred(error) => return (status_of_error(*error), 0, *error),
+            Self::Cancelled => Ok((status::CANCELLED, 0)),
+        };
+        // A fault: the memory has gone since the begin of the operation.
+        let (status, bytes) = stored.unwrap_or((status::ACCESS_VIOLATION, 0));
+        (status, bytes, error_of_status(status))
+    }
 }
 
 /// Writes the result to where the caller looks for it.
@@ -61,17 +85,9 @@ fn deliver(
     outcome: &Outcome,
     before_notification: impl FnOnce(),
 ) {
-    let (status, bytes) = match outcome {
-        Outcome::Answered(answer) => match answer.store() {
-            Ok(bytes) => (status::SUCCESS, bytes),
-            // The memory has gone since the begin of the operation.
-            Err(Fault) => (status::ACCESS_VIOLATION, 0),
-        },
-        Outcome::Failed(failure) => (failure.status(), 0),
-        Outcome::Cancelled => (status::CANCELLED, 0),
-    };
+    let (status, bytes, error) = outcome.store();
     // There is nobody to tell if this memory has gone too.
-    let _ = publish(&overlapped, status, bytes, error_of_status(status));
+    let _ = publish(&overlapped, status, bytes, error);
     before_notification();
     notification.deliver(overlapped, status, bytes);
 }
@@ -80,10 +96,19 @@ fn deliver(
 pub(crate) fn complete_at_once(
     overlapped: Overlapped,
     notification: &Notification,
-    answer: Answer,
+    outcome: &Outcome,
 ) {
     notification.begin();
-    deliver(overlapped, notification, &Outcome::Answered(answer), || ());
+    deliver(overlapped, notification, outcome, || ());
+}
+
+/// What there is to do.
+#[derive(Debug)]
+pub(crate) enum Work {
+    /// A control code, carried out by the executor when its turn comes.
+    Control(Request),
+    /// A message, received or sent when the socket is ready for it.
+    Transfer(Transfer),
 }
 
 /// An operation that pends.
@@ -93,12 +118,12 @@ pub(crate) struct Operation {
     socket: Socket,
     /// The socket itself, however its descriptor may be reused; given back with the result, so that
     /// a closed socket is closed.
-    descriptor: Mutex<Option<Arc<OwnedFd>>>,
+    descriptor: Mutex<Option<Arc<Watched>>>,
     /// The thread that began it.
     issuer: u64,
     overlapped: Overlapped,
     notification: Notification,
-    request: Request,
+    work: Work,
 }
 
 impl Operation {
@@ -111,22 +136,59 @@ impl Operation {
         self.completion.wait();
     }
 
-    /// Carries it out, if nobody has cancelled it.
+    /// Carries out a control code, if nobody has cancelled it.
     pub(crate) fn carry_out(&self) {
+        let Work::Control(request) = &self.work else {
+            return;
+        };
         let Some(descriptor) = lock(&self.descriptor).clone() else {
             return;
         };
-        // Closed without closesocket: nobody wants the answer (contract S29a).
-        let outcome = if sys::cookie(self.socket.fd) != Ok(self.socket.cookie) {
-            Outcome::Cancelled
-        } else {
-            match control::perform(descriptor.as_raw_fd(), &self.request) {
+        let outcome = match self.current_socket() {
+            None => Outcome::Cancelled,
+            Some(_) => match control::perform(descriptor.descriptor(), request) {
                 Ok(answer) => Outcome::Answered(answer),
                 Err(failure) => Outcome::Failed(failure),
-            }
+            },
         };
         drop(descriptor);
         self.complete(&outcome);
+    }
+
+    /// The socket with the attributes that it has by now; none if it was closed without
+    /// closesocket: then nobody wants the answer (contract S29a).
+    fn current_socket(&self) -> Option<Socket> {
+        let current = process().sockets.find(self.socket.fd as usize).ok()?;
+        (current.cookie == self.socket.cookie).then_some(current)
+    }
+
+    /// In which of the socket's queues it waits for the socket to be ready; none for a control code.
+    fn lane(&self) -> Option<Lane> {
+        match &self.work {
+            Work::Control(_) => None,
+            Work::Transfer(transfer) => Some(transfer.lane()),
+        }
+    }
+
+    /// Receives or sends its message, if nobody has cancelled it; false if the socket is not ready.
+    fn try_transfer(&self, transfer: &Transfer) -> bool {
+        let tried = self.completion.attempt(|| {
+            let Some(socket) = self.current_socket() else {
+                return Some(Outcome::Cancelled);
+            };
+            // It is there: whoever takes it has to claim the operation first. Ours alone it must
+            // not become, or a socket that is closed now would be so only when this returns.
+            let descriptor = lock(&self.descriptor).as_ref().map(|watched| watched.descriptor())?;
+            transfer.attempt(descriptor, socket.attributes.wanted)
+        });
+        match tried {
+            Ok(Some(outcome)) => {
+                self.complete_claimed(&outcome);
+                true
+            }
+            Ok(None) => false,
+            Err(NotPending) => true,
+        }
     }
 
     /// False if it was complete already.
@@ -138,13 +200,17 @@ impl Operation {
         if !self.completion.claim() {
             return false;
         }
+        self.complete_claimed(outcome);
+        true
+    }
+
+    fn complete_claimed(&self, outcome: &Outcome) {
         lock(&self.descriptor).take();
         // Nothing of the caller's is touched after it was told, since it may be gone then.
         deliver(self.overlapped, &self.notification, outcome, || {
             process().pending.remove(self);
             self.completion.finish();
         });
-        true
     }
 }
 
@@ -155,7 +221,7 @@ pub(crate) struct Pending(Mutex<BTreeMap<(RawFd, u64), OfSocket>>);
 #[derive(Debug)]
 struct OfSocket {
     /// One for all of the socket's operations.
-    descriptor: Arc<OwnedFd>,
+    descriptor: Arc<Watched>,
     operations: Vec<Arc<Operation>>,
 }
 
@@ -166,11 +232,11 @@ impl Pending {
         socket: Socket,
         overlapped: Overlapped,
         notification: Notification,
-        request: Request,
+        work: Work,
     ) -> Result<(), Failure> {
         let executor = &process().executor;
-        executor.ensure_running()?;
-        let operation = {
+        let poller = executor.ensure_running()?;
+        let (operation, descriptor) = {
             let mut pending = lock(&self.0);
             let of_socket = match pending.entry((socket.fd, socket.cookie)) {
                 Entry::Occupied(entry) => entry.into_mut(),
@@ -179,7 +245,7 @@ impl Pending {
                         libc::EBADF => Failure::NotASocket,
                         _ => Failure::NoBuffers,
                     })?;
-                    let descriptor = Arc::new(descriptor);
+                    let descriptor = Arc::new(Watched::new(descriptor));
                     entry.insert(OfSocket { descriptor, operations: Vec::new() })
                 }
             };
@@ -190,24 +256,66 @@ impl Pending {
                 issuer: thread::number(),
                 overlapped,
                 notification,
-                request,
+                work,
             });
-            // Both before anybody can complete it.
-            let marked = overlapped.begin();
+            // All before anybody can complete it.
+            let watched = operation.lane().map_or(Ok(()), |lane| {
+                of_socket.descriptor.watch(&poller, socket.fd, lane.events())
+            });
+            let marked = watched
+                .map_err(|_| Failure::NoBuffers)
+                .and_then(|()| overlapped.begin().map_err(|Fault| Failure::Fault));
+            let descriptor = of_socket.descriptor.clone();
             if marked.is_ok() {
                 operation.notification.begin();
                 of_socket.operations.push(operation.clone());
             } else if of_socket.operations.is_empty() {
                 pending.remove(&(socket.fd, socket.cookie));
             }
-            marked.map_err(|Fault| Failure::Fault)?;
-            operation
+            marked?;
+            (operation, descriptor)
+        };
+        let taken = match operation.lane() {
+            None => executor.submit(operation.clone()),
+            // Once more, since it may have become ready before the operation was there.
+            Some(lane) => {
+                executor.waits_with(&poller)
+                    && descriptor.watch(&poller, socket.fd, lane.events()).is_ok()
+            }
         };
         // The last WSACleanup may be under way in another thread.
-        if !executor.submit(operation.clone()) {
+        if !taken {
             operation.cancel();
         }
         Ok(())
+    }
+
+    /// Whether anything waits in this queue of a socket: what comes later has to wait too.
+    pub(crate) fn any_in(&self, socket: Socket, lane: Lane) -> bool {
+        let pending = lock(&self.0);
+        let of_socket = pending.get(&(socket.fd, socket.cookie));
+        of_socket.is_some_and(|of| of.operations.iter().any(|op| op.lane() == Some(lane)))
+    }
+
+    /// Receives and sends what can be on a socket that has become ready, in the order in which it
+    /// was begun.
+    pub(crate) fn serve(&self, fd: RawFd) {
+        let sockets: Vec<_> = {
+            let pending = lock(&self.0);
+            let with_descriptor = pending.range((fd, 0)..=(fd, u64::MAX));
+            with_descriptor.map(|(_, of_socket)| of_socket.operations.clone()).collect()
+        };
+        for operations in sockets {
+            let mut blocked = Vec::new();
+            for operation in operations {
+                if let Work::Transfer(transfer) = &operation.work
+                    && !blocked.contains(&transfer.lane())
+                    && !operation.try_transfer(transfer)
+                {
+                    blocked.push(transfer.lane());
+                }
+            }
+        }
     }
 
     fn remove(&self, operation: &Operation) {

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The errno of a failed call.
 pub(crate) type Errno = i32;
@@ -112,6 +112,44 @@ pub(crate) fn eventfd_lower(fd: &OwnedFd) {
     let mut count = 0_u64;
     // SAFETY: eight bytes to write. The one failure, a counter of zero, is what is wanted.
     unsafe { libc::read(fd.as_raw_fd(), (&raw mut count).cast(), 8) };
+}
+
+/// `epoll_create1(2)`.
+pub(crate) fn epoll() -> Result<OwnedFd, Errno> {
+    // SAFETY: the call has no memory arguments.
+    let fd = check(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
+    // SAFETY: a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `epoll_ctl(2)`.
+pub(crate) fn epoll_control(
+    epoll: &OwnedFd,
+    how: libc::c_int,
+    fd: RawFd,
+    events: u32,
+    name: u64,
+) -> Result<(), Errno> {
+    let mut event = libc::epoll_event { events, u64: name };
+    // SAFETY: the event is valid for the call.
+    check(unsafe { libc::epoll_ctl(epoll.as_raw_fd(), how, fd, &raw mut event) })?;
+    Ok(())
+}
+
+/// `epoll_wait(2)`, no longer than said, rounded up to milliseconds; none: for ever. Gives how many
+/// entries are filled; none too if it was interrupted.
+pub(crate) fn epoll_wait(
+    epoll: &OwnedFd,
+    events: &mut [libc::epoll_event],
+    longest: Option<Duration>,
+) -> usize {
+    let timeout = longest.map_or(-1, |longest| {
+        libc::c_int::try_from(longest.as_nanos().div_ceil(1_000_000)).unwrap_or(libc::c_int::MAX)
+    });
+    let room = libc::c_int::try_from(events.len()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: room for as many entries as said.
+    let count = unsafe { libc::epoll_wait(epoll.as_raw_fd(), events.as_mut_ptr(), room, timeout) };
+    usize::try_from(count).unwrap_or(0)
 }
 
 /// What to wait for.

@@ -4,6 +4,7 @@
 
 mod arguments;
 mod functions;
+mod messages;
 mod overlapped;
 mod stress;
 mod waits;

@@ -11,10 +11,10 @@ const SOCKETS: usize = 100;
 const OPERATIONS: usize = 10_000;
 
 /// xorshift64*: the same sequence in every run.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
+    pub(super) fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
