@@ -15,7 +15,7 @@ const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
 /// The real programs that the end-to-end tests put at both ends of a connection, and the Debian
 /// package of each.
-const PROGRAMS: [(&str, &str); 5] = [
+pub(crate) const PROGRAMS: [(&str, &str); 5] = [
     ("cc", "gcc"),
     ("curl", "curl"),
     ("nft", "nftables"),
@@ -148,7 +148,7 @@ pub(crate) fn install_packages(packages: &[String]) -> Result<()> {
     process::run(apt_get().args(["install", "-y", "--no-install-recommends"]).args(missing))
 }
 
-fn is_installed(package: &str) -> bool {
+pub(crate) fn is_installed(package: &str) -> bool {
     process::read(Command::new("dpkg-query").args(["-W", "-f=${db:Status-Status}", package]))
         .is_ok_and(|status| status == "installed")
 }

@@ -8,6 +8,7 @@
 //! | [`contract`] | Windows' contract, clause by clause: tests and table |
 //! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
+//! | [`vm`] | boots other kernels, and tests there |
 //! | [`ci`] | what CI checks beside the tests |
 //! | [`bench`](mod@bench) | build the benchmarks and start them as root |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
@@ -20,6 +21,7 @@ mod contract;
 mod host;
 mod process;
 mod test;
+mod vm;
 mod windows;
 mod winsock;
 
@@ -53,6 +55,8 @@ enum Command {
     Winsock(winsock::Options),
     /// Build what runs on Windows, and run its tests under Wine
     Windows(windows::Options),
+    /// Run the demonstration and the end-to-end tests on other kernels, in virtual machines
+    Vm(vm::Options),
     /// Check what CI checks beside the tests: format, lints, docs, licences, the committed object
     Ci,
     /// Build and run the benchmarks as root; everything given is handed on to them
@@ -80,6 +84,7 @@ fn run(command: Command) -> Result<()> {
         Command::Contract(options) => contract::run(&options),
         Command::Winsock(options) => winsock::run(&options),
         Command::Windows(options) => windows::run(&options),
+        Command::Vm(options) => vm::run(&options),
         Command::Ci => ci::run(),
         Command::Bench { arguments } => bench::run(&arguments),
     }

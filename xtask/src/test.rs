@@ -120,7 +120,7 @@ impl Outcome {
 }
 
 /// The number before the word in a harness's line `ok. 3 passed; 0 failed; …`.
-fn count(result: &str, word: &str) -> u64 {
+pub(crate) fn count(result: &str, word: &str) -> u64 {
     result
         .split([';', '.'])
         .filter_map(|part| part.trim().strip_suffix(word)?.trim().parse::<u64>().ok())

@@ -1,0 +1,54 @@
+#!/bin/sh
+# The first process of the machine that `cargo xtask vm` boots. What it runs writes to the first
+# serial port; the kernel's messages, and whatever goes wrong before, go to the second.
+
+export PATH=/usr/sbin:/usr/bin HOME=/root NO_COLOR=1 RUST_BACKTRACE=1
+busybox mount -t proc none /proc
+busybox --install -s
+mount -t sysfs none /sys
+mount -t devtmpfs none /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts none /dev/pts
+mount -t tmpfs none /dev/shm
+mount -t tmpfs none /run
+mount -t tmpfs none /tmp
+mount -t cgroup2 none /sys/fs/cgroup
+mount -t bpf none /sys/fs/bpf
+chmod 1777 /tmp
+for module in "/modules/$(uname -r)"/*; do
+    insmod "$module"
+done
+ip link set lo up
+exec </dev/null >/dev/ttyS0 2>&1
+
+# Marks a step, in a line of its own.
+mark() {
+    printf '\ncarnet-vm: %s\n' "$*"
+}
+
+cd /carnet || poweroff -f
+mark kernel "$(uname -r)"
+
+mark begin demo
+timeout 300 ./carnet demo
+mark end demo $?
+
+mark begin programs
+mkdir /sys/fs/cgroup/measured
+./carnet up --cgroup /sys/fs/cgroup/measured && ./carnet status --json | tr -d '\n'
+mark end programs $?
+./carnet down
+rmdir /sys/fs/cgroup/measured
+
+set --
+while IFS= read -r argument; do
+    set -- "$@" "$argument"
+done <arguments
+while IFS= read -r suite; do
+    mark begin "$suite"
+    "./$suite" --color never "$@"
+    mark end "$suite" $?
+done <suites
+
+mark tainted "$(cat /proc/sys/kernel/tainted)"
+poweroff -f
