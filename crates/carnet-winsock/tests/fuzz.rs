@@ -1,5 +1,5 @@
-//! Arbitrary values in every argument of both entry points, from several threads: no crash, only
-//! errors that the contract knows, and nothing is left behind.
+//! Arbitrary values in every argument of both entry points, and of the two functions for messages,
+//! from several threads: no crash, only errors that the contract knows, and nothing is left behind.
 //!
 //! The sequence is the same in every run. `CARNET_FUZZ_ROUNDS` makes it longer (100,000 calls for
 //! each of 4 threads without it).
@@ -134,10 +134,130 @@ fn sockets() -> Vec<usize> {
     sockets
 }
 
+/// What a call for messages may say besides.
+const OF_MESSAGES: [i32; 7] = [10013, 10040, 10047, 10049, 10051, 10058, 10065];
+
+/// The fields of a `WSAMSG`, and the buffers that it names. These are at addresses of their own:
+/// what they point at is arbitrary, but always of the arena.
+#[repr(C)]
+struct Message {
+    name: *mut c_void,
+    name_length: u32,
+    buffers: *mut Buffer,
+    count: u32,
+    control: Buffer,
+    flags: u32,
+    parts: [Buffer; 3],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Buffer {
+    length: u32,
+    address: *mut c_void,
+}
+
+/// Sockets for messages, none of which ever waits, with or without the overlapped attribute:
+/// datagrams to itself, and a stream. From their address nothing leaves the loopback device.
+fn message_sockets() -> Vec<usize> {
+    // SAFETY: zero is a valid value of every field.
+    let mut address: libc::sockaddr_in = unsafe { std::mem::zeroed() };
+    address.sin_family = libc::AF_INET as u16;
+    address.sin_addr.s_addr = u32::from_ne_bytes([127, 0, 0, 1]);
+    let kinds = [
+        (libc::SOCK_DGRAM, 1),
+        (libc::SOCK_DGRAM, 1),
+        (libc::SOCK_DGRAM, 0),
+        (libc::SOCK_STREAM, 1),
+    ];
+    let new = |(kind, flags): (i32, u32)| {
+        let socket = WSASocketW(libc::AF_INET, kind, 0, null_mut(), 0, flags);
+        assert_ne!(socket, usize::MAX);
+        let (mut name, mut length, mut on) = (address, 16, 1);
+        let place = (&raw mut name).cast();
+        // SAFETY: all are valid for the calls.
+        unsafe {
+            assert_eq!(carnet_winsock_bind(socket, place, length), 0);
+            assert_eq!(ioctlsocket(socket, 0x8004_667E, &raw mut on), 0);
+            if kind == libc::SOCK_DGRAM {
+                assert_eq!(carnet_winsock_getsockname(socket, place, &raw mut length), 0);
+                assert_eq!(carnet_winsock_connect(socket, place, length), 0);
+            }
+        }
+        socket
+    };
+    kinds.into_iter().map(new).collect()
+}
+
+/// `WSARecvMsg` or `WSASendMsg`.
+fn message(
+    random: &mut Random,
+    arena: &Arena,
+    messages: &Arena,
+    socket: usize,
+    overlapped: *mut c_void,
+    routine: LPWSAOVERLAPPED_COMPLETION_ROUTINE,
+) -> i32 {
+    // Nothing there, or nothing in it.
+    let read_only = arena.0 + 2 * PAGE;
+    let bad = |random: &mut Random| {
+        let near = random.below(64);
+        let bad = [0, near, usize::MAX - near, read_only + near, read_only + PAGE - near];
+        random.of(&bad)
+    };
+    let slot = messages.0 + random.below(PAGE / size_of::<Message>()) * size_of::<Message>();
+    let good: *mut Message = address(slot);
+    let buffer = |random: &mut Random| Buffer {
+        length: arena.length(random),
+        address: arena.pointer(random),
+    };
+    let parts = [buffer(random), buffer(random), buffer(random)];
+    let control = match random.below(2) {
+        0 => Buffer { length: 0, address: null_mut() },
+        _ => buffer(random),
+    };
+    // SAFETY: the place of a message, to which an operation that pends may write too, by the kernel.
+    unsafe {
+        good.write_volatile(Message {
+            name: if random.below(2) == 0 { null_mut() } else { arena.pointer(random) },
+            name_length: if random.below(2) == 0 { 16 } else { arena.length(random) },
+            buffers: match random.below(8) {
+                0 => address(bad(random)),
+                _ => &raw mut (*good).parts as *mut Buffer,
+            },
+            count: random.below(4) as u32,
+            control,
+            flags: match random.below(4) {
+                0 => random.next() as u32,
+                1 => random.of(&[libc::MSG_PEEK, libc::MSG_ERRQUEUE, libc::MSG_DONTWAIT]) as u32,
+                _ => 0,
+            },
+            parts,
+        });
+    }
+    let place = if random.below(8) == 0 { address(bad(random)) } else { good.cast::<c_void>() };
+    let count = match random.below(2) {
+        0 => null_mut(),
+        _ => arena.pointer::<u32>(random),
+    };
+    // SAFETY: all memory that the addresses can name is of the arena, or a message.
+    let status = unsafe {
+        if random.below(3) != 0 {
+            WSARecvMsg(socket, place, count, overlapped, routine)
+        } else {
+            let flags = random.of(&[0, 0, 0, libc::MSG_OOB, libc::MSG_DONTROUTE]) as u32;
+            WSASendMsg(socket, place, flags, count, overlapped, routine)
+        }
+    };
+    if status == 0 { 0 } else { WSAGetLastError() }
+}
+
 fn fuzz(seed: u64, rounds: u64) -> BTreeMap<i32, u64> {
     let mut random = Random(seed);
     let arena = Arena::new();
+    let messages = Arena::new();
     let sockets = sockets();
+    let message_sockets = message_sockets();
     let file = std::fs::File::open("/dev/null").expect("/dev/null");
     let handles = [file.as_raw_fd() as usize, usize::MAX, 1 << 40, i32::MAX as usize, 1_000_000];
     let mut thread = [0_usize; 2];
@@ -159,36 +279,45 @@ fn fuzz(seed: u64, rounds: u64) -> BTreeMap<i32, u64> {
             0 => Some(note),
             _ => None,
         };
-        let error = if random.below(2) == 0 {
-            // SAFETY: all memory that the addresses can name is of the arena.
-            unsafe {
-                WSAIoctl(
-                    socket, code, input.0, input.1, output.0, output.1, returned, overlapped,
-                    routine,
-                );
-            }
-            WSAGetLastError()
-        } else {
-            let id = match random.below(3) {
-                0 => thread.as_mut_ptr().cast(),
-                _ => arena.pointer::<c_void>(&mut random),
-            };
-            // The error may go anywhere too; then it cannot be looked at.
-            let mut error = 0;
-            let place = match random.below(4) {
-                0 => arena.pointer::<i32>(&mut random),
-                _ => &raw mut error,
-            };
-            // SAFETY: all memory that the addresses can name is of the arena, or the error here.
-            unsafe {
-                WSPIoctl(
-                    socket, code, input.0, input.1, output.0, output.1, returned, overlapped,
-                    routine, id, place,
-                );
-            }
-            error
+        let of_messages = random.below(3) == 0;
+        let socket = match random.below(8) {
+            1.. if of_messages => random.of(&message_sockets),
+            _ => socket,
         };
-        assert!(ERRORS.contains(&error), "error {error} of code {code:#x}");
+        let error =
+            if of_messages && (message_sockets.contains(&socket) || handles.contains(&socket)) {
+                message(&mut random, &arena, &messages, socket, overlapped, routine)
+            } else if random.below(2) == 0 {
+                // SAFETY: all memory that the addresses can name is of the arena.
+                unsafe {
+                    WSAIoctl(
+                        socket, code, input.0, input.1, output.0, output.1, returned, overlapped,
+                        routine,
+                    );
+                }
+                WSAGetLastError()
+            } else {
+                let id = match random.below(3) {
+                    0 => thread.as_mut_ptr().cast(),
+                    _ => arena.pointer::<c_void>(&mut random),
+                };
+                // The error may go anywhere too; then it cannot be looked at.
+                let mut error = 0;
+                let place = match random.below(4) {
+                    0 => arena.pointer::<i32>(&mut random),
+                    _ => &raw mut error,
+                };
+                // SAFETY: all memory that the addresses can name is of the arena, or the error here.
+                unsafe {
+                    WSPIoctl(
+                        socket, code, input.0, input.1, output.0, output.1, returned, overlapped,
+                        routine, id, place,
+                    );
+                }
+                error
+            };
+        let known = ERRORS.contains(&error) || of_messages && OF_MESSAGES.contains(&error);
+        assert!(known, "error {error}, code {code:#x} or a message: {of_messages}");
         *errors.entry(error).or_default() += 1;
         match random.below(64) {
             0 => {
@@ -215,7 +344,7 @@ fn fuzz(seed: u64, rounds: u64) -> BTreeMap<i32, u64> {
             _ => {}
         }
     }
-    for socket in sockets {
+    for socket in sockets.into_iter().chain(message_sockets) {
         assert_eq!(closesocket(socket), 0);
     }
     SleepEx(0, 1);
@@ -250,7 +379,7 @@ fn arbitrary_arguments() {
     assert_eq!(WSACleanup(), 0);
     println!("{errors:?}, {} routines", CALLS.load(Ordering::Relaxed));
     assert_eq!(errors.values().sum::<u64>(), THREADS * rounds);
-    for error in [0, 997, 10014, 10022, 10038, 10045, 10050] {
+    for error in [0, 997, 10014, 10022, 10035, 10038, 10040, 10045, 10050] {
         assert!(errors.contains_key(&error), "{error} never came: the values are too narrow");
     }
     assert!(CALLS.load(Ordering::Relaxed) > 0);
