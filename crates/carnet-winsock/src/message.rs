@@ -16,7 +16,7 @@ use crate::memory::{CallerPtr, Fault, MOST, Overlapped};
 use crate::operation::{Outcome, Work, complete_at_once};
 use crate::process::process;
 use crate::sockets::{Socket, Wanted};
-use crate::sys::{self, Errno};
+use crate::sys;
 use crate::thread::CompletionRoutine;
 use carnet_core::abi;
 use std::os::fd::RawFd;
@@ -143,7 +143,7 @@ impl Receive {
     }
 
     /// Receives it into its buffers. Nothing else of the caller's is written yet.
-    fn perform(&self, fd: RawFd, wanted: Wanted, flags: i32) -> Result<Received, Errno> {
+    fn perform(&self, fd: RawFd, wanted: Wanted, flags: i32) -> Result<Received, i32> {
         let message = &self.0;
         let mut buffers = message.vectors();
         // The kernel's control messages come here first, so that others can follow them.
@@ -162,7 +162,7 @@ impl Receive {
         // are the caller's, for this purpose, and checked by the kernel.
         let count = unsafe { libc::recvmsg(fd, &raw mut header, flags) };
         if count < 0 {
-            return Err(sys::errno());
+            return Err(error_of_errno(sys::errno()));
         }
         control.used = header.msg_controllen as usize;
         control.truncated = header.msg_flags & libc::MSG_CTRUNC != 0;
@@ -227,13 +227,12 @@ impl Received {
 pub(crate) struct Send {
     message: Message,
     name: Vec<u8>,
-    control: Vec<u8>,
+    control: Outgoing,
     flags: i32,
 }
 
 impl Send {
-    /// A redirect record among the control data is given to the engine here.
-    fn read(place: CallerPtr, flags: u32, fd: RawFd) -> Result<Self, i32> {
+    fn read(place: CallerPtr, flags: u32) -> Result<Self, i32> {
         let message = Message::read(place)?;
         if message.control_length > MOST {
             return Err(wsa::EINVAL);
@@ -241,16 +240,17 @@ impl Send {
         let name = if message.name.is_null() { 0 } else { message.name_length.min(NAME) };
         let name = message.name.read_vec(name).map_err(fault)?;
         let control = message.control.read_vec(message.control_length).map_err(fault)?;
-        let Outgoing { native: control, records } = Outgoing::split(&control)?;
-        if let Some(records) = records {
-            sys::set_option(fd, abi::LEVEL, abi::SET_REDIRECT_RECORDS, &records)
-                .map_err(|errno| Failure::of_option(errno).code())?;
-        }
+        let control = Outgoing::split(&control)?;
         Ok(Self { message, name, control, flags: flags.cast_signed() | libc::MSG_NOSIGNAL })
     }
 
-    /// Sends it: the number of bytes.
-    fn perform(&self, fd: RawFd, flags: i32) -> Result<u32, Errno> {
+    /// Sends it: the number of bytes. A redirect record is given to the engine just before, so that
+    /// it is not for what was to be sent earlier.
+    fn perform(&self, fd: RawFd, flags: i32) -> Result<u32, i32> {
+        if let Some(records) = &self.control.records {
+            sys::set_option(fd, abi::LEVEL, abi::SET_REDIRECT_RECORDS, records)
+                .map_err(|errno| Failure::of_option(errno).code())?;
+        }
         let mut buffers = self.message.vectors();
         // SAFETY: zero is a valid value of every field.
         let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -260,14 +260,15 @@ impl Send {
         }
         header.msg_iov = buffers.as_mut_ptr();
         header.msg_iovlen = buffers.len() as _;
-        if !self.control.is_empty() {
-            header.msg_control = self.control.as_ptr().cast_mut().cast();
-            header.msg_controllen = self.control.len() as _;
+        let control = &self.control.native;
+        if !control.is_empty() {
+            header.msg_control = control.as_ptr().cast_mut().cast();
+            header.msg_controllen = control.len() as _;
         }
         // SAFETY: name, control and the list of buffers are ours and outlive the call, which only
         // reads them; the buffers are the caller's, for this purpose, and checked by the kernel.
         let count = unsafe { libc::sendmsg(fd, &raw const header, self.flags | flags) };
-        if count < 0 { Err(sys::errno()) } else { Ok(count as u32) }
+        if count < 0 { Err(error_of_errno(sys::errno())) } else { Ok(count as u32) }
     }
 }
 
@@ -318,8 +319,8 @@ impl Transfer {
         };
         match result {
             Ok(outcome) => Some(outcome),
-            Err(libc::EAGAIN) => None,
-            Err(errno) => Some(Outcome::NotTransferred(error_of_errno(errno))),
+            Err(wsa::EWOULDBLOCK) => None,
+            Err(error) => Some(Outcome::NotTransferred(error)),
         }
     }
 
@@ -352,8 +353,7 @@ pub(crate) fn receive(call: &Call) -> Result<(), i32> {
     }
     let receive = Receive::read(call.message)?;
     check_count(call)?;
-    let received =
-        receive.perform(socket.fd, socket.attributes.wanted, 0).map_err(error_of_errno)?;
+    let received = receive.perform(socket.fd, socket.attributes.wanted, 0)?;
     received.store().map_err(fault)?;
     store_count(call, received.bytes)?;
     if received.is_truncated() { Err(wsa::EMSGSIZE) } else { Ok(()) }
@@ -367,15 +367,13 @@ pub(crate) fn send(call: &Call, flags: u32) -> Result<(), i32> {
         return send_overlapped(call, socket, flags);
     }
     check_count(call)?;
-    let sent = Send::read(call.message, flags, socket.fd)?
-        .perform(socket.fd, 0)
-        .map_err(error_of_errno)?;
+    let sent = Send::read(call.message, flags)?.perform(socket.fd, 0)?;
     store_count(call, sent)
 }
 
 /// An overlapped one, on a socket of any kind.
 pub(crate) fn send_overlapped(call: &Call, socket: Socket, flags: u32) -> Result<(), i32> {
-    overlapped(call, socket, |place| Send::read(place, flags, socket.fd).map(Transfer::Send))
+    overlapped(call, socket, |place| Send::read(place, flags).map(Transfer::Send))
 }
 
 /// The count need not be asked for.
