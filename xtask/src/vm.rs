@@ -214,3 +214,42 @@ impl fmt::Display for Summary {
         write!(f, "\n{} passed, {} failed", self.passed(), self.failed())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn boot(lines: &[&str]) -> Boot {
+        Boot::heard_of("6.1.0-1-amd64", lines)
+    }
+
+    const WELL: [&str; 5] = [
+        "carnet-vm: end demo 0",
+        "carnet-vm: begin programs",
+        r#"{"programs":[{"name":"connect4","verified_instructions":59519}]}"#,
+        "carnet-vm: end programs 0",
+        "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out",
+    ];
+
+    #[test]
+    fn demonstrations_count_and_the_last_line_has_the_sum() {
+        let boots = vec![boot(&[&WELL[..], &["carnet-vm: tainted 0"]].concat())];
+        let summary = Summary { boots };
+        let text = summary.to_string();
+        assert!(text.ends_with("\n4 passed, 0 failed"), "{text}");
+        assert!(text.contains("connect4          59519\n"), "{text}");
+        assert!(summary.verdict().is_ok());
+    }
+
+    #[test]
+    fn a_machine_that_ends_early_or_tests_nothing_is_not_green() {
+        let early = Summary { boots: vec![boot(&WELL)] };
+        assert!(early.to_string().ends_with("\n4 passed, 1 failed"), "{early}");
+        assert_eq!(early.verdict().unwrap_err().to_string(), "tests failed");
+
+        let nothing = [&WELL[..4], &["carnet-vm: tainted 0"]].concat();
+        let nothing = Summary { boots: vec![boot(&nothing)] };
+        let verdict = nothing.verdict().unwrap_err().to_string();
+        assert_eq!(verdict, "no test was run on Linux 6.1.0-1-amd64");
+    }
+}

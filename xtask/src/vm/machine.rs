@@ -114,7 +114,8 @@ impl Machine<'_> {
         let mut unwritten = None;
         let status = process::lines(&mut command, |line| {
             let line = line.trim_end_matches('\r');
-            unwritten = writeln!(kept, "{line}").err().or(unwritten.take());
+            let elapsed = begun.elapsed().as_secs_f32();
+            unwritten = writeln!(kept, "[{elapsed:7.1}] {line}").err().or(unwritten.take());
             heard.hear(line);
         })?;
         if let Some(error) = unwritten {
@@ -152,6 +153,17 @@ pub(super) struct Boot {
 }
 
 impl Boot {
+    /// One in which these lines were heard and the emulator ended well.
+    #[cfg(test)]
+    pub(super) fn heard_of(release: &str, lines: &[&str]) -> Self {
+        let mut heard = Heard::default();
+        lines.iter().for_each(|line| heard.hear(line));
+        let problems = heard.problems(ExitStatus::default(), Duration::ZERO);
+        let log = PathBuf::new;
+        let release = release.to_owned();
+        Self { release, seconds: 0, heard, problems, output: log(), messages: log() }
+    }
+
     /// Prints what the machine said.
     pub(super) fn show_logs(&self) -> Result<()> {
         for log in [&self.messages, &self.output] {
