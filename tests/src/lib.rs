@@ -26,8 +26,8 @@ pub mod sys;
 pub use lab::{Anything, Lab, Network, Plan, Trace, handed_on};
 pub use service::{Report, Running};
 
-/// The longest that a test waits for anything that takes moments.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// The longest that a test waits for anything that takes moments, even on an emulated processor.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Success, or a panic that says what did not work and why, with all causes.
 pub trait Must<T> {

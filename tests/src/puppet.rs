@@ -26,9 +26,9 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use crate::{Must as _, program, sys};
 
 /// The longest that a puppet's call may block.
-const CALL_LIMIT: Duration = Duration::from_secs(20);
+const CALL_LIMIT: Duration = Duration::from_secs(60);
 /// The longest that a test waits for an answer: longer, so that the puppet says what failed.
-const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+const ANSWER_LIMIT: Duration = Duration::from_secs(90);
 
 /// A call that a puppet is to make. Sockets are numbered by the test.
 #[derive(Debug, Serialize, Deserialize)]

@@ -123,14 +123,14 @@ fn curl_and_python_through_two_inspecting_services() {
         let mut command = Command::new(installed("curl"));
         // The address as the server's name; nothing of the tester's own configuration.
         command.args(["-q", "--silent", "--show-error", "--fail", "--noproxy", "*"]);
-        command.args(["--max-time", "20", &url]);
+        command.args(["--max-time", "100", &url]);
         command
     };
     let python = || {
         let mut command = Command::new(installed("python3"));
         let script = "import sys, urllib.request as request\n\
                       opener = request.build_opener(request.ProxyHandler({}))\n\
-                      sys.stdout.write(opener.open(sys.argv[1], timeout=20).read().decode())";
+                      sys.stdout.write(opener.open(sys.argv[1], timeout=100).read().decode())";
         command.args(["-I", "-c", script, &url]);
         command
     };
@@ -184,7 +184,7 @@ fn a_static_program_cannot_slip_by() {
         #include <unistd.h>
         int main(int argc, char **argv) {
             if (argc != 3) return 2;
-            struct timeval limit = {20, 0};
+            struct timeval limit = {100, 0};
             struct sockaddr_in to = {AF_INET, htons(atoi(argv[2]))};
             if (inet_pton(AF_INET, argv[1], &to.sin_addr) != 1) return 2;
             int s = socket(AF_INET, SOCK_STREAM, 0);
