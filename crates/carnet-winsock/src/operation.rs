@@ -236,7 +236,7 @@ impl Pending {
     ) -> Result<(), Failure> {
         let executor = &process().executor;
         let poller = executor.ensure_running()?;
-        let (operation, descriptor) = {
+        let operation = {
             let mut pending = lock(&self.0);
             let of_socket = match pending.entry((socket.fd, socket.cookie)) {
                 Entry::Occupied(entry) => entry.into_mut(),
@@ -258,14 +258,14 @@ impl Pending {
                 notification,
                 work,
             });
-            // All before anybody can complete it.
+            // All before anybody can complete it: what is ready by now is said at once, but nobody
+            // looks here for what to do about it before the operation is there.
             let watched = operation.lane().map_or(Ok(()), |lane| {
                 of_socket.descriptor.watch(&poller, socket.fd, lane.events())
             });
             let marked = watched
                 .map_err(|_| Failure::NoBuffers)
                 .and_then(|()| overlapped.begin().map_err(|Fault| Failure::Fault));
-            let descriptor = of_socket.descriptor.clone();
             if marked.is_ok() {
                 operation.notification.begin();
                 of_socket.operations.push(operation.clone());
@@ -273,15 +273,11 @@ impl Pending {
                 pending.remove(&(socket.fd, socket.cookie));
             }
             marked?;
-            (operation, descriptor)
+            operation
         };
         let taken = match operation.lane() {
             None => executor.submit(operation.clone()),
-            // Once more, since it may have become ready before the operation was there.
-            Some(lane) => {
-                executor.waits_with(&poller)
-                    && descriptor.watch(&poller, socket.fd, lane.events()).is_ok()
-            }
+            Some(_) => executor.waits_with(&poller),
         };
         // The last WSACleanup may be under way in another thread.
         if !taken {

@@ -2,8 +2,8 @@
 //!
 //! Edge-triggered: a socket says once that something has changed, so that what nobody asked for (an
 //! error that is left in a socket's queue, say) cannot keep the thread busy. Hence the rule that
-//! [`Watched::watch`] is called, again too, when an operation has been added: what is ready then is
-//! said anew.
+//! [`Watched::watch`] is called for every operation, under the lock under which it is added: what is
+//! ready then is said anew.
 
 use crate::sync::{Mutex, lock};
 use crate::sys::{self, Errno};

@@ -277,6 +277,44 @@ fn several_are_served_in_their_order() {
     }
 }
 
+/// What becomes ready while an operation is being added, and nothing afterwards.
+#[test]
+fn no_datagram_is_slept_through() {
+    let (receiver, address, sender) = pair();
+    let events = [OwnedEvent::new(), OwnedEvent::new()];
+    let round = AtomicU32::new(0);
+    let rounds = 3_000;
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for number in 1..=rounds {
+                while round.load(Ordering::Acquire) < number {
+                    thread::yield_now();
+                }
+                send(&sender, address, b"1");
+                send(&sender, address, b"2");
+            }
+        });
+        for number in 1..=rounds {
+            let begun = events.each_ref().map(Operation::with_event);
+            let messages = [Message::new(), Message::new()];
+            for (operation, message) in begun.iter().zip(&messages) {
+                assert!(matches!(message.receive(&receiver, operation, false).0, 0 | 997));
+                round.store(number, Ordering::Release);
+            }
+            let handles = events.each_ref().map(|event| event.0);
+            let waited = wait(&handles, true, 20_000, false);
+            if waited != 0 {
+                // Nothing may pend when the memory goes, nor wait for the next round.
+                CancelIo(receiver.0 as *mut c_void);
+                round.store(rounds, Ordering::Release);
+            }
+            let data = messages.each_ref().map(|message| message.data()[0]);
+            assert_eq!((waited, data), (0, *b"12"), "round {number}");
+            assert!(begun.iter().all(|operation| operation.status() == 0));
+        }
+    });
+}
+
 #[test]
 fn the_queue_of_errors_is_one_of_its_own() {
     let socket = datagrams();
