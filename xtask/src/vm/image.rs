@@ -48,8 +48,8 @@ impl Contents<'_> {
         let image = directory.join("initramfs");
         let output =
             File::create(&image).with_context(|| format!("cannot create {}", image.display()))?;
-        // The kernel reads several archives from one file. It makes no parents of what it unpacks,
-        // so Debian's comes first: /init and the rest have their place then.
+        // The kernel reads several archives from one file, and makes no parents of what it unpacks:
+        // /usr is in the first.
         archive(Path::new("/"), self.system()?.iter(), &output)?;
         archive(&own, walk(&own)?.iter(), &output)?;
         Ok(image)

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use crate::process;
 
 /// The modules that the tests need beside what is built in, below `kernel/` of the modules'
-/// directory. Neither needs another one.
+/// directory. They are loaded in this order, and what they need themselves is built in.
 const MODULES: [&str; 1] = ["drivers/net/veth"];
 
 /// A kernel that can be booted.
