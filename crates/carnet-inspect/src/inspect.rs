@@ -224,7 +224,8 @@ mod tls {
                 return unknown();
             }
             let Some((header, body)) = record.split_at_checked(RECORD_HEADER) else {
-                return more(&message, bytes.len() + RECORD_HEADER - record.len());
+                let missing = if record.len() < 2 { 1 } else { RECORD_HEADER - record.len() };
+                return more(&message, bytes.len() + missing);
             };
             let length = usize::from(u16::from_be_bytes([header[3], header[4]]));
             if length == 0 {
@@ -452,6 +453,16 @@ mod tests {
             [b"GET /x HTTP/1.1\r\nX: ", padding.as_slice(), b"\r\n", &head].concat()
         });
         prop_oneof![head, hello, changed, long, prop::collection::vec(any::<u8>(), 0..200)]
+    }
+
+    #[test]
+    fn what_follows_an_incomplete_hello_is_no_record_from_its_first_byte_on() {
+        let hello = client_hello(None, &[], 100);
+        // The first record, and a byte with which no record begins.
+        let bytes = [&hello[..105], b"x"].concat();
+        for cuts in [&[][..], &[105], &[50, 105]] {
+            assert_eq!(inspect(&bytes, cuts).protocol, Protocol::Unknown, "{cuts:?}");
+        }
     }
 
     proptest! {
