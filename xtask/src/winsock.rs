@@ -25,7 +25,7 @@ pub(crate) struct Options {
     /// Put before the prefix when files are written, not when it is noted in them (for packagers)
     #[arg(long, value_name = "DIRECTORY", requires = "prefix")]
     destdir: Option<PathBuf>,
-    /// Explore every interleaving of its completion core with loom, and fuzz both entry points
+    /// Explore every interleaving of its completion core with loom, and fuzz its entry points
     #[arg(long)]
     check: bool,
 }

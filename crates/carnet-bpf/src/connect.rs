@@ -1,8 +1,8 @@
 //! `cgroup/connect4` and `cgroup/connect6` (since Linux 4.17): redirect, pass or refuse.
 //!
-//! **What it does.** Clears what an earlier connect left on the socket, classifies the connection
-//! with the record that was set on it, and, where a service gets it, rewrites the destination to
-//! the service's live listener and notes the leg on the socket.
+//! **What it does.** Lets pass what concerns nobody. Of the rest it clears what an earlier connect
+//! left on the socket, classifies the connection with the record that was set on it, and, where a
+//! service gets it, rewrites the destination to its live listener and notes the leg on the socket.
 //!
 //! **Why this hook.** It runs before routing and before the source address is chosen, in the
 //! caller's context, for every TCP connect however it is made (plain, non-blocking, fast open,

@@ -102,9 +102,9 @@ pub(crate) static LISTENERS: HashMap<ListenerKey, ListenerEntry, 4096, NO_PREALL
 pub(crate) static REGISTERED: SkStorage<u64> = SkStorage::new();
 
 /// On a connecting socket: the leg that it makes, with the record that was set before. Writer:
-/// setsockopt, connect. Reader: sockops, getpeername, the flow listing. Cleared at every connect,
-/// but for a record that was set, since the socket is still the flow's: the kernel keeps a socket's
-/// storage over disconnect and reconnect.
+/// setsockopt, connect. Reader: sockops, getpeername, the flow listing. The kernel keeps it over
+/// disconnect and reconnect: the next connect clears it, or its SYN finds it stale; but a record that
+/// was set stays, since the socket is still the flow's.
 #[btf_map]
 pub(crate) static LEGS: SkStorage<LegState> = SkStorage::new();
 
