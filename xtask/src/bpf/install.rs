@@ -19,17 +19,18 @@ pub(super) fn run(root: &Path, pins: &Pins) -> Result<()> {
              toolchain, `cargo xtask bpf --check` says whether it is the pinned one"
         );
     }
-    let packages: Vec<String> = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf"]
-        .map(str::to_owned)
-        .into_iter()
-        .chain([
-            format!("llvm-{major}"),
-            format!("llvm-{major}-dev"),
-            format!("libpolly-{major}-dev"),
-        ])
-        // What LLVM's libraries want when bpf-linker is linked with them.
-        .chain(["zlib1g-dev", "libzstd-dev", "libxml2-dev"].map(str::to_owned))
-        .collect();
+    let packages: Vec<String> =
+        ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf", "rust-web-src"]
+            .map(str::to_owned)
+            .into_iter()
+            .chain([
+                format!("llvm-{major}"),
+                format!("llvm-{major}-dev"),
+                format!("libpolly-{major}-dev"),
+            ])
+            // What LLVM's libraries want when bpf-linker is linked with them.
+            .chain(["zlib1g-dev", "libzstd-dev", "libxml2-dev"].map(str::to_owned))
+            .collect();
     host::install_packages(&packages)?;
 
     let wanted = &pins.bpf_linker;

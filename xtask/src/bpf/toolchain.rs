@@ -224,7 +224,12 @@ impl Compiler {
         if !has_core {
             bail!("Debian's package libstd-rust-web-dev-bpf is not installed");
         }
-        Self::described(Origin::Debian, &run)
+        let compiler = Self::described(Origin::Debian, &run)?;
+        // Where it is, its lines become part of the object: with it, or without it, but always alike.
+        if !compiler.has_library_source() {
+            bail!("Debian's package rust-web-src is not installed");
+        }
+        Ok(compiler)
     }
 
     fn nightly() -> Result<Self> {
@@ -240,10 +245,14 @@ impl Compiler {
             bail!("rustup has no nightly");
         }
         let compiler = Self::described(Origin::Nightly, &run)?;
-        if !compiler.library_source.join("library/core").is_dir() {
+        if !compiler.has_library_source() {
             bail!("rustup's nightly has no rust-src");
         }
         Ok(compiler)
+    }
+
+    fn has_library_source(&self) -> bool {
+        self.library_source.join("library/core").is_dir()
     }
 
     /// Asks the compiler that `run` starts what it is.
