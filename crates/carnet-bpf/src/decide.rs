@@ -9,7 +9,9 @@ use carnet_core::{
     Decision,
     address::{Endpoint, Wide},
     chain::Chain,
-    classify::{self, Connection, Listeners, Pending, Unobserved, decide, leaf_of, settle},
+    classify::{
+        self, Connection, Listeners, Pending, Unobserved, decide, is_redirectable, leaf_of, settle,
+    },
     flow::GuardKey,
     record::{FileId, Record},
     table::{Field, LeafRow, Tables as _},
@@ -20,10 +22,9 @@ use crate::{
     listener::carnet_listener,
     maps::GUARD,
     process::{self, Process},
-    socket::TCP,
 };
 
-/// A connect that is to be decided. Plain data.
+/// A connect, or the first datagram of a flow, that is to be decided. Plain data.
 #[repr(C)]
 pub(crate) struct Request {
     /// Where the application wants to go.
@@ -35,7 +36,9 @@ pub(crate) struct Request {
     /// The executable with which the flow began, if there is a record; else zero.
     original: FileId,
     /// Not 0: there is a record.
-    recorded: u64,
+    recorded: u32,
+    /// IP protocol number of the socket.
+    pub(crate) protocol: u32,
     /// The filters that may match.
     leaf: LeafRow,
     /// Slots of services that turned out to have no live listener.
@@ -48,9 +51,9 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    /// A connect to `destination`, with the record that was set on its socket.
+    /// A connect to `destination`, of a socket of this protocol and with the record that was set on it.
     #[inline(always)]
-    pub(crate) fn new(destination: Endpoint, record: Option<&Record>) -> Self {
+    pub(crate) fn new(protocol: u32, destination: Endpoint, record: Option<&Record>) -> Self {
         Self {
             destination,
             target: destination,
@@ -59,7 +62,8 @@ impl Request {
                 Some(record) => record.app.executable,
                 None => FileId { device: 0, inode: 0 },
             },
-            recorded: u64::from(record.is_some()),
+            recorded: u32::from(record.is_some()),
+            protocol,
             leaf: LeafRow { first: 0, count: 0 },
             dead: 0,
             forgetful: 0,
@@ -89,42 +93,61 @@ impl Request {
 /// Whether a connection passes the policy's outer gate. This calls nothing: it is all that most
 /// connects pay for.
 #[inline(always)]
-pub(crate) fn destination_concerns_somebody(destination: &Endpoint) -> bool {
-    classify::destination_concerns_somebody(&Bank::in_force(), &Destination(destination))
+pub(crate) fn destination_concerns_somebody(protocol: u32, destination: &Endpoint) -> bool {
+    let destination = Destination { protocol, destination };
+    classify::destination_concerns_somebody(&Bank::in_force(), &destination)
 }
 
 /// A connection of which only the destination is asked.
-struct Destination<'a>(&'a Endpoint);
+struct Destination<'a> {
+    protocol: u32,
+    destination: &'a Endpoint,
+}
 
 impl Connection for Destination<'_> {
     #[inline(always)]
     fn value(&self, field: u32, _argument: u32) -> Wide {
         if field == Field::DestinationAddress as u32 {
-            self.0.value()
+            self.destination.value()
         } else if field == Field::DestinationPort as u32 {
-            Wide::from_u64(self.0.port.into())
+            Wide::from_u64(self.destination.port.into())
         } else {
-            Wide::from_u64(TCP.into())
+            Wide::from_u64(self.protocol.into())
         }
+    }
+
+    #[inline(always)]
+    fn is_redirectable(&self) -> bool {
+        is_redirectable(self.protocol, self.destination)
     }
 }
 
 /// Whether a connection without a record passes the policy's inner gate.
 #[inline(always)]
-pub(crate) fn concerns_somebody(ctx: *mut bpf_sock_addr, destination: &Endpoint) -> bool {
-    classify::concerns_somebody(&Bank::in_force(), &Newcomer { ctx, destination })
+pub(crate) fn concerns_somebody(
+    ctx: *mut bpf_sock_addr,
+    protocol: u32,
+    destination: &Endpoint,
+) -> bool {
+    classify::concerns_somebody(&Bank::in_force(), &Newcomer { ctx, protocol, destination })
 }
 
 /// A connection without a record, of which nothing has been found out yet.
 struct Newcomer<'a> {
     ctx: *mut bpf_sock_addr,
+    protocol: u32,
     destination: &'a Endpoint,
 }
 
 impl Connection for Newcomer<'_> {
     #[inline(always)]
     fn value(&self, field: u32, argument: u32) -> Wide {
-        fact(self.ctx, self.destination, field, argument)
+        fact(self.ctx, self.protocol, self.destination, field, argument)
+    }
+
+    #[inline(always)]
+    fn is_redirectable(&self) -> bool {
+        is_redirectable(self.protocol, self.destination)
     }
 }
 
@@ -179,20 +202,31 @@ impl Connection for Facts<'_> {
         if field == Field::OriginalExecutable as u32 && self.request.recorded != 0 {
             file(self.request.original)
         } else {
-            fact(self.ctx, &self.request.destination, field, argument)
+            fact(self.ctx, self.request.protocol, &self.request.destination, field, argument)
         }
+    }
+
+    #[inline(always)]
+    fn is_redirectable(&self) -> bool {
+        is_redirectable(self.request.protocol, &self.request.destination)
     }
 }
 
 /// What is known of a connection without a record.
 #[inline(always)]
-fn fact(ctx: *mut bpf_sock_addr, destination: &Endpoint, field: u32, argument: u32) -> Wide {
+fn fact(
+    ctx: *mut bpf_sock_addr,
+    protocol: u32,
+    destination: &Endpoint,
+    field: u32,
+    argument: u32,
+) -> Wide {
     if field == Field::DestinationAddress as u32 {
         destination.value()
     } else if field == Field::DestinationPort as u32 {
         Wide::from_u64(destination.port.into())
     } else if field == Field::Protocol as u32 {
-        Wide::from_u64(TCP.into())
+        Wide::from_u64(protocol.into())
     } else if field == Field::Cgroup as u32 {
         Wide::from_u64(process::ancestor_cgroup(argument))
     } else if field == Field::User as u32 {
@@ -260,7 +294,7 @@ extern "C" fn carnet_forgotten(ctx: *mut bpf_sock_addr, request: *mut Request) -
         netns: netns_of(ctx),
         address: request.destination.address,
         port: request.destination.port.into(),
-        zero: 0,
+        protocol: request.protocol,
     };
     // SAFETY: the value is copied out at once.
     match unsafe { GUARD.get(&key) } {

@@ -49,7 +49,7 @@ pub fn carnet_getpeer6(ctx: SockAddrContext) -> i32 {
 
 /// The leg of a redirected socket whose peer is the service to which it was sent.
 #[inline(always)]
-fn redirected(sk: u64, peer: &Endpoint) -> Option<&'static LegState> {
+pub(crate) fn redirected(sk: u64, peer: &Endpoint) -> Option<&'static LegState> {
     let leg = Socket::new(sk as *mut _)?.get(&LEGS)?;
     let target = &leg.target;
     let same = leg.kind == LEG_REDIRECTED

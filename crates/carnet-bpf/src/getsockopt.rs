@@ -77,7 +77,7 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
     if !socket.is_inet() {
         return Err(errno::EOPNOTSUPP);
     }
-    if !socket.is_tcp() {
+    if !socket.is_tcp() && !socket.is_datagram() {
         return Err(errno::EINVAL);
     }
     if name < abi::QUERY_REDIRECT_RECORDS

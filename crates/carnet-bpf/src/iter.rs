@@ -13,7 +13,8 @@ use carnet_core::{flow::LegState, record::FileId};
 
 use crate::{
     ctx::{load32, load64},
-    process::file_id,
+    process::{field, file_id, offset},
+    socket::{ESTABLISHED, is_datagram},
 };
 
 /// Begin of `struct bpf_iter_meta`: the sequence file to write to.
@@ -27,13 +28,18 @@ fn sequence_file(ctx: *mut c_void) -> *mut seq_file {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/bpf_sk_storage_map")]
 pub extern "C" fn carnet_flows(ctx: *mut c_void) -> i32 {
-    let value = load64!(ctx, 24);
-    if value != 0 {
-        // SAFETY: the value is a `LegState`, as the map that is iterated over holds.
-        unsafe {
-            bpf_seq_write(sequence_file(ctx), value as *const c_void, size_of::<LegState>() as u32);
-        }
+    let (socket, value) = (load64!(ctx, 16) as *const c_void, load64!(ctx, 24) as *const LegState);
+    if socket.is_null() || value.is_null() {
+        return 0;
     }
+    // SAFETY: the value is a `LegState`, as the map that is iterated over holds.
+    let protocol = unsafe { (*value).protocol };
+    // UDP is disconnected without any hook.
+    if is_datagram(protocol) && u32::from(field::<u8>(socket, offset!(sock_state))) != ESTABLISHED {
+        return 0;
+    }
+    // SAFETY: likewise.
+    unsafe { bpf_seq_write(sequence_file(ctx), value.cast(), size_of::<LegState>() as u32) };
     0
 }
 

@@ -3,8 +3,8 @@
 use core::ffi::c_void;
 
 use aya_ebpf::{
-    bindings::{bpf_sock_addr, bpf_sock_tuple},
-    helpers::generated::{bpf_sk_lookup_tcp, bpf_sk_release},
+    bindings::{bpf_sock, bpf_sock_addr, bpf_sock_tuple},
+    helpers::generated::{bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release},
 };
 use carnet_core::{
     abi::LISTENER_SLOTS,
@@ -18,13 +18,13 @@ use crate::{
     ctx::load64,
     decide::{Request, netns_of},
     maps::LISTENERS,
-    socket::{LISTEN, Socket},
+    socket::{CLOSE, LISTEN, Socket, TCP, UDP},
 };
 
 /// 127.0.0.1, in network byte order.
-const LOOPBACK_V4: u32 = 0x7f00_0001_u32.to_be();
+pub(crate) const LOOPBACK_V4: u32 = 0x7f00_0001_u32.to_be();
 /// The last word of ::1, in network byte order.
-const ONE: u32 = 1_u32.to_be();
+pub(crate) const ONE: u32 = 1_u32.to_be();
 
 /// Looks for a live registered listener of the service that the decision names; gives 1, and in the
 /// request where it is reached, if there is one. A global function, see `decide`.
@@ -35,8 +35,13 @@ pub(crate) extern "C" fn carnet_listener(ctx: *mut bpf_sock_addr, request: *mut 
     let Some(request) = (unsafe { request.as_mut() }) else {
         return 0;
     };
-    let key =
-        ListenerKey { handle: request.decision.handle, netns: netns_of(ctx), family: 0, slot: 0 };
+    let key = ListenerKey {
+        handle: request.decision.handle,
+        netns: netns_of(ctx),
+        family: 0,
+        protocol: request.protocol as u16,
+        slot: 0,
+    };
     let Some(socket) = Socket::new(load64!(ctx, 64) as *mut _) else {
         return 0;
     };
@@ -61,11 +66,11 @@ struct Walk<'a> {
 impl Step for Walk<'_> {
     #[inline(always)]
     fn step(&mut self, index: u32) -> bool {
-        self.key.family = if index < LISTENER_SLOTS { AF_INET } else { AF_INET6 }.into();
+        self.key.family = if index < LISTENER_SLOTS { AF_INET } else { AF_INET6 };
         self.key.slot = index & (LISTENER_SLOTS - 1);
         // A destination in IPv6 proper cannot be rewritten to an IPv4 listener: the socket may be
         // bound to an IPv6 address or refuse mapped ones.
-        if !self.ipv4 && self.key.family == AF_INET.into() {
+        if !self.ipv4 && self.key.family == AF_INET {
             return true;
         }
         let Some(entry) = LISTENERS.get_ptr_mut(&self.key) else {
@@ -74,10 +79,11 @@ impl Step for Walk<'_> {
         // SAFETY: the entry stays allocated until the program ends; a registration that replaces
         // it meanwhile is seen by the look-up of the listening socket below.
         let entry = unsafe { &mut *entry };
-        let Some(target) = self.target(&entry.local) else {
+        let Some(mut target) = reached_at(&entry.local, &self.own, self.ipv4) else {
             return true;
         };
-        if self.registered(&target) {
+        target.family = self.request.destination.family;
+        if is_registered(self.ctx, self.request.protocol, &target, self.key.handle) {
             entry.missed = 0;
             self.request.target = target;
             self.found = true;
@@ -88,75 +94,113 @@ impl Step for Walk<'_> {
     }
 }
 
-impl Walk<'_> {
-    /// The address under which the connection reaches a listener that is bound to `local`
-    /// (contract C22): an unspecified one is reached under the connection's own local address if
-    /// it is bound to one, else on loopback.
-    #[inline(always)]
-    fn target(&self, local: &Endpoint) -> Option<Endpoint> {
-        let port = local.port;
-        let mut target = if self.ipv4 {
-            let address = if local.is_unspecified() {
-                if self.own.is_ipv4() && !self.own.is_unspecified() {
-                    self.own.address[3]
-                } else {
-                    LOOPBACK_V4
-                }
-            } else if local.is_ipv4() {
-                local.address[3]
-            } else {
-                return None;
-            };
-            Endpoint::v4(address, port)
+/// The address under which a connection reaches a listener that is bound to `local` (contract C22): an
+/// unspecified one is reached under the connection's own local address if it is bound to one, else on
+/// loopback.
+#[inline(always)]
+pub(crate) fn reached_at(local: &Endpoint, own: &Endpoint, ipv4: bool) -> Option<Endpoint> {
+    let port = local.port;
+    if ipv4 {
+        let address = if local.is_unspecified() {
+            if own.is_ipv4() && !own.is_unspecified() { own.address[3] } else { LOOPBACK_V4 }
+        } else if local.is_ipv4() {
+            local.address[3]
         } else {
-            let address = if local.is_unspecified() {
-                if self.own.is_unspecified() { [0, 0, 0, ONE] } else { self.own.address }
-            } else if local.is_ipv4() {
-                return None;
-            } else {
-                local.address
-            };
-            Endpoint::v6(address, port)
+            return None;
         };
-        target.family = self.request.destination.family;
-        Some(target)
+        Some(Endpoint::v4(address, port))
+    } else {
+        let address = if local.is_unspecified() {
+            if own.is_unspecified() { [0, 0, 0, ONE] } else { own.address }
+        } else if local.is_ipv4() {
+            return None;
+        } else {
+            local.address
+        };
+        Some(Endpoint::v6(address, port))
     }
+}
 
-    /// Whether a listening socket that the service registered takes connections to `target`.
+/// Whether a socket that the service with this handle registered takes connections, or datagrams, to
+/// `target`.
+#[inline(always)]
+pub(crate) fn is_registered(
+    ctx: *mut bpf_sock_addr,
+    protocol: u32,
+    target: &Endpoint,
+    handle: u64,
+) -> bool {
+    let Some(listener) = Found::look_up(ctx, protocol, None, target) else {
+        return false;
+    };
+    let ready = if protocol == TCP { LISTEN } else { CLOSE };
+    listener.socket.state() == ready && listener.socket.registered_for() == handle
+}
+
+/// A socket that was looked up, with a reference that ends with this value.
+pub(crate) struct Found {
+    pub(crate) socket: Socket,
+    sk: *mut bpf_sock,
+}
+
+impl Found {
+    /// The socket of the connecting socket's network namespace that gets what comes for `to` over
+    /// this protocol from `from`, or from anywhere.
     #[inline(always)]
-    fn registered(&self, target: &Endpoint) -> bool {
+    pub(crate) fn look_up(
+        ctx: *mut bpf_sock_addr,
+        protocol: u32,
+        from: Option<&Endpoint>,
+        to: &Endpoint,
+    ) -> Option<Self> {
         const CURRENT_NETNS: u64 = u64::MAX;
         // `struct bpf_sock_tuple`: source and destination address, then their ports.
         let mut tuple = [0_u32; 9];
-        let size = if self.ipv4 {
-            tuple[1] = target.address[3];
-            tuple[2] = u32::from(target.port.to_be()) << 16;
+        let mut ports = u32::from(to.port.to_be()) << 16;
+        if let Some(from) = from {
+            ports |= u32::from(from.port.to_be());
+        }
+        let size = if to.is_ipv4() {
+            if let Some(from) = from {
+                tuple[0] = from.address[3];
+            }
+            tuple[1] = to.address[3];
+            tuple[2] = ports;
             12
         } else {
-            tuple[4] = target.address[0];
-            tuple[5] = target.address[1];
-            tuple[6] = target.address[2];
-            tuple[7] = target.address[3];
-            tuple[8] = u32::from(target.port.to_be()) << 16;
+            if let Some(from) = from {
+                tuple[0] = from.address[0];
+                tuple[1] = from.address[1];
+                tuple[2] = from.address[2];
+                tuple[3] = from.address[3];
+            }
+            tuple[4] = to.address[0];
+            tuple[5] = to.address[1];
+            tuple[6] = to.address[2];
+            tuple[7] = to.address[3];
+            tuple[8] = ports;
             36
         };
-        // SAFETY: the helper takes this context and reads `size` bytes of the tuple.
-        let sk = unsafe {
-            bpf_sk_lookup_tcp(
-                self.ctx.cast(),
-                tuple.as_mut_ptr().cast::<bpf_sock_tuple>(),
-                size,
-                CURRENT_NETNS,
-                0,
-            )
+        let tuple = tuple.as_mut_ptr().cast::<bpf_sock_tuple>();
+        let sk = if protocol == TCP {
+            // SAFETY: the helper takes this context and reads `size` bytes of the tuple.
+            unsafe { bpf_sk_lookup_tcp(ctx.cast(), tuple, size, CURRENT_NETNS, 0) }
+        } else if protocol == UDP {
+            // SAFETY: likewise.
+            unsafe { bpf_sk_lookup_udp(ctx.cast(), tuple, size, CURRENT_NETNS, 0) }
+        } else {
+            // There is no look-up for UDP-Lite, so no service can take it.
+            return None;
         };
-        let Some(listener) = Socket::new(sk) else {
-            return false;
-        };
-        let live = listener.state() == LISTEN && listener.registered_for() == self.key.handle;
+        Socket::new(sk).map(|socket| Self { socket, sk })
+    }
+}
+
+impl Drop for Found {
+    #[inline(always)]
+    fn drop(&mut self) {
         // SAFETY: the socket is a reference that the look-up gave; it is not used after this.
-        unsafe { bpf_sk_release(sk.cast::<c_void>()) };
-        live
+        unsafe { bpf_sk_release(self.sk.cast::<c_void>()) };
     }
 }
 

@@ -4,6 +4,9 @@
 //! | file | hook | job |
 //! |---|---|---|
 //! | [`connect`] | `cgroup/connect4`, `cgroup/connect6` | redirect, pass or refuse a connection |
+//! | [`datagram`] | `cgroup/sendmsg4`, `cgroup/sendmsg6` | the same for UDP without a connection |
+//! | [`recvmsg`] | `cgroup/recvmsg4`, `cgroup/recvmsg6` | answers come from whom the application asked |
+//! | [`release`] | `cgroup/sock_release` | the end of UDP flows |
 //! | [`sockops`] | `sockops` | carry a leg from the connecting to the accepted socket; its end |
 //! | [`getsockopt`] | `cgroup/getsockopt` | the control interface, questions; `SO_ORIGINAL_DST` |
 //! | [`setsockopt`] | `cgroup/setsockopt` | the control interface: set a record, register |
@@ -11,24 +14,32 @@
 //! | [`iter`] | `iter/bpf_sk_storage_map`, `iter/task_file` | list live flows; identify a file |
 //!
 //! Beside them: [`maps`] (all state), [`bank`] (core's tables over the maps),
-//! [`decide`] (core's decision over them), [`listener`] (a service's live listener), [`mac`], [`socket`] (state of
+//! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`end`] and [`idle`] (the
+//! end of legs), [`client`] (whose UDP flow an address stands for), [`listener`] (a service's live listener), [`mac`], [`socket`] (state of
 //! sockets), [`process`] (who calls), [`report`] (events and counters), [`ctx`] (fields of the
 //! hooks' contexts).
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+mod attempt;
 mod bank;
+mod client;
 mod connect;
 mod ctx;
+mod datagram;
 mod decide;
+mod end;
 mod getpeername;
 mod getsockopt;
+mod idle;
 mod iter;
 mod listener;
 mod mac;
 mod maps;
 mod process;
+mod recvmsg;
+mod release;
 mod report;
 mod setsockopt;
 mod socket;

@@ -4,13 +4,17 @@
 //! engine is brought up; the numbers here are only the smallest useful ones.
 
 use aya_ebpf::{
+    bindings::bpf_timer,
     btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage},
     macros::btf_map,
 };
 use carnet_core::{
     abi::MAX_CONTEXT,
     event::{Counter, Event},
-    flow::{GuardEntry, GuardKey, LegState, ListenerEntry, ListenerKey, Tuple},
+    flow::{
+        Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, GuardKey, LegState, ListenerEntry,
+        ListenerKey, TokenKey, Tuple,
+    },
     record::Record,
     table::{ConditionRow, FilterRow, HeaderRow, LeafRow, MAX_SERVICES, NodeRow, ServiceRow},
 };
@@ -26,9 +30,13 @@ pub(crate) struct Config {
     pub(crate) epoch: u64,
     /// Number of flows begun so far: the next flow's id.
     pub(crate) flows: i64,
+    /// Number of source tokens given out so far: the next one's number.
+    pub(crate) tokens: i64,
+    /// How long a UDP flow of an unconnected socket lives without a datagram, in nanoseconds.
+    pub(crate) datagram_idle_ns: u64,
 }
 
-/// Writer: `up`; flows: the connect hooks. Reader: all hooks.
+/// Writer: `up`; flows and tokens: the hooks. Reader: all hooks.
 #[btf_map]
 pub(crate) static CONFIG: Array<Config, 1> = Array::new();
 
@@ -109,7 +117,8 @@ pub(crate) static REGISTERED: SkStorage<u64> = SkStorage::new();
 pub(crate) static LEGS: SkStorage<LegState> = SkStorage::new();
 
 /// On an accepted socket: the leg that ended here. Writer: sockops, which at the connection's end
-/// sets its kind to 0. Reader: getsockopt.
+/// sets its kind to 0; connect, on the socket by which a service asks about a UDP flow. Reader:
+/// getsockopt.
 #[btf_map]
 pub(crate) static DELIVERED: SkStorage<LegState> = SkStorage::new();
 
@@ -123,6 +132,47 @@ pub(crate) static SECOND_RECORDS: SkStorage<Record> = SkStorage::new();
 /// removes the entry; so does the end of a connection that was never established.
 #[btf_map]
 pub(crate) static HANDOVER: HashMap<Tuple, LegState, 65536, NO_PREALLOC> = HashMap::new();
+
+/// A UDP flow of an unconnected socket that goes to a service.
+#[repr(C)]
+pub(crate) struct TimedLeg {
+    /// Ends the flow when it has been idle for too long.
+    pub(crate) timer: bpf_timer,
+    /// The flow.
+    pub(crate) held: DatagramLeg,
+}
+
+/// UDP flows of unconnected sockets, by their source tokens. Writer: sendmsg; seen: sendmsg and
+/// recvmsg. Reader: sendmsg, recvmsg, connect, the flow listing. They end with their socket
+/// (sock_release), by their timer, or when sendmsg finds their service gone.
+#[btf_map]
+pub(crate) static DATAGRAM_LEGS: HashMap<TokenKey, TimedLeg, 65536, NO_PREALLOC> = HashMap::new();
+
+/// What a new flow is filled into: all zero. Nobody writes it.
+#[btf_map]
+pub(crate) static BLANK_LEG: Array<[u8; size_of::<TimedLeg>()], 1> = Array::new();
+
+/// What was decided for the flows of unconnected UDP sockets. Writer: sendmsg; recvmsg for flows that
+/// the other side began. Reader: sendmsg.
+#[btf_map]
+pub(crate) static CORRESPONDENTS: LruHashMap<CorrespondentKey, Correspondent, 65536> =
+    LruHashMap::new();
+
+/// How many of an unconnected UDP socket's flows end at once with it; others by their timers.
+pub(crate) const SOCKET_TOKENS: usize = 16;
+
+/// The newest flows of an unconnected UDP socket.
+#[repr(C)]
+pub(crate) struct SocketTokens {
+    /// Number of flows begun so far: the newest one is at this number less one, in a ring.
+    pub(crate) begun: i64,
+    /// Their source tokens.
+    pub(crate) tokens: [[u32; 4]; SOCKET_TOKENS],
+}
+
+/// On an unconnected UDP socket that has flows. Writer: sendmsg. Reader: sock_release.
+#[btf_map]
+pub(crate) static TOKENS: SkStorage<SocketTokens> = SkStorage::new();
 
 /// The hop guard's memory: flows that services hold, by service and destination. Writer: sockops.
 /// Reader: connect.

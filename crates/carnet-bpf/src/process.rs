@@ -48,6 +48,7 @@ pub(crate) struct Offsets {
     user_namespace_level: u32,
     pub(crate) sock_flags: u32,
     pub(crate) sock_storage: u32,
+    pub(crate) sock_state: u32,
 }
 
 /// The same, as the loader fills it in: the fields of [`Offsets`] in their order. The verifier
@@ -78,6 +79,7 @@ pub(crate) static OFFSETS: Offsets = Offsets {
     user_namespace_level: 22,
     sock_flags: 23,
     sock_storage: 24,
+    sock_state: 25,
 };
 
 /// One of [`OFFSETS`].

@@ -34,7 +34,7 @@ use crate::{
     maps::{CONFIG, LEGS, LISTENERS, REGISTERED, SECOND_RECORDS},
     process::{self, Process},
     report::{count, event_of_caller, now},
-    socket::{CLOSE, LISTEN, Socket, copy_record},
+    socket::{CLOSE, LISTEN, Socket, TCP, copy_record},
 };
 
 #[cgroup_sockopt(setsockopt)]
@@ -75,7 +75,7 @@ fn take(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<(), i32> {
     if name != abi::SET_REDIRECT_RECORDS && name != abi::REGISTER_LISTENER {
         return Err(errno::EOPNOTSUPP);
     }
-    if !socket.is_tcp() {
+    if !socket.is_tcp() && !socket.is_datagram() {
         return Err(errno::EINVAL);
     }
     let service = process::carnet_service();
@@ -177,7 +177,8 @@ fn refused(error: RecordError, service: u64) -> i32 {
     errno::EINVAL
 }
 
-/// Notes a listening socket as a service's.
+/// Notes a socket as one of a service's: a TCP socket that listens, or a UDP socket that is bound to a
+/// port and not connected.
 #[inline(always)]
 fn register(
     ctx: *mut bpf_sockopt,
@@ -185,7 +186,14 @@ fn register(
     service: u64,
     privileged: bool,
 ) -> Result<(), i32> {
-    if socket.state() != LISTEN || socket.bound_device() != 0 {
+    let local = socket.local();
+    let protocol = if socket.is_tcp() { TCP } else { socket.protocol() };
+    let listens = if protocol == TCP {
+        socket.state() == LISTEN
+    } else {
+        socket.state() == CLOSE && local.port != 0
+    };
+    if !listens || socket.bound_device() != 0 {
         return Err(errno::EINVAL);
     }
     let handle = match load32!(ctx, 32) {
@@ -210,11 +218,16 @@ fn register(
     let Some(registered) = socket.get_or_create(&REGISTERED) else {
         return Err(errno::ENOMEM);
     };
-    let local = socket.local();
     // SAFETY: the helper takes this context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
     let mut search = SlotSearch {
-        key: ListenerKey { handle, netns, family: local.family.into(), slot: 0 },
+        key: ListenerKey {
+            handle,
+            netns,
+            family: local.family,
+            protocol: protocol as u16,
+            slot: 0,
+        },
         entry: ListenerEntry { local, missed: 0 },
         free: Bank::forget(LISTENER_SLOTS),
         done: false,
@@ -233,6 +246,7 @@ fn register(
     event_of_caller(EventKind::ListenerRegistered, |event| {
         event.handle = handle;
         event.requested = local;
+        event.protocol = protocol;
     });
     Ok(())
 }

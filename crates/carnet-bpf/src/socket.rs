@@ -25,13 +25,19 @@ use crate::{
 
 /// `IPPROTO_TCP`.
 pub(crate) const TCP: u32 = 6;
+/// `IPPROTO_UDP`.
+pub(crate) const UDP: u32 = 17;
+/// `IPPROTO_UDPLITE`.
+pub(crate) const UDP_LITE: u32 = 136;
 /// `IPPROTO_MPTCP`: what a Multipath TCP socket calls itself towards the socket-option hooks.
 pub(crate) const MPTCP: u32 = 262;
+/// `TCP_ESTABLISHED`; also a UDP socket that is connected.
+pub(crate) const ESTABLISHED: u32 = 1;
 /// `TCP_SYN_SENT`.
 pub(crate) const SYN_SENT: u32 = 2;
 /// `TCP_FIN_WAIT2`.
 pub(crate) const FIN_WAIT2: u32 = 5;
-/// `TCP_CLOSE`: a socket that has not been connected.
+/// `TCP_CLOSE`: a socket that has not been connected, of UDP too.
 pub(crate) const CLOSE: u32 = 7;
 /// `TCP_LAST_ACK`.
 pub(crate) const LAST_ACK: u32 = 9;
@@ -93,6 +99,12 @@ impl Socket {
     pub(crate) fn is_tcp(self) -> bool {
         let protocol = self.protocol();
         protocol == TCP || protocol == MPTCP
+    }
+
+    /// Whether this is a UDP or UDP-Lite socket.
+    #[inline(always)]
+    pub(crate) fn is_datagram(self) -> bool {
+        is_datagram(self.protocol())
     }
 
     /// The address and port that the socket is bound to.
@@ -181,8 +193,13 @@ impl Socket {
     /// connection that it belongs to. Gives `false` when out of memory.
     #[inline(always)]
     pub(crate) fn put<T>(self, map: &'static SkStorage<T>, value: *mut T) -> bool {
-        let on_socket = storage(map, self.0.cast(), value, CREATE).is_some();
-        on_socket && self.put_on_multipath(map, value)
+        self.put_on_socket(map, value) && self.put_on_multipath(map, value)
+    }
+
+    /// The first half of [`Self::put`].
+    #[inline(always)]
+    pub(crate) fn put_on_socket<T>(self, map: &'static SkStorage<T>, value: *mut T) -> bool {
+        storage(map, self.0.cast(), value, CREATE).is_some()
     }
 
     /// The second half of [`Self::put`].
@@ -202,6 +219,12 @@ impl Socket {
         // SAFETY: the helper takes any socket; deleting what is not there is harmless.
         unsafe { bpf_sk_storage_delete(map_pointer(map), self.0.cast()) };
     }
+}
+
+/// Whether an IP protocol number is that of UDP or UDP-Lite.
+#[inline(always)]
+pub(crate) fn is_datagram(protocol: u32) -> bool {
+    protocol == UDP || protocol == UDP_LITE
 }
 
 /// Whether a `struct tcp_sock` is a subflow of a Multipath TCP connection.

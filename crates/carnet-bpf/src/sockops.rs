@@ -25,18 +25,19 @@ use aya_ebpf::{
 use carnet_core::{
     abi::LISTENER_SLOTS,
     address::{AF_INET, Endpoint},
-    event::{Counter, EventKind},
-    flow::{GuardEntry, GuardKey, LEG_REDIRECTED, LEG_STARTING, LegState, ListenerKey, Tuple},
+    event::Counter,
+    flow::{LEG_REDIRECTED, LEG_STARTING, ListenerKey, Tuple},
     table::Step,
 };
 
 use crate::{
     bank::repeat,
-    ctx::{fetch_add, load32, load64},
+    ctx::{load32, load64},
+    end::{guard_begins, guard_ends, report_end},
     listener::same,
-    maps::{DELIVERED, GUARD, HANDOVER, LEGS, LISTENERS},
-    report::{count, event},
-    socket::{CLOSE, CLOSING, FIN_WAIT2, LAST_ACK, LISTEN, Socket},
+    maps::{DELIVERED, HANDOVER, LEGS, LISTENERS},
+    report::count,
+    socket::{CLOSE, CLOSING, FIN_WAIT2, LAST_ACK, LISTEN, Socket, TCP},
 };
 
 #[sock_ops]
@@ -140,7 +141,8 @@ fn unlisten(ctx: *mut bpf_sock_ops, socket: Socket) {
     let local = socket.local();
     // SAFETY: the helper takes this context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
-    let key = ListenerKey { handle, netns, family: local.family.into(), slot: 0 };
+    let key =
+        ListenerKey { handle, netns, family: local.family, protocol: TCP as u16, slot: 0 };
     repeat(LISTENER_SLOTS, &mut Unlisten { key, local });
 }
 
@@ -193,17 +195,7 @@ fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
     let fin_acknowledged = before == FIN_WAIT2 || before == CLOSING || before == LAST_ACK;
     let sent = load64!(ctx, 176).saturating_sub(1 + u64::from(fin_acknowledged));
     let received = load64!(ctx, 168).saturating_sub(u64::from(socket.has_received_fin()));
-    event(EventKind::Closed, |event| {
-        event.flow = leg.record.flow;
-        event.handle = leg.handle;
-        event.filter = leg.filter;
-        event.pid = leg.pid;
-        event.requested = leg.requested;
-        event.legs = leg.record.legs;
-        event.hops = leg.record.hop_count;
-        event.bytes_sent = sent;
-        event.bytes_received = received;
-    });
+    report_end(leg, sent, received);
 }
 
 /// Asks to be told of this socket's changes of state.
@@ -244,46 +236,5 @@ fn tuple(netns: u64, connecting: &Endpoint, accepting: &Endpoint) -> Tuple {
         remote_address: accepting.address,
         local_port: connecting.port.into(),
         remote_port: accepting.port.into(),
-    }
-}
-
-#[inline(always)]
-fn guard_key(leg: &LegState) -> GuardKey {
-    GuardKey {
-        handle: leg.handle,
-        netns: leg.netns,
-        address: leg.requested.address,
-        port: leg.requested.port.into(),
-        zero: 0,
-    }
-}
-
-/// The service holds one flow more for the destination.
-#[inline(always)]
-fn guard_begins(leg: &LegState) {
-    let key = guard_key(leg);
-    if let Some(entry) = GUARD.get_ptr_mut(&key) {
-        // SAFETY: the entry stays allocated until the program ends; `live` is shared with other
-        // CPUs and touched atomically alone. A lost update of `legs` lets a loop go on for a leg
-        // more.
-        unsafe {
-            let before = fetch_add(&raw mut (*entry).live, 1);
-            if before <= 0 || (*entry).legs < leg.record.legs {
-                (*entry).legs = leg.record.legs;
-            }
-            (*entry).flow = leg.record.flow;
-        }
-        return;
-    }
-    let entry = GuardEntry { live: 1, flow: leg.record.flow, legs: leg.record.legs, zero: 0 };
-    let _full = GUARD.insert(&key, &entry, BPF_ANY.into());
-}
-
-/// The service holds one flow less for the destination.
-#[inline(always)]
-fn guard_ends(leg: &LegState) {
-    if let Some(entry) = GUARD.get_ptr_mut(&guard_key(leg)) {
-        // SAFETY: as in `guard_begins`.
-        unsafe { fetch_add(&raw mut (*entry).live, -1) };
     }
 }

@@ -91,6 +91,8 @@ pub mod errno {
     pub const ENODATA: i32 = 61;
     /// Not this kind of socket, or not an option of Carnet's (contract S37b).
     pub const EOPNOTSUPP: i32 = 95;
+    /// Another UDP socket is connected from the same address to the same service.
+    pub const EADDRINUSE: i32 = 98;
     /// The socket is not connected (contract Q6).
     pub const ENOTCONN: i32 = 107;
     /// The connection's service is not there and its failure policy is `block`.

@@ -65,6 +65,19 @@ impl Endpoint {
             && (self.address[2] == 0 || self.address[2] == MAPPED_WORD.to_be())
     }
 
+    /// Whether the address is of a group: multicast, or IPv4's limited broadcast. What is sent there
+    /// has no single receiver, so no service can stand for it. (A subnet's broadcast address is not
+    /// told from others by its bits.)
+    #[inline(always)]
+    pub const fn is_group(&self) -> bool {
+        if self.is_ipv4() {
+            let address = u32::from_be(self.address[3]);
+            address >> 28 == 0xe || address == u32::MAX
+        } else {
+            u32::from_be(self.address[0]) >> 24 == 0xff
+        }
+    }
+
     /// The address as a number, most significant bit first, for range conditions.
     #[inline(always)]
     pub const fn value(&self) -> Wide {
@@ -209,6 +222,21 @@ mod tests {
             assert_eq!(SocketAddr::from(endpoint), address, "{text}");
             assert_eq!(endpoint.is_ipv4(), ipv4, "{text}");
             assert_eq!(endpoint.is_unspecified(), unspecified, "{text}");
+        }
+    }
+
+    #[test]
+    fn groups_are_told_from_receivers() {
+        for (text, group) in [
+            ("224.0.0.251:5353", true),
+            ("[::ffff:239.1.2.3]:1", true),
+            ("255.255.255.255:67", true),
+            ("[ff02::fb]:5353", true),
+            ("223.255.255.255:1", false),
+            ("240.0.0.1:1", false),
+            ("[fe80::1]:1", false),
+        ] {
+            assert_eq!(Endpoint::from(text.parse::<SocketAddr>().unwrap()).is_group(), group, "{text}");
         }
     }
 

@@ -4,7 +4,7 @@
 //! to a leaf, checks the leaf's candidates in the order of arbitration and combines what they say.
 
 use crate::{
-    address::Wide,
+    address::{Endpoint, Wide},
     arbitration::{Verdict, action_of},
     chain::{Chain, hop_limit, slot_bit},
     table::{
@@ -18,6 +18,17 @@ pub trait Connection {
     /// The value of `field` (a [`Field`](crate::table::Field) as number); `argument` is the level
     /// for the cgroup field. An unknown field is [`Wide::MIN`].
     fn value(&self, field: u32, argument: u32) -> Wide;
+
+    /// Whether a service can stand for the destination: [`is_redirectable`].
+    fn is_redirectable(&self) -> bool;
+}
+
+/// Whether a service can stand for `destination` towards a socket of the IP protocol `protocol`: not
+/// for the many that a datagram to a group is for.
+#[inline(always)]
+pub const fn is_redirectable(protocol: u32, destination: &Endpoint) -> bool {
+    const TCP: u32 = 6;
+    protocol == TCP || !destination.is_group()
 }
 
 /// Who knows whether services can take a connection now.
@@ -63,6 +74,8 @@ pub enum Outcome {
     AlreadyVisited,
     /// It would redirect, but its service trusts those that had the flow (contract C7).
     Trusts,
+    /// It would redirect, but the datagram is for a group, for which no service can stand.
+    Group,
     /// Its service has no live listener and is passed over (failure policy `skip`).
     Skipped,
     /// Its service has no live listener and the connection is refused (failure policy `block`).
@@ -409,7 +422,7 @@ where
     }
 }
 
-impl<T: Tables, C, O> Scan<'_, T, C, O> {
+impl<T: Tables, C: Connection, O> Scan<'_, T, C, O> {
     /// Lets a filter that matches have its say.
     #[inline(always)]
     fn take(&mut self, filter: &FilterRow) -> Outcome {
@@ -429,6 +442,9 @@ impl<T: Tables, C, O> Scan<'_, T, C, O> {
     fn redirect(&mut self, filter: &FilterRow) -> Outcome {
         if !Verdict::from_number(self.verdict).allows_redirect() {
             return Outcome::Overruled;
+        }
+        if !self.connection.is_redirectable() {
+            return Outcome::Group;
         }
         let Some(service) = self.tables.service(filter.slot) else {
             return Outcome::AlreadyVisited;

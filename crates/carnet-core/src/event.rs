@@ -41,7 +41,7 @@ impl EventKind {
     }
 }
 
-/// An event, 128 bytes.
+/// An event, 136 bytes.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -76,15 +76,20 @@ pub struct Event {
     /// Hops in the record.
     pub hops: u32,
     /// `Closed`: bytes that the connecting side sent and had acknowledged, as TCP counts them: the
-    /// SYN and the FIN are a byte each.
+    /// SYN and the FIN are a byte each. 0 for UDP, of which the kernel keeps no count.
     pub bytes_sent: u64,
-    /// `Closed`: bytes that the connecting side received, the FIN being one of them.
+    /// `Closed`: bytes that the connecting side received, the FIN being one of them. 0 for UDP.
     pub bytes_received: u64,
     /// Command name of the process, zero-padded.
     pub command: [u8; 16],
+    /// IP protocol number of the socket: 6, TCP; 17, UDP; 136, UDP-Lite; 0 where the event concerns
+    /// no connection.
+    pub protocol: u32,
+    /// Always zero.
+    pub zero: u32,
 }
 
-const _: () = assert!(size_of::<Event>() == 64 + 24 + 8 + 16 + 16);
+const _: () = assert!(size_of::<Event>() == 64 + 24 + 8 + 16 + 16 + 8);
 
 /// Counters of the engine, each a slot of a per-CPU array. The first group adds up to the number of
 /// connects that were classified.

@@ -10,7 +10,7 @@ use zerocopy::FromZeros as _;
 use crate::{
     address::{Endpoint, Wide},
     chain::{Chain, RedirectState},
-    classify::{Connection, Decision, Listeners, Observer, Outcome, classify},
+    classify::{Connection, Decision, Listeners, Observer, Outcome, classify, is_redirectable},
     compile::CompiledPolicy,
     object::{Policy, Service},
     record::{FileId, Hop, Record},
@@ -77,6 +77,10 @@ impl Connection for HostConnection {
         // No condition reaches up to the largest value of two words: not that of a range of
         // users, nor of an existing file, cgroup or network namespace.
         self.get(*field, argument).unwrap_or(Wide::MAX)
+    }
+
+    fn is_redirectable(&self) -> bool {
+        is_redirectable(self.protocol.into(), &self.destination)
     }
 }
 

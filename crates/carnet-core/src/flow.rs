@@ -17,8 +17,10 @@ pub const LEG_STARTING: u32 = 1 << 8;
 /// accepts.
 ///
 /// It begins when a service sets a record on the socket, or when a connect is redirected; `kind` is
-/// 0 until the connect and after the connection's end. On the connecting socket it answers `getpeername` and the flow listing; on the accepted one the
-/// control interface. Its record's MAC is computed when a service asks for the record.
+/// 0 until the connect and after the connection's end. On the connecting socket it answers
+/// `getpeername` and the flow listing; on the accepted one the control interface. A UDP flow of an
+/// unconnected socket has its leg in a [`DatagramLeg`]. Its record's MAC is computed when a service
+/// asks for the record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct LegState {
@@ -41,6 +43,10 @@ pub struct LegState {
     /// Number of hops of the record that a service set on the connecting socket; 0 if none was. It
     /// tells what a later connect of the socket begins with: a redirect appends a hop.
     pub set_hops: u32,
+    /// IP protocol number of the socket: 6, TCP; 17, UDP; 136, UDP-Lite.
+    pub protocol: u32,
+    /// Always zero.
+    pub zero: u32,
     /// The destination that the connect asked for.
     pub requested: Endpoint,
     /// Where the connection really goes: the service's listener; for an onward leg the same as
@@ -85,8 +91,8 @@ pub struct GuardKey {
     pub address: [u32; 4],
     /// The destination's port, in host byte order.
     pub port: u32,
-    /// Always zero.
-    pub zero: u32,
+    /// IP protocol number.
+    pub protocol: u32,
 }
 
 /// What the guard remembers: how many flows for that destination the service holds, and how many
@@ -117,7 +123,9 @@ pub struct ListenerKey {
     /// Cookie of the network namespace.
     pub netns: u64,
     /// Family of the listening socket: 2 or 10.
-    pub family: u32,
+    pub family: u16,
+    /// IP protocol number of the socket: 6, TCP; 17, UDP.
+    pub protocol: u16,
     /// 0..[`LISTENER_SLOTS`](crate::abi::LISTENER_SLOTS).
     pub slot: u32,
 }
@@ -134,11 +142,158 @@ pub struct ListenerEntry {
     pub missed: u64,
 }
 
+/// Key of the UDP flows of unconnected sockets: the address under which the service sees the flow's
+/// client, its *source token*.
+///
+/// Every datagram of the flow reaches the service from this address, with the client's own port, and
+/// what the service sends there reaches the client. So a service tells flows by the source of their
+/// datagrams, as it would tell clients, whatever clients share a port or a destination.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct TokenKey {
+    /// Cookie of the network namespace.
+    pub netns: u64,
+    /// The source token, four words in network byte order, IPv4 mapped.
+    pub address: [u32; 4],
+}
+
+/// Key of what is remembered of an unconnected UDP socket's flows: the socket, and whom it talks to
+/// (contract U7).
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct CorrespondentKey {
+    /// Cookie of the socket.
+    pub cookie: u64,
+    /// Address of the other side, four words in network byte order, IPv4 mapped.
+    pub address: [u32; 4],
+    /// Port of the other side, in host byte order.
+    pub port: u32,
+    /// Always zero.
+    pub zero: u32,
+}
+
+/// What was decided for a flow of an unconnected UDP socket. It holds until the flow has been idle
+/// for too long: policy changes do not re-route it (contract C42).
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Correspondent {
+    /// When the flow had its last datagram: nanoseconds of the boot-time clock.
+    pub seen_ns: u64,
+    /// The flow's source token if it goes to a service; all zero if it passes.
+    pub token: [u32; 4],
+}
+
+impl Correspondent {
+    /// Whether the flow passes. Tokens of IPv4 have a mark in their third word, those of IPv6 in their
+    /// first.
+    #[inline(always)]
+    pub const fn passes(&self) -> bool {
+        self.token[0] == 0 && self.token[2] == 0
+    }
+}
+
+/// A UDP flow of an unconnected socket, as long as it goes to a service. In the kernel a timer lies
+/// before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct DatagramLeg {
+    /// When the flow had its last datagram, in either direction: nanoseconds of the boot-time clock.
+    pub seen_ns: u64,
+    /// Where answers reach the client: the address that its socket is bound to, a loopback address
+    /// if that is unspecified.
+    pub client: Endpoint,
+    /// The leg.
+    pub leg: LegState,
+}
+
+/// How long a UDP flow of an unconnected socket lives without a datagram unless told otherwise, in
+/// nanoseconds: 60 s (contract U7).
+pub const DATAGRAM_IDLE_NS: u64 = 60_000_000_000;
+
+/// IPv4 source tokens are 127.64.0.0/10.
+const TOKEN_V4: u32 = 0x7f40_0000;
+/// The bits of an IPv4 source token that count.
+const TOKEN_V4_BITS: u32 = 0x003f_ffff;
+/// IPv6 source tokens are fd43:6172:6e65:74::/64, a unique local prefix of Carnet's own.
+const TOKEN_V6: [u32; 2] = [0xfd43_6172_u32.to_be(), 0x6e65_0074_u32.to_be()];
+
+/// The source token with number `n`: of IPv4 for flows that the network layer carries as IPv4, mapped
+/// ones among them. IPv4 has 4,194,304 of them, after which they begin anew.
+#[inline(always)]
+pub const fn source_token(n: u64, ipv4: bool) -> [u32; 4] {
+    if ipv4 {
+        let address = TOKEN_V4 | (n as u32 & TOKEN_V4_BITS);
+        Endpoint::v4(address.to_be(), 0).address
+    } else {
+        [TOKEN_V6[0], TOKEN_V6[1], ((n >> 32) as u32).to_be(), (n as u32).to_be()]
+    }
+}
+
+/// Whether an address is of those from which source tokens are taken.
+#[inline(always)]
+pub const fn is_source_token(endpoint: &Endpoint) -> bool {
+    let address = &endpoint.address;
+    if endpoint.is_ipv4() {
+        u32::from_be(address[3]) & !TOKEN_V4_BITS == TOKEN_V4
+    } else {
+        address[0] == TOKEN_V6[0] && address[1] == TOKEN_V6[1]
+    }
+}
+
 const _: () = {
-    assert!(size_of::<LegState>() == 56 + 48 + 256 + 912);
+    assert!(size_of::<LegState>() == 64 + 48 + 256 + 912);
+    assert!(size_of::<TokenKey>() == 24);
+    assert!(size_of::<CorrespondentKey>() == 32);
+    assert!(size_of::<Correspondent>() == 24);
+    assert!(size_of::<DatagramLeg>() == 8 + 24 + size_of::<LegState>());
     assert!(size_of::<Tuple>() == 48);
     assert!(size_of::<GuardKey>() == 40);
     assert!(size_of::<GuardEntry>() == 24);
     assert!(size_of::<ListenerKey>() == 24);
     assert!(size_of::<ListenerEntry>() == 32);
 };
+
+#[cfg(test)]
+mod tests {
+    use super::{Correspondent, is_source_token, source_token};
+    use crate::address::Endpoint;
+    use core::net::{IpAddr, SocketAddr};
+    use proptest::prelude::*;
+
+    fn address(words: [u32; 4]) -> IpAddr {
+        SocketAddr::from(Endpoint { family: 2, ..Endpoint::v6(words, 0) }).ip()
+    }
+
+    #[test]
+    fn tokens_are_addresses_of_their_prefixes() {
+        assert_eq!(address(source_token(0, true)).to_string(), "127.64.0.0");
+        assert_eq!(address(source_token(258, true)).to_string(), "127.64.1.2");
+        assert_eq!(address(source_token(4_194_303, true)).to_string(), "127.127.255.255");
+        assert_eq!(address(source_token(4_194_304, true)).to_string(), "127.64.0.0");
+        assert_eq!(address(source_token(10, false)).to_string(), "fd43:6172:6e65:74::a");
+        for other in ["127.63.255.255:1", "127.128.0.0:1", "127.0.0.1:1", "[::1]:1", "[fd43:6172:6e65:75::]:1"] {
+            assert!(!is_source_token(&other.parse::<SocketAddr>().unwrap().into()), "{other}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_token_is_one(n: u64, ipv4: bool, port: u16) {
+            let token = Endpoint::v6(source_token(n, ipv4), port);
+            prop_assert!(is_source_token(&token));
+            prop_assert_eq!(token.is_ipv4(), ipv4);
+            prop_assert!(!Correspondent { seen_ns: 0, token: token.address }.passes());
+        }
+
+        #[test]
+        fn ipv6_tokens_do_not_repeat(a: u64, b: u64) {
+            prop_assert_eq!(source_token(a, false) == source_token(b, false), a == b);
+        }
+    }
+}

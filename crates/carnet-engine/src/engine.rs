@@ -4,12 +4,14 @@ use std::{
     fs,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use aya::maps::MapData;
 use carnet_core::{
     compile::{CompiledPolicy, compile},
     event::Counter,
+    flow::DATAGRAM_IDLE_NS,
     object::Policy,
 };
 use rustix::thread::{CapabilitySet, capabilities};
@@ -34,15 +36,25 @@ pub struct UpOptions {
     /// fields counts once for each combination. The tables take about 2 KB of kernel memory for
     /// each.
     pub max_filters: u32,
+    /// How long a UDP flow of an unconnected socket lives without a datagram (contract U7). What a
+    /// socket sends to the same destination after that begins a new flow, which the policy of that
+    /// time decides about. At least a millisecond.
+    pub udp_idle: Duration,
 }
 
 impl UpOptions {
     /// Room for filters unless told otherwise.
     pub const DEFAULT_MAX_FILTERS: u32 = 1024;
+    /// Life of an idle UDP flow unless told otherwise.
+    pub const DEFAULT_UDP_IDLE: Duration = Duration::from_nanos(DATAGRAM_IDLE_NS);
 
     /// The defaults for a scope.
     pub fn new(cgroup: impl Into<PathBuf>) -> Self {
-        Self { cgroup: cgroup.into(), max_filters: Self::DEFAULT_MAX_FILTERS }
+        Self {
+            cgroup: cgroup.into(),
+            max_filters: Self::DEFAULT_MAX_FILTERS,
+            udp_idle: Self::DEFAULT_UDP_IDLE,
+        }
     }
 }
 
@@ -81,19 +93,22 @@ impl Engine {
     /// # Errors
     /// Before anything is touched: [`Error::NotPrivileged`], [`Error::KernelTooOld`],
     /// [`Error::NoBtf`], [`Error::NoCgroup2`], [`Error::NotACgroup`], [`Error::BadMaxFilters`],
-    /// [`Error::AlreadyUp`]. Then [`Error::UnknownKernel`], [`Error::Object`], [`Error::Program`]
+    /// [`Error::BadUdpIdle`], [`Error::AlreadyUp`]. Then [`Error::UnknownKernel`], [`Error::Object`], [`Error::Program`]
     /// if the kernel refuses the engine, and [`Error::Attach`] if it cannot be attached, for
     /// example since somebody else's program claims the cgroup for itself.
     pub fn up(location: &Location, options: &UpOptions) -> Result<Self, Error> {
         check_privileges()?;
         kernel::check_version()?;
         let capacities = Capacities::for_filters(options.max_filters)?;
+        if options.udp_idle < Duration::from_millis(1) {
+            return Err(Error::BadUdpIdle);
+        }
         let scope = Place::at(&options.cgroup)?;
         let lock = location.lock_parent()?;
         let result = if location.is_up() {
             Err(Error::AlreadyUp { instance: location.instance().to_owned() })
         } else {
-            build(location, options.max_filters, &capacities, &scope)
+            build(location, options, &capacities, &scope)
         };
         if let Err(error) = result {
             if let Err(second) = location.remove_parent(&lock) {
@@ -314,7 +329,7 @@ fn missing_capabilities(held: CapabilitySet, needed: &[(CapabilitySet, &'static 
 /// Builds an instance aside and gives it its name at the end. The lock of all instances is held.
 fn build(
     location: &Location,
-    max_filters: u32,
+    options: &UpOptions,
     capacities: &Capacities,
     scope: &Place,
 ) -> Result<(), Error> {
@@ -327,13 +342,13 @@ fn build(
     let loaded = object::load(Some(&maps), Some(capacities))?;
     pin_programs(&loaded, &programs)?;
     let instance = Instance {
-        max_filters,
+        max_filters: options.max_filters,
         build: BuildId::own(),
         scope_id: scope.id,
         scope: scope.path.clone(),
     };
     let tables = Tables::at(maps);
-    tables.write_config()?;
+    tables.write_config(options.udp_idle)?;
     tables.create_instance(&instance)?;
     let plan = plan(&instance, &Policy::new())?;
     Links::of(&workshop.path).attach_missing(&plan, |_| false)?;

@@ -231,6 +231,10 @@ pub enum Error {
         largest: u32,
     },
 
+    /// A life of idle UDP flows of less than a millisecond.
+    #[error("idle UDP flows cannot end at once: give them a millisecond or more")]
+    BadUdpIdle,
+
     /// The policy cannot be compiled.
     #[error(transparent)]
     Compile(#[from] CompileError),

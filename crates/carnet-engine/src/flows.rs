@@ -40,6 +40,8 @@ pub struct Flow {
     pub flow: u64,
     /// Where the leg goes.
     pub kind: LegKind,
+    /// IP protocol number: 6, TCP; 17, UDP.
+    pub protocol: u8,
     /// The destination that the connect asked for, which the connecting side sees as its peer.
     pub requested: SocketAddr,
     /// Where the connection really goes: the service's listener, or the destination.
@@ -108,13 +110,16 @@ pub struct FlowApp {
 }
 
 impl Engine {
-    /// The flows that are alive, in all network namespaces, oldest leg first.
+    /// The flows that are alive, in all network namespaces, oldest leg first. Of UDP sockets that are
+    /// not connected, those are listed that go to services.
     ///
     /// # Errors
     /// [`Error::NotUp`], [`Error::UnknownLayout`]; [`Error::Io`] if the kernel does not list them.
     pub fn flows(&self) -> Result<Vec<Flow>, Error> {
         let (legs, policy) = self.reading(|tables| {
-            Ok((read_legs(&self.program_path(object::FLOWS), tables)?, tables.in_force()?.policy))
+            let mut legs = read_legs(&self.program_path(object::FLOWS), tables)?;
+            legs.extend(tables.datagram_legs()?.into_iter().map(|held| held.leg));
+            Ok((legs, tables.in_force()?.policy))
         })?;
         let names = service_names(&policy);
         let name = |handle| names.get(&handle).cloned();
@@ -152,6 +157,7 @@ impl Flow {
         Self {
             flow: record.flow,
             kind: if redirected { LegKind::Redirected } else { LegKind::Onward },
+            protocol: leg.protocol as u8,
             requested: leg.requested.into(),
             target: leg.target.into(),
             destination: record.destination.into(),
@@ -200,6 +206,7 @@ mod tests {
         let mut leg = LegState::new_zeroed();
         leg.kind = LEG_REDIRECTED;
         leg.handle = 5;
+        leg.protocol = 17;
         leg.requested = Endpoint::from("192.0.2.1:80".parse::<SocketAddr>().unwrap());
         leg.target = Endpoint::from("[::1]:15001".parse::<SocketAddr>().unwrap());
         leg.context_length = 2;
@@ -211,7 +218,7 @@ mod tests {
         leg.record.app.command[..4].copy_from_slice(b"true");
         let name = |handle| (handle == 5).then(|| "scan".to_owned());
         let flow = Flow::new(&leg, name);
-        assert_eq!(flow.kind, LegKind::Redirected);
+        assert_eq!((flow.kind, flow.protocol), (LegKind::Redirected, 17));
         assert_eq!(flow.requested, "192.0.2.1:80".parse().unwrap());
         assert_eq!(flow.target, "[::1]:15001".parse().unwrap());
         assert_eq!(flow.service.as_deref(), Some("scan"));

@@ -16,7 +16,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!("../prebuilt/carnet.bpfel.o")
 
 /// Version of what maps mean, beyond their sizes: records, rows, names. To be raised with every
 /// change after which programs and maps of before and after do not understand each other.
-pub(crate) const LAYOUT: u32 = 2;
+pub(crate) const LAYOUT: u32 = 3;
 
 /// Which build of the kernel engine something is: the SHA-256 of its object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,12 +48,17 @@ pub(crate) struct Hook {
 }
 
 /// What runs for every socket of the redirected scope.
-pub(crate) static SCOPE_HOOKS: [Hook; 5] = [
+pub(crate) static SCOPE_HOOKS: [Hook; 10] = [
     hook("carnet_connect4", "connect4", bpf_attach_type::BPF_CGROUP_INET4_CONNECT),
     hook("carnet_connect6", "connect6", bpf_attach_type::BPF_CGROUP_INET6_CONNECT),
     hook("carnet_getpeer4", "getpeername4", bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME),
     hook("carnet_getpeer6", "getpeername6", bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME),
     hook("carnet_sockops", "sockops", bpf_attach_type::BPF_CGROUP_SOCK_OPS),
+    hook("carnet_sendmsg4", "sendmsg4", bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG),
+    hook("carnet_sendmsg6", "sendmsg6", bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG),
+    hook("carnet_recvmsg4", "recvmsg4", bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG),
+    hook("carnet_recvmsg6", "recvmsg6", bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG),
+    hook("carnet_release", "sock_release", bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE),
 ];
 
 /// What runs for the sockets of services only, since it makes every socket option dearer.
@@ -138,6 +143,7 @@ pub(crate) fn load(maps: Option<&Path>, capacities: Option<&Capacities>) -> Resu
 fn load_program(name: &str, program: &mut Program, btf: &Btf) -> Result<(), ProgramError> {
     match program {
         Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
         Program::CgroupSockopt(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::Iter(program) if name == FLOWS => program.load("bpf_sk_storage_map", btf),
@@ -150,6 +156,7 @@ fn load_program(name: &str, program: &mut Program, btf: &Btf) -> Result<(), Prog
 pub(crate) fn program<'a>(loaded: &'a Ebpf, name: &str) -> Result<&'a ProgramFd, Error> {
     let found = match loaded.program(name) {
         Some(Program::CgroupSockAddr(program)) => program.fd(),
+        Some(Program::CgroupSock(program)) => program.fd(),
         Some(Program::CgroupSockopt(program)) => program.fd(),
         Some(Program::SockOps(program)) => program.fd(),
         Some(Program::Iter(program)) => program.fd(),

@@ -36,6 +36,8 @@ pub struct Status {
     pub own_build: BuildId,
     /// How many filters there is room for.
     pub max_filters: u32,
+    /// How long a UDP flow of an unconnected socket lives without a datagram.
+    pub udp_idle: Duration,
     /// The programs.
     pub programs: Vec<ProgramStatus>,
     /// The links.
@@ -108,7 +110,7 @@ impl Engine {
         let known = self.instance()?;
         // Read again: another process may have upgraded it.
         let instance = tables.read_instance()?.unwrap_or_else(|_| known.clone());
-        let (epoch, flows_begun) = tables.epoch_and_flows()?;
+        let (epoch, flows_begun, udp_idle) = tables.epoch_flows_and_udp_idle()?;
         let in_force = tables.in_force()?;
         let compiled = compile(&in_force.policy, in_force.generation)?;
         // In an empty instance there is no document yet.
@@ -131,6 +133,7 @@ impl Engine {
             build: instance.build,
             own_build: BuildId::own(),
             max_filters: instance.max_filters,
+            udp_idle,
             programs: self.programs()?,
             links: self.link_status(&in_force.policy, scope_alive.then_some(instance.scope_id))?,
             counters: tables.counters()?,

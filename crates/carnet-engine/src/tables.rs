@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
+    time::Duration,
 };
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
@@ -13,7 +14,7 @@ use carnet_core::{
     abi::MAX_CONTEXT,
     compile::{CompiledPolicy, max_candidates, max_nodes},
     event::Counter,
-    flow::{ListenerEntry, ListenerKey},
+    flow::{DatagramLeg, ListenerEntry, ListenerKey, TokenKey},
     object::Policy,
     table::{HeaderRow, MAX_CANDIDATES},
 };
@@ -33,6 +34,8 @@ struct Config {
     key: [u64; 2],
     epoch: u64,
     flows: u64,
+    tokens: u64,
+    datagram_idle_ns: u64,
 }
 
 /// A key of `SLOTS`.
@@ -59,6 +62,14 @@ impl Context {
         }
         context
     }
+}
+
+/// An element of `DATAGRAM_LEGS`. User mode sees the timer as zeros.
+#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes)]
+#[repr(C)]
+struct TimedLeg {
+    timer: [u64; 2],
+    held: DatagramLeg,
 }
 
 /// A page of `DOCUMENT`.
@@ -244,8 +255,9 @@ impl Tables {
         self.array(name)?.set(0, Wire(value), 0).map_err(Error::map(name))
     }
 
-    /// Gives the instance a key that nobody knows, and an epoch that no other has.
-    pub(crate) fn write_config(&self) -> Result<(), Error> {
+    /// Gives the instance a key that nobody knows, an epoch that no other has, and the time after
+    /// which a UDP flow of an unconnected socket ends.
+    pub(crate) fn write_config(&self, datagram_idle: Duration) -> Result<(), Error> {
         let mut random = [0_u8; size_of::<[u64; 3]>()];
         let mut filled = 0;
         while filled < random.len() {
@@ -255,13 +267,21 @@ impl Tables {
         let mut config = Config::new_zeroed();
         let secret = config.as_mut_bytes().iter_mut().zip(&random);
         secret.for_each(|(to, from)| *to = *from);
+        config.datagram_idle_ns = u64::try_from(datagram_idle.as_nanos()).unwrap_or(u64::MAX);
         self.set_first("CONFIG", config)
     }
 
-    /// The instance's epoch, and how many flows have begun.
-    pub(crate) fn epoch_and_flows(&self) -> Result<(u64, u64), Error> {
-        let Config { epoch, flows, .. } = self.first("CONFIG")?;
-        Ok((epoch, flows))
+    /// The instance's epoch, how many flows have begun, and how long an idle UDP flow lives.
+    pub(crate) fn epoch_flows_and_udp_idle(&self) -> Result<(u64, u64, Duration), Error> {
+        let Config { epoch, flows, datagram_idle_ns, .. } = self.first("CONFIG")?;
+        Ok((epoch, flows, Duration::from_nanos(datagram_idle_ns)))
+    }
+
+    /// The UDP flows of unconnected sockets that go to services.
+    pub(crate) fn datagram_legs(&self) -> Result<Vec<DatagramLeg>, Error> {
+        let legs = self.hash::<TokenKey, TimedLeg>("DATAGRAM_LEGS")?;
+        // One that ends while the others are read is missed.
+        Ok(legs.iter().filter_map(Result::ok).map(|(_, Wire(timed))| timed.held).collect())
     }
 
     /// Makes and writes `INSTANCE`.

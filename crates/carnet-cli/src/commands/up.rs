@@ -1,6 +1,6 @@
 //! `carnet up`: loads an engine instance and attaches it to a cgroup.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use carnet_engine::{Engine, UpOptions};
 use serde::Serialize;
@@ -25,6 +25,10 @@ pub(crate) struct Arguments {
     /// Make room for this many filters
     #[arg(long, value_name = "NUMBER", default_value_t = UpOptions::DEFAULT_MAX_FILTERS, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     max_filters: u32,
+
+    /// End a UDP flow of a socket that is not connected after so many seconds without a datagram
+    #[arg(long, value_name = "SECONDS", default_value_t = UpOptions::DEFAULT_UDP_IDLE.as_secs(), value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    udp_idle: u64,
 }
 
 /// JSON of `up`.
@@ -42,7 +46,11 @@ pub(super) fn run(arguments: Arguments, session: &mut Session<'_>) -> Result<u8,
         Some(path) => Cgroup::find(path)?.directory,
         None => lookup::root()?,
     };
-    let options = UpOptions { cgroup: cgroup.clone(), max_filters: arguments.max_filters };
+    let options = UpOptions {
+        cgroup: cgroup.clone(),
+        max_filters: arguments.max_filters,
+        udp_idle: Duration::from_secs(arguments.udp_idle),
+    };
     let engine = Engine::up(&location, &options)?;
     let instance = engine.location().instance();
     let line = format!("instance {instance} is up on {}", cgroup.display());

@@ -1,0 +1,228 @@
+//! What is done with a connect, or with the first datagram of a flow, once it has been decided: the
+//! part that both have in common.
+
+use aya_ebpf::{
+    bindings::bpf_sock_addr,
+    helpers::generated::{
+        bpf_get_socket_cookie, bpf_probe_read_kernel, bpf_set_retval, bpf_setsockopt,
+    },
+};
+use carnet_core::{
+    abi::errno,
+    address::Endpoint,
+    classify::Reason,
+    event::{Counter, EventKind},
+    flow::LegState,
+    record::{Hop, MAGIC, Record, VERSION},
+};
+
+use crate::{
+    ctx::fetch_add,
+    decide::{Request, netns_of},
+    maps::{CONFIG, CONTEXTS},
+    process::{self, Process},
+    report::{count, event_of_caller, now},
+    socket::Socket,
+};
+
+/// Go on, with the destination as it then is.
+pub(crate) const PASS: i32 = 1;
+
+/// The system call fails with `error`: what the hook is to return.
+#[inline(always)]
+pub(crate) fn refuse(error: i32) -> i32 {
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_set_retval(-error) };
+    0
+}
+
+impl Request {
+    /// Whether nothing is to be done with what was decided; counts it then.
+    #[inline(always)]
+    pub(crate) fn passes_untouched(&self, record: Option<&Record>) -> bool {
+        let decision = &self.decision;
+        if decision.skipped != 0 {
+            count(Counter::Skipped);
+        }
+        let untouched = !decision.redirects() && !decision.blocks() && record.is_none();
+        let passes = untouched || Process::current().is_kernel_thread();
+        if passes {
+            count(Counter::Passed);
+        }
+        passes
+    }
+}
+
+/// A connect, or the first datagram of a flow, that has been decided.
+pub(crate) struct Attempt<'a> {
+    pub(crate) ctx: *mut bpf_sock_addr,
+    pub(crate) socket: Socket,
+    /// The record that is set on the socket.
+    pub(crate) record: Option<&'static Record>,
+    pub(crate) request: &'a Request,
+}
+
+impl Attempt<'_> {
+    /// Counts and reports the service that forgot the record, if one did.
+    #[inline(always)]
+    pub(crate) fn report_forgetful(&self) {
+        if self.request.forgetful != 0 {
+            count(Counter::Forgotten);
+            self.report(EventKind::RecordForgotten, self.request.forgetful, None);
+        }
+    }
+
+    /// Fills in what every leg begins with.
+    #[inline(always)]
+    pub(crate) fn begin(&self, leg: &mut LegState, kind: u32, target: &Endpoint) {
+        leg.kind = kind;
+        // SAFETY: the helper takes this context.
+        leg.cookie = unsafe { bpf_get_socket_cookie(self.ctx.cast()) };
+        leg.netns = netns_of(self.ctx);
+        leg.began_ns = now();
+        leg.pid = process::pid();
+        leg.protocol = self.request.protocol;
+        leg.requested = self.request.destination;
+        leg.target = *target;
+    }
+
+    /// Makes it the leg to the service that was decided on; `first` if it is the flow's first one, in
+    /// which case the caller is still to be identified. Gives `false` when the record is full.
+    #[inline(always)]
+    pub(crate) fn redirect(&self, leg: &mut LegState, first: bool) -> bool {
+        let decision = &self.request.decision;
+        leg.handle = decision.handle;
+        leg.filter = decision.filter;
+        if first {
+            self.begin_record(leg);
+        }
+        leg.record.legs = decision.legs.wrapping_add(1);
+        leg.record.issued_ns = leg.began_ns;
+        let noted = leg.record.push(Hop { handle: decision.handle, filter: decision.filter });
+        set_context(leg, decision.filter);
+        noted
+    }
+
+    /// Begins the record of a flow at its first leg.
+    #[inline(always)]
+    fn begin_record(&self, leg: &mut LegState) {
+        let record = &mut leg.record;
+        record.magic = MAGIC;
+        record.version = VERSION;
+        if let Some(config) = CONFIG.get_ptr_mut(0) {
+            // SAFETY: the map's only element lives as long as the map; the counter is shared with
+            // other CPUs and touched atomically alone, the epoch is written before any hook runs.
+            unsafe {
+                record.epoch = (*config).epoch;
+                record.flow = (fetch_add(&raw mut (*config).flows, 1) as u64).wrapping_add(1);
+            }
+        }
+        record.destination = self.request.destination;
+    }
+
+    /// Counts and reports that a service gets it.
+    #[inline(always)]
+    pub(crate) fn report_redirected(&self, record: &Record) {
+        count(Counter::Redirected);
+        self.report(EventKind::Redirected, self.request.decision.handle, Some(record));
+    }
+
+    /// Counts and reports that it passes with a record.
+    #[inline(always)]
+    pub(crate) fn report_onward(&self, record: &Record) {
+        count(Counter::Onward);
+        self.report(EventKind::Onward, 0, Some(record));
+    }
+
+    /// Counts and reports that it is refused.
+    #[inline(always)]
+    pub(crate) fn report_refused(&self) {
+        count(Counter::Blocked);
+        self.report(EventKind::Blocked, self.request.decision.handle, self.record);
+    }
+
+    /// Counts and reports that it is refused for want of memory; gives the errno.
+    #[inline(always)]
+    pub(crate) fn out_of_memory(&self) -> i32 {
+        count(Counter::OutOfMemory);
+        self.report_refused();
+        errno::ENOMEM
+    }
+
+    /// Counts and reports that it is refused as was decided; gives the errno.
+    #[inline(always)]
+    pub(crate) fn blocked(&self) -> i32 {
+        self.report_refused();
+        match self.request.decision.reason {
+            Reason::Loop => {
+                count(Counter::Loops);
+                errno::ELOOP
+            }
+            Reason::ServiceUnavailable => {
+                count(Counter::ServiceUnavailable);
+                errno::ECONNREFUSED
+            }
+            Reason::NoFilter | Reason::Filter => errno::EPERM,
+        }
+    }
+
+    #[inline(always)]
+    fn report(&self, kind: EventKind, handle: u64, record: Option<&Record>) {
+        event_of_caller(kind, |event| {
+            event.reason = self.request.decision.reason as u32;
+            event.handle = handle;
+            event.filter = self.request.decision.filter;
+            event.skipped = self.request.decision.skipped;
+            event.generation = self.request.generation();
+            event.requested = self.request.destination;
+            event.protocol = self.request.protocol;
+            match record {
+                Some(record) => {
+                    event.flow = record.flow;
+                    event.legs = record.legs;
+                    event.hops = record.hop_count;
+                }
+                None => event.legs = self.request.decision.legs,
+            }
+        });
+    }
+
+    /// A device that a socket is bound to keeps it from reaching a service on loopback; the service
+    /// reaches the destination with a socket of its own.
+    #[inline(always)]
+    pub(crate) fn unbind_device(&self) {
+        const SOL_SOCKET: i32 = 1;
+        const SO_BINDTOIFINDEX: i32 = 62;
+        if self.socket.bound_device() != 0 {
+            let mut none = 0_u32;
+            // SAFETY: the helper takes this context and reads 4 bytes.
+            unsafe {
+                bpf_setsockopt(
+                    self.ctx.cast(),
+                    SOL_SOCKET,
+                    SO_BINDTOIFINDEX,
+                    (&raw mut none).cast(),
+                    size_of::<u32>() as i32,
+                );
+            }
+        }
+    }
+}
+
+/// Gives the leg the context of the filter that redirects it, if that has one.
+#[inline(always)]
+fn set_context(leg: &mut LegState, filter: u64) {
+    leg.context_length = 0;
+    // SAFETY: the value is copied out at once; contexts are never changed in place.
+    if let Some(context) = unsafe { CONTEXTS.get(&filter) } {
+        leg.context_length = context.length as u32;
+        // SAFETY: both are `MAX_CONTEXT` bytes long.
+        unsafe {
+            bpf_probe_read_kernel(
+                leg.context.as_mut_ptr().cast(),
+                size_of_val(&leg.context) as u32,
+                context.bytes.as_ptr().cast(),
+            );
+        }
+    }
+}

@@ -1,0 +1,289 @@
+//! `cgroup/sendmsg4` and `cgroup/sendmsg6` (since Linux 4.18): redirect, pass or refuse the datagrams
+//! that are sent to an address.
+//!
+//! **What it does.** Recognises a flow by its socket and its destination (contract U7). The first
+//! datagram of a flow is classified as a connect would be; the following ones go the same way until
+//! the flow has been idle for too long, whatever the policy says by then. One that goes to a service
+//! gets a source token: an address from which the service sees this flow alone. An answer of a
+//! service to a source token goes to that flow's client.
+//!
+//! **Why this hook.** It runs for every datagram of a UDP socket that is not connected, or that is
+//! sent elsewhere than where its socket is connected, however it is sent (sendto, sendmsg, sendmmsg,
+//! io_uring), before routing, and it can change both addresses. Datagrams of IPv6 sockets to mapped
+//! addresses come to sendmsg4.
+//!
+//! **Returns** 1: go on. 0: the call fails with the errno that was set.
+//!
+//! **Fails closed**: where kernel memory is exhausted a datagram that should be redirected is refused.
+//! **WFP**: the `ALE_CONNECT_REDIRECT` layers, at the first datagram of a flow.
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST, bpf_sock_addr},
+    helpers::generated::{bpf_get_socket_cookie, bpf_map_update_elem},
+    macros::cgroup_sock_addr,
+    programs::SockAddrContext,
+};
+use carnet_core::{
+    address::Endpoint,
+    event::Counter,
+    flow::{
+        Correspondent, CorrespondentKey, LEG_REDIRECTED, TokenKey, is_source_token, source_token,
+    },
+    record::Record,
+};
+
+use crate::{
+    attempt::{Attempt, PASS, refuse},
+    client::{carnet_answers, held},
+    ctx::{fetch_add, load32, load64, store32},
+    decide::{Request, concerns_somebody, destination_concerns_somebody, netns_of},
+    end::guard_begins,
+    idle,
+    listener::{LOOPBACK_V4, ONE, is_registered},
+    maps::{BLANK_LEG, CONFIG, CORRESPONDENTS, DATAGRAM_LEGS, LEGS, SOCKET_TOKENS, TOKENS, TimedLeg},
+    process::{carnet_identify, carnet_service},
+    report::{count, now},
+    socket::{Socket, copy_record, is_datagram},
+};
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn carnet_sendmsg4(ctx: SockAddrContext) -> i32 {
+    let ctx = ctx.sock_addr;
+    let destination = Endpoint::v4(load32!(ctx, 4), u16::from_be(load32!(ctx, 24) as u16));
+    send(ctx, destination, |source, to| {
+        store32!(ctx, 40, source[3]);
+        store32!(ctx, 4, to.address[3]);
+        store32!(ctx, 24, u32::from(to.port.to_be()));
+    })
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn carnet_sendmsg6(ctx: SockAddrContext) -> i32 {
+    let ctx = ctx.sock_addr;
+    let destination = Endpoint::v6(
+        [load32!(ctx, 8), load32!(ctx, 12), load32!(ctx, 16), load32!(ctx, 20)],
+        u16::from_be(load32!(ctx, 24) as u16),
+    );
+    send(ctx, destination, |source, to| {
+        store32!(ctx, 44, source[0]);
+        store32!(ctx, 48, source[1]);
+        store32!(ctx, 52, source[2]);
+        store32!(ctx, 56, source[3]);
+        store32!(ctx, 8, to.address[0]);
+        store32!(ctx, 12, to.address[1]);
+        store32!(ctx, 16, to.address[2]);
+        store32!(ctx, 20, to.address[3]);
+        store32!(ctx, 24, u32::from(to.port.to_be()));
+    })
+}
+
+/// Both hooks. `rewrite` changes the source address, and the destination.
+#[inline(always)]
+fn send(
+    ctx: *mut bpf_sock_addr,
+    mut destination: Endpoint,
+    rewrite: impl Fn(&[u32; 4], &Endpoint),
+) -> i32 {
+    let protocol = load32!(ctx, 36);
+    if !is_datagram(protocol) {
+        return PASS;
+    }
+    let Some(socket) = Socket::new(load64!(ctx, 64) as *mut _) else {
+        return PASS;
+    };
+    destination.family = socket.family();
+    if is_source_token(&destination)
+        && let Some(timed) = held(ctx, &destination.address)
+        && timed.held.leg.handle == carnet_service()
+    {
+        timed.held.seen_ns = now();
+        rewrite(&destination.address, &timed.held.client);
+        return PASS;
+    }
+    if let Some(known) = known(ctx, &destination) {
+        if known.passes() {
+            return PASS;
+        }
+        if let Some(timed) = held(ctx, &known.token) {
+            let leg = &timed.held.leg;
+            // The service may be gone, which nothing tells a socket that is not connected.
+            if leg.cookie == cookie_of(ctx) && is_registered(ctx, protocol, &leg.target, leg.handle) {
+                timed.held.seen_ns = known.seen_ns;
+                rewrite(&known.token, &leg.target);
+                return PASS;
+            }
+            idle::end(ctx, &known.token, timed);
+        }
+    }
+    let record = record_on(socket);
+    if !destination_concerns_somebody(protocol, &destination)
+        || record.is_none()
+            && (!concerns_somebody(ctx, protocol, &destination)
+                || carnet_answers(ctx, &raw const destination) != 0)
+    {
+        count(Counter::Passed);
+        remember(ctx, &destination, &[0; 4]);
+        return PASS;
+    }
+    let mut request = Request::new(protocol, destination, record);
+    request.settle(ctx, record);
+    if request.passes_untouched(record) {
+        remember(ctx, &destination, &[0; 4]);
+        return PASS;
+    }
+    let mut token = [0; 4];
+    let attempt = Attempt { ctx, socket, record, request: &request };
+    let error = carry_out(&attempt, &mut token);
+    if error != 0 {
+        return refuse(error);
+    }
+    remember(ctx, &destination, &token);
+    if request.decision.redirects() {
+        // Nobody has seen the flow yet. Here the stack has room for that.
+        if record.is_none()
+            && let Some(timed) = held(ctx, &token)
+        {
+            carnet_identify(&raw mut timed.held.leg);
+        }
+        rewrite(&token, &request.target);
+    }
+    PASS
+}
+
+/// The record that is set on the socket, which its connection, if it has one, may have lengthened.
+#[inline(always)]
+fn record_on(socket: Socket) -> Option<&'static Record> {
+    let leg = socket.get(&LEGS)?;
+    if leg.set_hops == 0 { None } else { Some(&leg.record) }
+}
+
+/// What was decided for the flow of this socket and its correspondent, if it is not idle; it has a
+/// datagram now.
+// Not inlined, as `remember`: the stack of the hook is all but full.
+#[inline(never)]
+pub(crate) fn known(
+    ctx: *mut bpf_sock_addr,
+    correspondent: &Endpoint,
+) -> Option<&'static Correspondent> {
+    let known = CORRESPONDENTS.get_ptr_mut(key_of(ctx, correspondent))?;
+    // SAFETY: the entry stays allocated until the program ends; whoever changes it meanwhile writes
+    // another whole decision about the same flow, or another time, of which any value will do.
+    let known = unsafe { &mut *known };
+    let now = now();
+    if now.wrapping_sub(known.seen_ns) > idle::limit() {
+        return None;
+    }
+    known.seen_ns = now;
+    Some(known)
+}
+
+/// Remembers what was decided for the flow of this socket and its correspondent.
+#[inline(never)]
+pub(crate) fn remember(ctx: *mut bpf_sock_addr, correspondent: &Endpoint, token: &[u32; 4]) {
+    let known = Correspondent { seen_ns: now(), token: *token };
+    // Without memory for it the next datagram is decided anew.
+    let _full = CORRESPONDENTS.insert(key_of(ctx, correspondent), &known, BPF_ANY.into());
+}
+
+#[inline(always)]
+fn key_of(ctx: *mut bpf_sock_addr, correspondent: &Endpoint) -> CorrespondentKey {
+    CorrespondentKey {
+        cookie: cookie_of(ctx),
+        address: correspondent.address,
+        port: correspondent.port.into(),
+        zero: 0,
+    }
+}
+
+#[inline(always)]
+fn cookie_of(ctx: *mut bpf_sock_addr) -> u64 {
+    // SAFETY: the helper takes this context.
+    unsafe { bpf_get_socket_cookie(ctx.cast()) }
+}
+
+/// Does what was decided: gives 0, or the errno with which the call is refused. A flow that goes to a
+/// service gets its `token`.
+#[inline(never)]
+fn carry_out(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> i32 {
+    let decision = &attempt.request.decision;
+    attempt.report_forgetful();
+    if decision.redirects() {
+        let Some(timed) = begin(attempt, token) else {
+            return attempt.out_of_memory();
+        };
+        attempt.unbind_device();
+        remember_token(attempt.socket, token);
+        attempt.report_redirected(&timed.held.leg.record);
+        return 0;
+    }
+    if decision.blocks() {
+        return attempt.blocked();
+    }
+    if let Some(record) = attempt.record {
+        attempt.report_onward(record);
+    }
+    0
+}
+
+/// Makes the flow, under a token that no other has. `None` when out of memory or when the record is
+/// full.
+#[inline(always)]
+fn begin(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> Option<&'static mut TimedLeg> {
+    let ipv4 = attempt.request.destination.is_ipv4();
+    let config = CONFIG.get_ptr_mut(0)?;
+    // SAFETY: the map's only element lives as long as the map; the counter is shared with other CPUs
+    // and touched atomically alone.
+    let number = unsafe { fetch_add(&raw mut (*config).tokens, 1) } as u64;
+    *token = source_token(number, ipv4);
+    let key = TokenKey { netns: netns_of(attempt.ctx), address: *token };
+    let blank = BLANK_LEG.get(0)?;
+    // SAFETY: key and value are whole and of the map's sizes; the value lies in another map, from
+    // which the kernel copies it.
+    let failed = unsafe {
+        bpf_map_update_elem(
+            (&raw const DATAGRAM_LEGS).cast_mut().cast(),
+            (&raw const key).cast(),
+            blank.as_ptr().cast(),
+            BPF_NOEXIST.into(),
+        )
+    };
+    if failed != 0 {
+        return None;
+    }
+    let timed = held(attempt.ctx, token)?;
+    let record_begins = match attempt.record {
+        None => true,
+        Some(record) => {
+            copy_record(&mut timed.held.leg, record);
+            let set_hops = attempt.socket.get(&LEGS).map_or(0, |leg| leg.set_hops);
+            timed.held.leg.record.take_back(set_hops);
+            timed.held.leg.set_hops = set_hops;
+            false
+        }
+    };
+    attempt.begin(&mut timed.held.leg, LEG_REDIRECTED, &attempt.request.target);
+    let client = &mut timed.held.client;
+    *client = attempt.socket.local();
+    if client.is_unspecified() {
+        client.address = if ipv4 { Endpoint::v4(LOOPBACK_V4, 0).address } else { [0, 0, 0, ONE] };
+    }
+    timed.held.seen_ns = timed.held.leg.began_ns;
+    if !attempt.redirect(&mut timed.held.leg, record_begins) || !idle::start(timed) {
+        let _absent = DATAGRAM_LEGS.remove(&key);
+        return None;
+    }
+    guard_begins(&timed.held.leg);
+    Some(timed)
+}
+
+/// Notes the flow on its socket, with which it will end.
+#[inline(always)]
+fn remember_token(socket: Socket, token: &[u32; 4]) {
+    if let Some(tokens) = socket.get_or_create(&TOKENS) {
+        // SAFETY: threads that share the socket touch the number atomically alone.
+        let number = unsafe { fetch_add(&raw mut tokens.begun, 1) };
+        if let Some(place) = tokens.tokens.get_mut(number as usize % SOCKET_TOKENS) {
+            *place = *token;
+        }
+    }
+}

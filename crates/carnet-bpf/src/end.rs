@@ -1,0 +1,80 @@
+//! What begins and ends with a leg: the hop guard's count, the report of the end.
+
+use aya_ebpf::bindings::BPF_ANY;
+use carnet_core::{
+    event::EventKind,
+    flow::{GuardEntry, GuardKey, LEG_REDIRECTED, LegState},
+};
+
+use crate::{ctx::fetch_add, maps::GUARD, report::event};
+
+#[inline(always)]
+fn guard_key(leg: &LegState) -> GuardKey {
+    GuardKey {
+        handle: leg.handle,
+        netns: leg.netns,
+        address: leg.requested.address,
+        port: leg.requested.port.into(),
+        protocol: leg.protocol,
+    }
+}
+
+/// The service holds one flow more for the destination.
+#[inline(always)]
+pub(crate) fn guard_begins(leg: &LegState) {
+    let key = guard_key(leg);
+    if let Some(entry) = GUARD.get_ptr_mut(&key) {
+        // SAFETY: the entry stays allocated until the program ends; `live` is shared with other
+        // CPUs and touched atomically alone. A lost update of `legs` lets a loop go on for a leg
+        // more.
+        unsafe {
+            let before = fetch_add(&raw mut (*entry).live, 1);
+            if before <= 0 || (*entry).legs < leg.record.legs {
+                (*entry).legs = leg.record.legs;
+            }
+            (*entry).flow = leg.record.flow;
+        }
+        return;
+    }
+    let entry = GuardEntry { live: 1, flow: leg.record.flow, legs: leg.record.legs, zero: 0 };
+    let _full = GUARD.insert(&key, &entry, BPF_ANY.into());
+}
+
+/// The service holds one flow less for the destination.
+#[inline(always)]
+pub(crate) fn guard_ends(leg: &LegState) {
+    if let Some(entry) = GUARD.get_ptr_mut(&guard_key(leg)) {
+        // SAFETY: as in `guard_begins`.
+        unsafe { fetch_add(&raw mut (*entry).live, -1) };
+    }
+}
+
+/// Reports the end of a leg, with the bytes that the connecting side sent and received.
+#[inline(always)]
+pub(crate) fn report_end(leg: &LegState, sent: u64, received: u64) {
+    event(EventKind::Closed, |event| {
+        event.flow = leg.record.flow;
+        event.handle = leg.handle;
+        event.filter = leg.filter;
+        event.pid = leg.pid;
+        event.requested = leg.requested;
+        event.legs = leg.record.legs;
+        event.hops = leg.record.hop_count;
+        event.bytes_sent = sent;
+        event.bytes_received = received;
+        event.protocol = leg.protocol;
+    });
+}
+
+/// A leg of a UDP flow has ended. Nothing happens if it had none.
+#[inline(always)]
+pub(crate) fn datagrams_end(leg: &mut LegState) {
+    if leg.kind == 0 {
+        return;
+    }
+    if leg.kind == LEG_REDIRECTED {
+        guard_ends(leg);
+    }
+    leg.kind = 0;
+    report_end(leg, 0, 0);
+}
