@@ -236,7 +236,11 @@ mod tests {
             ("240.0.0.1:1", false),
             ("[fe80::1]:1", false),
         ] {
-            assert_eq!(Endpoint::from(text.parse::<SocketAddr>().unwrap()).is_group(), group, "{text}");
+            assert_eq!(
+                Endpoint::from(text.parse::<SocketAddr>().unwrap()).is_group(),
+                group,
+                "{text}"
+            );
         }
     }
 

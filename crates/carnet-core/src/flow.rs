@@ -277,7 +277,13 @@ mod tests {
         assert_eq!(address(source_token(4_194_303, true)).to_string(), "127.127.255.255");
         assert_eq!(address(source_token(4_194_304, true)).to_string(), "127.64.0.0");
         assert_eq!(address(source_token(10, false)).to_string(), "fd43:6172:6e65:74::a");
-        for other in ["127.63.255.255:1", "127.128.0.0:1", "127.0.0.1:1", "[::1]:1", "[fd43:6172:6e65:75::]:1"] {
+        for other in [
+            "127.63.255.255:1",
+            "127.128.0.0:1",
+            "127.0.0.1:1",
+            "[::1]:1",
+            "[fd43:6172:6e65:75::]:1",
+        ] {
             assert!(!is_source_token(&other.parse::<SocketAddr>().unwrap().into()), "{other}");
         }
     }

@@ -75,15 +75,19 @@ pub enum Error {
     #[error("a redirect record must be set before the socket is connected")]
     AlreadyConnected,
 
-    /// The socket is not a TCP socket over IPv4 or IPv6 (contract S34c, S37b).
-    #[error("{operation}: not a TCP socket over IPv4 or IPv6")]
+    /// The socket is not a TCP or UDP socket over IPv4 or IPv6 (contract S34c, S37b).
+    #[error("{operation}: not a TCP or UDP socket over IPv4 or IPv6")]
     WrongSocket {
         /// What was asked.
         operation: Operation,
     },
 
-    /// The socket that was to be registered is not listening. Call `listen` first.
-    #[error("the socket is not listening; call listen() before registering it")]
+    /// The socket that was to be registered is not listening: call `listen` first. A UDP socket has to
+    /// be bound to a port, and not connected.
+    #[error(
+        "the socket is not listening; call listen() before registering it (a UDP socket: bind it, \
+         and do not connect it)"
+    )]
     NotListening,
 
     /// The listener is bound to a device (`SO_BINDTODEVICE`): redirected connections come over the
@@ -198,6 +202,8 @@ pub enum Operation {
     RegisterListener,
     /// [`flow`](crate::flow).
     Flow,
+    /// [`DatagramFlow::of`](crate::DatagramFlow::of).
+    FindDatagramFlow,
     /// Making, preparing or binding the socket of a connection onwards.
     PrepareSocket,
 }
@@ -212,6 +218,7 @@ impl fmt::Display for Operation {
             Self::OriginalApp => "asking for the original application",
             Self::RegisterListener => "registering the listener",
             Self::Flow => "asking for the flow",
+            Self::FindDatagramFlow => "finding the flow of a datagram's source",
             Self::PrepareSocket => "preparing the socket of the connection onwards",
         })
     }

@@ -33,6 +33,7 @@
 //! | an accepted socket | [`query_redirect_records`], [`query_redirect_context`], [`original_destination`], [`original_app`], [`flow`] |
 //! | a new socket, before `connect` | [`set_redirect_records`] |
 //! | an accepted socket, all in one | [`connect_onwards`], [`connect_onwards_to`], [`Onwards`] |
+//! | UDP: a registered socket's datagram | [`DatagramFlow::of`] its source, which stands for an accepted socket; [`connect_onwards_datagram`] |
 //!
 //! All of them take any socket that can be borrowed ([`AsSocket`]): those of std, socket2, tokio,
 //! mio and others. None of them blocks, except the ones that connect. On Windows an answer may have
@@ -49,6 +50,7 @@
 //!
 //! - `tokio`: the module `carnet::tokio` with the same one-call connect for tokio.
 
+mod datagram;
 mod error;
 mod growth;
 mod onwards;
@@ -58,6 +60,7 @@ pub mod tokio;
 #[cfg(any(windows, test))]
 mod winsock;
 
+pub use datagram::{DatagramFlow, connect_onwards_datagram};
 pub use error::{Error, Operation};
 pub use onwards::{Onwards, connect_onwards, connect_onwards_to};
 #[doc(no_inline)]
@@ -238,9 +241,10 @@ pub fn flow(socket: &impl AsSocket) -> Result<Flow, Error> {
     sys::flow(socket)
 }
 
-/// Registers a listening socket as one of the service to which the calling process belongs
-/// (contract C15): redirected connections of the same network namespace and address family come to
-/// it until it is closed.
+/// Registers a socket as one of the service to which the calling process belongs (contract C15): a TCP
+/// socket that listens, or a UDP socket that is bound to a port and not connected. Redirected
+/// connections, or UDP flows, of the same network namespace and address family come to it until it is
+/// closed. How a UDP service tells its flows: [`DatagramFlow`].
 ///
 /// # Errors
 /// [`Error::NotListening`], [`Error::BoundToDevice`], [`Error::TooManyListeners`],

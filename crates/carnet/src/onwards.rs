@@ -85,7 +85,7 @@ impl Onwards {
     /// [`TimedOut`](io::ErrorKind::TimedOut) when the limit has passed; [`Error::Blocked`];
     /// [`Error::Loop`]; [`Error::Os`] when no socket could be made or bound.
     pub fn connect(&self) -> Result<TcpStream, Error> {
-        connect(self.socket()?, self.destination(), self.timeout)
+        connect(self.socket(Type::STREAM)?, self.destination(), self.timeout)
     }
 
     /// The time limit.
@@ -94,11 +94,13 @@ impl Onwards {
         self.timeout
     }
 
-    /// A blocking socket that carries the record and is bound, ready to be connected.
-    pub(crate) fn socket(&self) -> Result<Socket, Error> {
+    /// A blocking TCP (`Type::STREAM`) or UDP (`Type::DGRAM`) socket that carries the record and is
+    /// bound, ready to be connected.
+    pub(crate) fn socket(&self, kind: Type) -> Result<Socket, Error> {
         let refused = |source: io::Error| Error::Os { operation: Operation::PrepareSocket, source };
         let domain = Domain::for_address(self.destination());
-        let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP)).map_err(refused)?;
+        let protocol = if kind == Type::STREAM { Protocol::TCP } else { Protocol::UDP };
+        let socket = Socket::new(domain, kind, Some(protocol)).map_err(refused)?;
         // First of all: some systems classify a connection when its socket is bound (S58).
         set_redirect_records(&socket, &self.records)?;
         if let Some(source) = self.source {

@@ -3,8 +3,8 @@
 //! The functions of the crate's root take tokio's sockets as they are; only connecting differs.
 
 use crate::{AsSocket, Error, Onwards, Operation, query_redirect_records};
-use ::tokio::net::{TcpSocket, TcpStream};
-use socket2::Socket;
+use ::tokio::net::{TcpSocket, TcpStream, UdpSocket};
+use socket2::{Socket, Type};
 use std::io;
 use std::net::{SocketAddr, TcpStream as StdStream};
 use std::time::Duration;
@@ -42,7 +42,22 @@ pub async fn connect_onwards_to(
 /// # Panics
 /// As [`connect_onwards`]; with a time limit also where the runtime has no timers.
 pub async fn connect(onwards: &Onwards) -> Result<TcpStream, Error> {
-    connect_socket(onwards.socket()?, onwards.destination(), onwards.limit()).await
+    connect_socket(onwards.socket(Type::STREAM)?, onwards.destination(), onwards.limit()).await
+}
+
+/// A UDP socket that carries the flow's record and is connected to its original destination:
+/// [`connect_onwards_datagram`](crate::connect_onwards_datagram) for tokio.
+///
+/// # Errors
+/// Those of [`connect_onwards_datagram`](crate::connect_onwards_datagram).
+///
+/// # Panics
+/// As [`connect_onwards`].
+pub fn connect_onwards_datagram(flow: &impl AsSocket) -> Result<UdpSocket, Error> {
+    let socket = crate::connect_onwards_datagram(flow)?;
+    let refused = |source| Error::Os { operation: Operation::PrepareSocket, source };
+    socket.set_nonblocking(true).map_err(refused)?;
+    UdpSocket::from_std(socket).map_err(refused)
 }
 
 /// Connects a socket that is ready for it, and waits for at most `limit`.
@@ -68,7 +83,7 @@ async fn connect_socket(
 mod tests {
     use super::*;
     use ::tokio::net::TcpListener;
-    use socket2::{Domain, Type};
+    use socket2::Domain;
 
     // Where no record can be set, no public function comes as far as this.
     #[::tokio::test]

@@ -73,7 +73,10 @@ fn a_record_cannot_be_set_and_nothing_is_connected_without_it() {
 #[test]
 fn sockets_of_other_kinds_are_named() {
     let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
-    refused!(carnet::query_redirect_records(&udp), Error::WrongSocket { .. });
+    refused!(carnet::query_redirect_records(&udp), Error::NoEngine { .. });
+    refused!(carnet::register_listener(&udp), Error::NoEngine { .. });
+    let peer = udp.local_addr().unwrap();
+    refused!(carnet::DatagramFlow::of(peer), Error::NoEngine { .. });
     let (unix, _other) = std::os::unix::net::UnixStream::pair().unwrap();
     refused!(carnet::original_destination(&unix), Error::WrongSocket { .. });
     refused!(carnet::set_redirect_records(&unix, &vec![1].into()), Error::WrongSocket { .. });

@@ -315,7 +315,9 @@ fn outcome(outcome: Outcome, action: &FilterAction) -> String {
         Outcome::LaterLeg => format!("redirects it to {service} on a later leg"),
         Outcome::AlreadyVisited => format!("is done with it: {service} has had the flow"),
         Outcome::Group => {
-            format!("would redirect it to {service}, but what is for a group has no single receiver")
+            format!(
+                "would redirect it to {service}, but what is for a group has no single receiver"
+            )
         }
         Outcome::Trusts => {
             format!("lets it pass: {service} trusts the services that have had the flow")

@@ -135,10 +135,12 @@ fn set(
 /// What a socket is, as far as it tells why an option was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// Not TCP (or MPTCP) over IPv4 or IPv6.
-    NotTcp,
-    /// Neither listening nor connected nor on the way to it.
+    /// Not TCP (or MPTCP) or UDP over IPv4 or IPv6.
+    Other,
+    /// Neither listening nor connected nor on the way to it; of UDP: not bound either.
     Idle,
+    /// UDP, bound to a port and not connected.
+    Bound,
     /// Listening.
     Listening,
     /// Connecting, connected, or closing.
@@ -148,10 +150,20 @@ enum Kind {
 impl Kind {
     fn of(socket: BorrowedFd<'_>) -> Self {
         let view = SockRef::from(&socket);
-        let inet = matches!(view.domain(), Ok(Domain::IPV4 | Domain::IPV6));
-        let tcp = matches!(view.protocol(), Ok(Some(Protocol::TCP | Protocol::MPTCP)));
-        if !inet || !tcp || !matches!(view.r#type(), Ok(Type::STREAM)) {
-            return Self::NotTcp;
+        if !matches!(view.domain(), Ok(Domain::IPV4 | Domain::IPV6)) {
+            return Self::Other;
+        }
+        match (view.r#type(), view.protocol()) {
+            (Ok(Type::STREAM), Ok(Some(Protocol::TCP | Protocol::MPTCP))) => {}
+            (Ok(Type::DGRAM), Ok(Some(Protocol::UDP))) => {
+                let port = view.local_addr().ok().and_then(|own| own.as_socket()).map(|a| a.port());
+                return match (view.peer_addr().is_ok(), port) {
+                    (true, _) => Self::Busy,
+                    (false, None | Some(0)) => Self::Idle,
+                    (false, Some(_)) => Self::Bound,
+                };
+            }
+            _ => return Self::Other,
         }
         if view.is_listener().unwrap_or(false) {
             return Self::Listening;
@@ -174,14 +186,14 @@ fn explain(operation: Operation, error: io::Error, kind: impl FnOnce() -> Kind) 
     use Operation::{RegisterListener, SetRedirectRecords};
     match error.raw_os_error() {
         Some(libc::ENOPROTOOPT | abi::errno::EOPNOTSUPP) => match kind() {
-            Kind::NotTcp => Error::WrongSocket { operation },
+            Kind::Other => Error::WrongSocket { operation },
             _ => Error::NoEngine { operation },
         },
         Some(abi::errno::EINVAL) => match (operation, kind()) {
-            (_, Kind::NotTcp) => Error::WrongSocket { operation },
-            (SetRedirectRecords, Kind::Idle) => Error::InvalidRecord,
+            (_, Kind::Other) => Error::WrongSocket { operation },
+            (SetRedirectRecords, Kind::Idle | Kind::Bound) => Error::InvalidRecord,
             (SetRedirectRecords, _) => Error::AlreadyConnected,
-            (RegisterListener, Kind::Listening) => Error::BoundToDevice,
+            (RegisterListener, Kind::Listening | Kind::Bound) => Error::BoundToDevice,
             (RegisterListener, _) => Error::NotListening,
             _ => Error::Os { operation, source: error },
         },
@@ -249,8 +261,13 @@ mod tests {
         }
         let idle = socket2::Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         assert_eq!(kind(&idle), Kind::Idle);
-        assert_eq!(kind(&UdpSocket::bind("127.0.0.1:0").unwrap()), Kind::NotTcp);
-        assert_eq!(kind(&UnixStream::pair().unwrap().0), Kind::NotTcp);
+        let idle = socket2::Socket::new(Domain::IPV6, Type::DGRAM, None).unwrap();
+        assert_eq!(kind(&idle), Kind::Idle);
+        let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert_eq!(kind(&datagrams), Kind::Bound);
+        datagrams.connect(datagrams.local_addr().unwrap()).unwrap();
+        assert_eq!(kind(&datagrams), Kind::Busy);
+        assert_eq!(kind(&UnixStream::pair().unwrap().0), Kind::Other);
     }
 
     /// One row of the table: errno, operation, kind of the socket, the error by its name.
@@ -262,15 +279,17 @@ mod tests {
             (libc::ENOPROTOOPT, QueryRedirectRecords, Busy, "NoEngine"),
             (libc::ENOPROTOOPT, SetRedirectRecords, Idle, "NoEngine"),
             (libc::EOPNOTSUPP, RegisterListener, Listening, "NoEngine"),
-            (libc::EOPNOTSUPP, QueryRedirectRecords, NotTcp, "WrongSocket"),
-            (libc::EINVAL, QueryRedirectContext, NotTcp, "WrongSocket"),
-            (libc::EINVAL, SetRedirectRecords, NotTcp, "WrongSocket"),
+            (libc::EOPNOTSUPP, QueryRedirectRecords, Other, "WrongSocket"),
+            (libc::EINVAL, QueryRedirectContext, Other, "WrongSocket"),
+            (libc::EINVAL, SetRedirectRecords, Other, "WrongSocket"),
             (libc::EINVAL, SetRedirectRecords, Idle, "InvalidRecord"),
+            (libc::EINVAL, SetRedirectRecords, Bound, "InvalidRecord"),
             (libc::EINVAL, SetRedirectRecords, Busy, "AlreadyConnected"),
             (libc::EINVAL, SetRedirectRecords, Listening, "AlreadyConnected"),
             (libc::EINVAL, RegisterListener, Idle, "NotListening"),
             (libc::EINVAL, RegisterListener, Busy, "NotListening"),
             (libc::EINVAL, RegisterListener, Listening, "BoundToDevice"),
+            (libc::EINVAL, RegisterListener, Bound, "BoundToDevice"),
             (libc::EINVAL, OriginalApp, Busy, "Os"),
             (libc::ENOTCONN, OriginalDestination, Listening, "NotConnected"),
             (libc::ENODATA, OriginalDestination, Busy, "NotRedirected"),
