@@ -87,7 +87,8 @@ impl Attempt<'_> {
     }
 
     /// Makes it the leg to the service that was decided on; `first` if it is the flow's first one, in
-    /// which case the caller is still to be identified. Gives `false` when the record is full.
+    /// which case the caller is still to be identified; after that, [`set_context`]. Gives `false`
+    /// when the record is full.
     #[inline(always)]
     pub(crate) fn redirect(&self, leg: &mut LegState, first: bool) -> bool {
         let decision = &self.request.decision;
@@ -98,9 +99,7 @@ impl Attempt<'_> {
         }
         leg.record.legs = decision.legs.wrapping_add(1);
         leg.record.issued_ns = leg.began_ns;
-        let noted = leg.record.push(Hop { handle: decision.handle, filter: decision.filter });
-        set_context(leg, decision.filter);
-        noted
+        leg.record.push(Hop { handle: decision.handle, filter: decision.filter })
     }
 
     /// Begins the record of a flow at its first leg.
@@ -209,12 +208,13 @@ impl Attempt<'_> {
     }
 }
 
-/// Gives the leg the context of the filter that redirects it, if that has one.
+/// Gives the leg the context of the filter that redirects it, if that has one. Until then the place is
+/// scratch.
 #[inline(always)]
-fn set_context(leg: &mut LegState, filter: u64) {
+pub(crate) fn set_context(leg: &mut LegState) {
     leg.context_length = 0;
     // SAFETY: the value is copied out at once; contexts are never changed in place.
-    if let Some(context) = unsafe { CONTEXTS.get(&filter) } {
+    if let Some(context) = unsafe { CONTEXTS.get(&leg.filter) } {
         leg.context_length = context.length as u32;
         // SAFETY: both are `MAX_CONTEXT` bytes long.
         unsafe {

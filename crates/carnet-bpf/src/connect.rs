@@ -28,7 +28,7 @@ use carnet_core::{
 };
 
 use crate::{
-    attempt::{Attempt, PASS, refuse},
+    attempt::{Attempt, PASS, refuse, set_context},
     client::carnet_client,
     ctx::{load32, load64, store32},
     decide::{Request, concerns_somebody, destination_concerns_somebody},
@@ -187,6 +187,7 @@ fn redirect(attempt: &Attempt<'_>) -> bool {
     if first {
         carnet_identify(leg);
     }
+    set_context(leg);
     if !noted || !attempt.socket.put_on_multipath(&LEGS, leg) {
         leg.kind = 0;
         return false;

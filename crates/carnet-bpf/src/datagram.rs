@@ -33,7 +33,7 @@ use carnet_core::{
 };
 
 use crate::{
-    attempt::{Attempt, PASS, refuse},
+    attempt::{Attempt, PASS, refuse, set_context},
     client::{carnet_answers, held},
     ctx::{fetch_add, load32, load64, store32},
     decide::{Request, concerns_somebody, destination_concerns_somebody, netns_of},
@@ -140,10 +140,11 @@ fn send(
     remember(ctx, &destination, &token);
     if request.decision.redirects() {
         // Nobody has seen the flow yet. Here the stack has room for that.
-        if record.is_none()
-            && let Some(timed) = held(ctx, &token)
-        {
-            carnet_identify(&raw mut timed.held.leg);
+        if let Some(timed) = held(ctx, &token) {
+            if record.is_none() {
+                carnet_identify(&raw mut timed.held.leg);
+            }
+            set_context(&mut timed.held.leg);
         }
         rewrite(&token, &request.target);
     }

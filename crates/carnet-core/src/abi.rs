@@ -16,18 +16,22 @@
 //! | 227 [`REGISTER_LISTENER`] | set | empty, or a `u64` redirect handle (administrators) |
 //! | 228 [`FLOW`] | get | [`FlowInfo`], 40 bytes |
 //!
+//! All but 222 and 227 are asked on an accepted connection. For UDP that is a socket which the service
+//! has connected to the source of a flow's datagrams, as `recvfrom` gave it on a registered socket. It
+//! carries no data: answers go out through the registered socket, to the same address.
+//!
 //! Errors, the same for every option unless said otherwise:
 //!
 //! | errno | condition |
 //! |---|---|
 //! | `ENOPROTOOPT`, `EOPNOTSUPP` | no engine serves this socket's cgroup: the kernel itself answers |
 //! | `EOPNOTSUPP` | not an IPv4 or IPv6 socket (S37b), or an option number that Carnet does not know |
-//! | `EINVAL` | not a TCP socket (S34c); for 222: a record that is malformed, forged, truncated, of another instance or expired, or a socket that is already connecting, connected or listening (S34b, S58); for 227: not a listening socket, or one that is bound to a device |
+//! | `EINVAL` | not a TCP or UDP socket (S34c); for 222: a record that is malformed, forged, truncated, of another instance or expired, or a socket that is already connecting, connected or listening (S34b, S58); for 227: not a listening TCP socket or bound and unconnected UDP socket, or one that is bound to a device |
 //! | `ENOTCONN` | get: the socket is not connected (it was not accepted) |
 //! | `ENODATA` | get: connected, but not by a redirect; 221, 224: the redirect carries no context (S52) |
 //! | `ERANGE` | get: the buffer is too small (ask 223 or 224 first) |
 //! | `EACCES` | 222, 227: the calling process is neither in a service's cgroup nor privileged; 222: the record was not delivered to this service (S30) |
-//! | `ENOSPC` | 227: the service has [`LISTENER_SLOTS`] listeners of this family in this network namespace |
+//! | `ENOSPC` | 227: the service has [`LISTENER_SLOTS`] listeners of this family and protocol in this network namespace |
 //! | `ENOMEM` | the kernel is out of memory |
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -50,13 +54,14 @@ pub const REDIRECT_CONTEXT_LENGTH: i32 = 224;
 pub const ORIGINAL_DESTINATION: i32 = 225;
 /// Get the identity of the application that the flow began with (contract C38).
 pub const ORIGINAL_APP: i32 = 226;
-/// Register a listening socket as one of the calling service's (contract C15, X11).
+/// Register a listening TCP socket, or a bound UDP socket, as one of the calling service's (contract
+/// C15, X11).
 pub const REGISTER_LISTENER: i32 = 227;
 /// Get the flow's identity: [`FlowInfo`].
 pub const FLOW: i32 = 228;
 
-/// How many listeners a service may have registered at once in one network namespace and one
-/// address family.
+/// How many listeners a service may have registered at once in one network namespace, of one address
+/// family and one protocol.
 pub const LISTENER_SLOTS: u32 = 8;
 
 /// Largest redirect context, in bytes.

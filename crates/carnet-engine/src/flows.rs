@@ -13,6 +13,7 @@ use std::{
 
 use carnet_core::{
     flow::{LEG_ONWARD, LEG_REDIRECTED, LegState},
+    object::Protocol,
     record::{AppIdentity, FileId, Hop},
 };
 use zerocopy::FromBytes as _;
@@ -40,8 +41,8 @@ pub struct Flow {
     pub flow: u64,
     /// Where the leg goes.
     pub kind: LegKind,
-    /// IP protocol number: 6, TCP; 17, UDP.
-    pub protocol: u8,
+    /// The protocol.
+    pub protocol: Protocol,
     /// The destination that the connect asked for, which the connecting side sees as its peer.
     pub requested: SocketAddr,
     /// Where the connection really goes: the service's listener, or the destination.
@@ -157,7 +158,7 @@ impl Flow {
         Self {
             flow: record.flow,
             kind: if redirected { LegKind::Redirected } else { LegKind::Onward },
-            protocol: leg.protocol as u8,
+            protocol: Protocol(leg.protocol as u8),
             requested: leg.requested.into(),
             target: leg.target.into(),
             destination: record.destination.into(),
@@ -218,7 +219,7 @@ mod tests {
         leg.record.app.command[..4].copy_from_slice(b"true");
         let name = |handle| (handle == 5).then(|| "scan".to_owned());
         let flow = Flow::new(&leg, name);
-        assert_eq!((flow.kind, flow.protocol), (LegKind::Redirected, 17));
+        assert_eq!((flow.kind, flow.protocol), (LegKind::Redirected, Protocol::UDP));
         assert_eq!(flow.requested, "192.0.2.1:80".parse().unwrap());
         assert_eq!(flow.target, "[::1]:15001".parse().unwrap());
         assert_eq!(flow.service.as_deref(), Some("scan"));

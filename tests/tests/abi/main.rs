@@ -163,6 +163,7 @@ const NAMES: [(&str, i32); 12] = [
     ("EPERM", libc::EPERM),
     ("ECONNREFUSED", libc::ECONNREFUSED),
     ("ELOOP", libc::ELOOP),
+    ("EADDRINUSE", libc::EADDRINUSE),
 ];
 
 /// The errors that a table of the document names.
@@ -192,7 +193,8 @@ fn the_errors_of_the_options() {
     errors.expect(&["EOPNOTSUPP"], "a local socket", local.query(abi::FLOW));
     errors.expect(&["EOPNOTSUPP"], "an unknown option", accepted.query(abi::FLOW + 1));
     let udp = service.open(Family::V4, Kind::Udp).must("open");
-    errors.expect(&["EINVAL"], "a UDP socket", udp.query(abi::FLOW));
+    errors.expect(&["ENOTCONN"], "a UDP socket that is not connected", udp.query(abi::FLOW));
+    errors.expect(&["EINVAL"], "a UDP socket that is not bound", udp.register(&[]));
     errors.expect(&["EINVAL"], "a malformed record", idle.set_record(b"not a record"));
     errors.expect(&["EINVAL"], "a connected socket", accepted.set_record(&record));
     errors.expect(&["EINVAL"], "a listener", listener.set_record(&record));
@@ -237,6 +239,24 @@ fn the_errors_of_the_options() {
     assert!(named.iter().map(String::as_str).eq(errors.0.iter().copied()), "{named:?}");
 }
 
+/// What a UDP client gets that shares the address of another for the same service.
+fn error_of_a_shared_port() -> String {
+    let lab = Lab::new();
+    lab.service("alpha", 1);
+    let (service, client) = (lab.puppet_of("alpha"), lab.puppet());
+    let loopback: SocketAddr = "127.0.0.1:0".parse().expect("an address");
+    let registered = service.open(Family::V4, Kind::Udp).must("open");
+    registered.bind(loopback).must("bind");
+    registered.register(&[]).must("register");
+    let [first, second] = [(); 2].map(|()| client.open(Family::V4, Kind::Udp).must("open"));
+    first.bind(loopback).must("bind");
+    second.bind(first.local().must("ask for the address")).must("share the port");
+    first.connect(lab.v4()).must("connect");
+    let Err(errno) = second.connect(lab.v4()) else { panic!("two clients are one") };
+    let name = NAMES.iter().find(|(_, number)| *number == errno.0);
+    name.expect("an errno of the table").0.to_owned()
+}
+
 #[test]
 fn the_errors_of_connect() {
     let lab = Lab::new();
@@ -272,6 +292,8 @@ fn the_errors_of_connect() {
     let name =
         |errno: i32| NAMES.iter().find(|(_, number)| *number == errno).map(|(name, _)| *name);
     seen.extend(ends.filter_map(name).map(str::to_owned));
+
+    seen.insert(error_of_a_shared_port());
 
     let mut named = named("`connect()` of an application");
     assert!(named.remove("ENOMEM"), "which no test can have");

@@ -6,14 +6,14 @@ use carnet_core::{
     event::{Counter, EventKind},
     object::{
         CgroupCondition, Conditions, ExecutableCondition, FilterAction, NetnsCondition, NewFilter,
-        Prefix, Weight,
+        Prefix, Protocol, Weight,
     },
 };
 use carnet_engine::Engine;
 use carnet_testbed::{EchoServer, NetworkNamespace, PeerClient, Topology, peer_command};
 use carnet_tests::{
     Anything, Lab, Must as _, PATIENCE, Plan, Running,
-    puppet::{Errno, Puppet},
+    puppet::{Errno, Family, Kind, Puppet},
 };
 
 /// A lab with one service, whose filter has these conditions.
@@ -247,15 +247,18 @@ fn a_block_of_a_services_own_connection_reaches_its_client() {
 }
 
 #[test]
-fn what_is_not_tcp_is_left_alone() {
+fn a_filter_may_name_its_protocol() {
     let lab = Lab::new();
-    lab.service("alpha", 1);
+    let conditions = Conditions { protocols: vec![Protocol::TCP], ..Conditions::default() };
+    lab.service_with("alpha", Plan { conditions, ..Plan::default() });
     let client: Puppet = lab.puppet();
     // The dead service refuses TCP; UDP does not even notice.
     assert_eq!(client.connect(lab.v4()).err(), Some(Errno(libc::ECONNREFUSED)));
-    let udp = client
-        .open(carnet_tests::puppet::Family::V4, carnet_tests::puppet::Kind::Udp)
-        .must("open a UDP socket");
-    udp.connect(lab.v4()).must("connect a UDP socket");
-    assert_eq!(udp.peer(), Ok(lab.v4()));
+    let udp = || client.open(Family::V4, Kind::Udp).must("open a UDP socket");
+    let passes = udp();
+    passes.connect(lab.v4()).must("connect a UDP socket");
+    assert_eq!(passes.peer(), Ok(lab.v4()));
+    // One that names none is for both.
+    add(&lab, "any", 2, Conditions::default(), FilterAction::BLOCK);
+    assert_eq!(udp().connect(lab.v4()), Err(Errno(libc::EPERM)));
 }

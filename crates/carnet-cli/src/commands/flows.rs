@@ -22,6 +22,8 @@ struct Listed {
     flow: u64,
     /// When its oldest live leg began, RFC 3339, UTC.
     began: String,
+    /// `tcp`, `udp` or the protocol's number.
+    protocol: String,
     /// The destination that the application wanted.
     destination: SocketAddr,
     /// The application.
@@ -67,7 +69,8 @@ struct Leg {
 
 pub(super) fn run(_arguments: Arguments, session: &mut Session<'_>) -> Result<u8, Failure> {
     let flows = listed(session.engine()?.flows()?);
-    let mut table = Table::new(["FLOW", "AGE", "APPLICATION", "DESTINATION", "THROUGH", "NOW AT"]);
+    let mut table =
+        Table::new(["FLOW", "AGE", "APPLICATION", "", "DESTINATION", "THROUGH", "NOW AT"]);
     for flow in &flows {
         let Application { pid, command, .. } = &flow.application;
         let last = flow.services.last().map_or("?", String::as_str);
@@ -75,6 +78,7 @@ pub(super) fn run(_arguments: Arguments, session: &mut Session<'_>) -> Result<u8
             flow.flow.to_string(),
             moment::short(flow.age),
             format!("{}[{pid}]", plain(command)),
+            flow.protocol.clone(),
             flow.destination.to_string(),
             flow.services.join(" > "),
             if flow.onward { "destination".into() } else { last.into() },
@@ -115,6 +119,7 @@ fn one(legs: &[Flow]) -> Option<Listed> {
     Some(Listed {
         flow: oldest.flow,
         began: moment::rfc3339(moment::time_of_day(began)),
+        protocol: oldest.protocol.to_string(),
         destination: oldest.destination,
         application: Application {
             pid: oldest.app.pid,

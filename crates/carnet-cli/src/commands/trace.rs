@@ -9,7 +9,7 @@ use anstyle::Style;
 use carnet_core::{
     classify::Reason,
     event::{Event, EventKind},
-    object::Policy,
+    object::{Policy, Protocol},
     record::RecordError,
 };
 use carnet_engine::Engine;
@@ -79,6 +79,9 @@ struct Traced {
     /// Its command name.
     #[serde(skip_serializing_if = "Option::is_none")]
     command: Option<String>,
+    /// `tcp`, `udp` or the protocol's number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    protocol: Option<String>,
     /// The destination that was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     destination: Option<SocketAddr>,
@@ -86,10 +89,10 @@ struct Traced {
     legs: u32,
     /// Hops in the record.
     hops: u32,
-    /// Of a connection that ended: bytes that the connecting side sent.
+    /// Of a TCP connection that ended: bytes that the connecting side sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     bytes_sent: Option<u64>,
-    /// Of a connection that ended: bytes that the connecting side received.
+    /// Of a TCP connection that ended: bytes that the connecting side received.
     #[serde(skip_serializing_if = "Option::is_none")]
     bytes_received: Option<u64>,
     #[serde(skip)]
@@ -143,7 +146,8 @@ fn refreshed(engine: &Engine, old: Policy) -> Result<Policy, Failure> {
 impl Traced {
     fn new(event: &Event, policy: &Policy) -> Self {
         let kind = EventKind::from_number(event.kind);
-        let closed = kind == Some(EventKind::Closed);
+        let protocol = Protocol(event.protocol as u8);
+        let counted = kind == Some(EventKind::Closed) && protocol == Protocol::TCP;
         let set = |number: u64| (number != 0).then_some(number);
         let skipped = policy.services().iter().enumerate().filter(|(slot, _)| {
             1_u64.checked_shl(*slot as u32).is_some_and(|bit| event.skipped & bit != 0)
@@ -172,11 +176,12 @@ impl Traced {
             pid: (event.pid != 0).then_some(event.pid),
             uid: (event.pid != 0).then_some(event.uid),
             command: command_name(&event.command),
+            protocol: (event.protocol != 0).then(|| protocol.to_string()),
             destination: (event.requested.port != 0).then(|| event.requested.into()),
             legs: event.legs,
             hops: event.hops,
-            bytes_sent: closed.then_some(event.bytes_sent),
-            bytes_received: closed.then_some(event.bytes_received),
+            bytes_sent: counted.then_some(event.bytes_sent),
+            bytes_received: counted.then_some(event.bytes_received),
             kind,
         }
     }
@@ -200,7 +205,12 @@ impl Traced {
 
     fn words(&self) -> (Style, String) {
         let service = self.service.as_deref().unwrap_or("?");
-        let destination = self.destination.map_or_else(|| "?".into(), |to| to.to_string());
+        let destination = match (&self.protocol, self.destination) {
+            (_, None) => "?".into(),
+            // Of the one that is by far the most frequent, nothing is said.
+            (Some(protocol), Some(to)) if protocol != "tcp" => format!("{protocol} {to}"),
+            (_, Some(to)) => to.to_string(),
+        };
         let by_filter = self.filter.as_ref().map(|f| format!(" by filter {f}")).unwrap_or_default();
         match self.kind {
             Some(EventKind::Redirected) => {
@@ -227,13 +237,17 @@ impl Traced {
                 (WARNING, format!("to {destination}: service {service} forgot to set the record"))
             }
             Some(EventKind::Closed) => (FAINT, {
-                let sent = self.bytes_sent.unwrap_or(0);
-                let received = self.bytes_received.unwrap_or(0);
+                let bytes = match (self.bytes_sent, self.bytes_received) {
+                    (Some(sent), Some(received)) => {
+                        format!(", {sent} bytes sent, {received} received")
+                    }
+                    _ => String::new(),
+                };
                 let whose = match &self.service {
                     Some(service) => format!("to {destination} through {service}"),
                     None => format!("onwards to {destination}"),
                 };
-                format!("{whose}: ended, {sent} bytes sent, {received} received")
+                format!("{whose}: ended{bytes}")
             }),
             Some(EventKind::RecordRefused) => (BAD, {
                 let reason = self.reason.unwrap_or("?");

@@ -8,6 +8,9 @@ use carnet_testbed::Cgroup;
 
 use crate::world::{Failure, World, fill, filter, links, mode, redirect, reference, service};
 
+/// Hooks of the scope.
+const SCOPE_HOOKS: usize = 10;
+
 #[test]
 fn up_and_down_leave_nothing() {
     let world = World::new("carnet-engine-up");
@@ -20,7 +23,7 @@ fn up_and_down_leave_nothing() {
         Location::list(Some(world.bpffs.path().into())).unwrap(),
         std::slice::from_ref(&location)
     );
-    assert_eq!(links(&location).len(), 5);
+    assert_eq!(links(&location).len(), SCOPE_HOOKS);
     assert_eq!(engine.policy().unwrap(), Policy::new());
     assert!(engine.counters().unwrap().iter().all(|(_, count)| *count == 0));
     let again = Engine::up(&location, &UpOptions::new(world.scope.path()));
@@ -42,7 +45,7 @@ fn the_policy_reads_back_from_the_kernel() {
     assert_eq!(seen, engine.policy().unwrap());
     assert_eq!(seen.services()[0].name, "scan");
     assert_eq!(seen.filters()[0].action, redirect("scan", b"hello"));
-    assert_eq!(links(engine.location()).len(), 5 + 2);
+    assert_eq!(links(engine.location()).len(), SCOPE_HOOKS + 2);
     // Many transactions in a row use both banks in turn.
     for port in 1..20 {
         let added: Result<_, Failure> =
@@ -59,7 +62,7 @@ fn the_policy_reads_back_from_the_kernel() {
         Ok(())
     });
     outcome.unwrap();
-    assert_eq!(links(engine.location()).len(), 5);
+    assert_eq!(links(engine.location()).len(), SCOPE_HOOKS);
     engine.down().unwrap();
 }
 
@@ -148,7 +151,7 @@ fn an_upgrade_replaces_the_programs_and_keeps_the_rest() {
     let policy = engine.policy().unwrap();
     let report = engine.upgrade().unwrap();
     assert_eq!((report.from, report.to), (BuildId::own(), BuildId::own()));
-    assert_eq!((report.replaced, report.defunct), (7, 0));
+    assert_eq!((report.replaced, report.defunct), (SCOPE_HOOKS + 2, 0));
     let after = engine.status().unwrap();
     assert_eq!(engine.policy().unwrap(), policy);
     assert_eq!((after.epoch, after.generation), (before.epoch, before.generation));
@@ -198,7 +201,7 @@ fn the_hooks_follow_the_services_cgroups() {
         links(engine.location()).iter().filter(|link| link.starts_with(&of(id))).count()
     };
     // Outside the scope, a service needs all hooks.
-    assert_eq!(count(&engine, outside.id()), 7);
+    assert_eq!(count(&engine, outside.id()), SCOPE_HOOKS + 2);
     let inside = world.scope.child("scan").unwrap();
     let moved: Result<(), Failure> =
         engine.transact(|policy| Ok(policy.set_cgroup("scan", reference(&inside)).map(drop)?));
@@ -214,7 +217,7 @@ fn the_hooks_follow_the_services_cgroups() {
     assert_eq!(dead.len(), 2);
     fill_more(&mut engine);
     let report = engine.upgrade().unwrap();
-    assert_eq!(report.replaced + report.defunct, 7);
+    assert_eq!(report.replaced + report.defunct, SCOPE_HOOKS + 2);
     let around = world.scope.path().parent().unwrap();
     let root = carnet_engine::cgroup::mount_point().unwrap();
     if around != root {
