@@ -150,7 +150,7 @@ impl Errors {
     }
 }
 
-const NAMES: [(&str, i32); 12] = [
+const NAMES: [(&str, i32); 13] = [
     ("ENOPROTOOPT", libc::ENOPROTOOPT),
     ("EOPNOTSUPP", libc::EOPNOTSUPP),
     ("EINVAL", libc::EINVAL),
