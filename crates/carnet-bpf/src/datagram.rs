@@ -39,11 +39,11 @@ use crate::{
     decide::{Request, concerns_somebody, destination_concerns_somebody, netns_of},
     end::guard_begins,
     idle,
-    listener::{LOOPBACK_V4, ONE, is_registered},
+    listener::{LOOPBACK_V4, ONE, is_registered, same},
     maps::{BLANK_LEG, CONFIG, CORRESPONDENTS, DATAGRAM_LEGS, LEGS, SOCKET_TOKENS, TOKENS, TimedLeg},
     process::{carnet_identify, carnet_service},
     report::{count, now},
-    socket::{Socket, copy_record, is_datagram},
+    socket::{ESTABLISHED, Socket, copy_record, is_datagram},
 };
 
 #[cgroup_sock_addr(sendmsg4)]
@@ -51,7 +51,9 @@ pub fn carnet_sendmsg4(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
     let destination = Endpoint::v4(load32!(ctx, 4), u16::from_be(load32!(ctx, 24) as u16));
     send(ctx, destination, |source, to| {
-        store32!(ctx, 40, source[3]);
+        if let Some(source) = source {
+            store32!(ctx, 40, source[3]);
+        }
         store32!(ctx, 4, to.address[3]);
         store32!(ctx, 24, u32::from(to.port.to_be()));
     })
@@ -65,10 +67,12 @@ pub fn carnet_sendmsg6(ctx: SockAddrContext) -> i32 {
         u16::from_be(load32!(ctx, 24) as u16),
     );
     send(ctx, destination, |source, to| {
-        store32!(ctx, 44, source[0]);
-        store32!(ctx, 48, source[1]);
-        store32!(ctx, 52, source[2]);
-        store32!(ctx, 56, source[3]);
+        if let Some(source) = source {
+            store32!(ctx, 44, source[0]);
+            store32!(ctx, 48, source[1]);
+            store32!(ctx, 52, source[2]);
+            store32!(ctx, 56, source[3]);
+        }
         store32!(ctx, 8, to.address[0]);
         store32!(ctx, 12, to.address[1]);
         store32!(ctx, 16, to.address[2]);
@@ -77,12 +81,12 @@ pub fn carnet_sendmsg6(ctx: SockAddrContext) -> i32 {
     })
 }
 
-/// Both hooks. `rewrite` changes the source address, and the destination.
+/// Both hooks. `rewrite` changes the destination, and the source address if it is to be another one.
 #[inline(always)]
 fn send(
     ctx: *mut bpf_sock_addr,
     mut destination: Endpoint,
-    rewrite: impl Fn(&[u32; 4], &Endpoint),
+    rewrite: impl Fn(Option<&[u32; 4]>, &Endpoint),
 ) -> i32 {
     let protocol = load32!(ctx, 36);
     if !is_datagram(protocol) {
@@ -92,12 +96,24 @@ fn send(
         return PASS;
     };
     destination.family = socket.family();
+    if socket.state() == ESTABLISHED {
+        if is_connected_to(socket, &destination) {
+            return PASS;
+        }
+        if let Some(leg) = socket.get(&LEGS)
+            && leg.kind != 0
+            && same(&leg.requested, &destination)
+        {
+            rewrite(None, &leg.target);
+            return PASS;
+        }
+    }
     if is_source_token(&destination)
         && let Some(timed) = held(ctx, &destination.address)
         && timed.held.leg.handle == carnet_service()
     {
         timed.held.seen_ns = now();
-        rewrite(&destination.address, &timed.held.client);
+        rewrite(Some(&destination.address), &timed.held.client);
         return PASS;
     }
     if let Some(known) = known(ctx, &destination) {
@@ -109,7 +125,7 @@ fn send(
             // The service may be gone, which nothing tells a socket that is not connected.
             if leg.cookie == cookie_of(ctx) && is_registered(ctx, protocol, &leg.target, leg.handle) {
                 timed.held.seen_ns = known.seen_ns;
-                rewrite(&known.token, &leg.target);
+                rewrite(Some(&known.token), &leg.target);
                 return PASS;
             }
             idle::end(ctx, &known.token, timed);
@@ -146,9 +162,16 @@ fn send(
             }
             set_context(&mut timed.held.leg);
         }
-        rewrite(&token, &request.target);
+        rewrite(Some(&token), &request.target);
     }
     PASS
+}
+
+/// Whether this is where the socket's connection really goes, about which connect has decided. The
+/// kernel comes here with every datagram of an IPv6 socket that is connected to a mapped address.
+#[inline(never)]
+fn is_connected_to(socket: Socket, destination: &Endpoint) -> bool {
+    same(&socket.remote(), destination)
 }
 
 /// The record that is set on the socket, which its connection, if it has one, may have lengthened.

@@ -126,6 +126,25 @@ impl Socket {
         }
     }
 
+    /// The address and port that the socket is connected to.
+    #[inline(always)]
+    pub(crate) fn remote(self) -> Endpoint {
+        let port = u16::from_be(load32!(self.0, 48) as u16);
+        if self.family() == AF_INET {
+            Endpoint::v4(load32!(self.0, 52), port)
+        } else {
+            Endpoint::v6(
+                [
+                    load32!(self.0, 56),
+                    load32!(self.0, 60),
+                    load32!(self.0, 64),
+                    load32!(self.0, 68),
+                ],
+                port,
+            )
+        }
+    }
+
     /// The same socket as `struct tcp_sock`, of which the verifier knows all fields; null for one
     /// that is not TCP's.
     #[inline(always)]
