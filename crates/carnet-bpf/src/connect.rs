@@ -38,6 +38,7 @@ use crate::{
     process::carnet_identify,
     report::count,
     socket::{ESTABLISHED, Socket, TCP, copy_record, is_datagram},
+    source::look_at,
 };
 
 #[cgroup_sock_addr(connect4)]
@@ -92,6 +93,10 @@ fn connect(ctx: *mut bpf_sock_addr, destination: Endpoint, rewrite: impl Fn(&End
             rewrite(&asked);
             return PASS;
         }
+        let error = look_at(ctx, &socket.local());
+        if error != 0 {
+            return refuse(error);
+        }
         let record = set_record_of_datagrams(socket);
         if !destination_concerns_somebody(protocol, &destination)
             || record.is_none() && !concerns_somebody(ctx, protocol, &destination)
@@ -101,7 +106,7 @@ fn connect(ctx: *mut bpf_sock_addr, destination: Endpoint, rewrite: impl Fn(&End
         }
         record
     };
-    let mut request = Request::new(protocol, destination, record);
+    let mut request = Request::new(protocol, destination);
     request.settle(ctx, record);
     if request.passes_untouched(record) {
         return PASS;

@@ -19,7 +19,7 @@
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST, bpf_sock_addr},
-    helpers::generated::{bpf_get_socket_cookie, bpf_map_update_elem},
+    helpers::generated::{bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_map_update_elem},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
@@ -40,15 +40,20 @@ use crate::{
     end::guard_begins,
     idle,
     listener::{LOOPBACK_V4, ONE, is_registered, same},
-    maps::{BLANK_LEG, CONFIG, CORRESPONDENTS, DATAGRAM_LEGS, LEGS, SOCKET_TOKENS, TOKENS, TimedLeg},
+    maps::{BLANK_LEG, CORRESPONDENTS, DATAGRAM_LEGS, LEGS, SOCKET_TOKENS, TOKENS, TimedLeg},
     process::{carnet_identify, carnet_service},
     report::{count, now},
     socket::{ESTABLISHED, Socket, copy_record, is_datagram},
+    source::look_at,
 };
 
 #[cgroup_sock_addr(sendmsg4)]
 pub fn carnet_sendmsg4(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
+    let error = look_at(ctx, &Endpoint::v4(load32!(ctx, 40), 0));
+    if error != 0 {
+        return refuse(error);
+    }
     let destination = Endpoint::v4(load32!(ctx, 4), u16::from_be(load32!(ctx, 24) as u16));
     send(ctx, destination, |source, to| {
         if let Some(source) = source {
@@ -62,6 +67,11 @@ pub fn carnet_sendmsg4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(sendmsg6)]
 pub fn carnet_sendmsg6(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
+    let source = [load32!(ctx, 44), load32!(ctx, 48), load32!(ctx, 52), load32!(ctx, 56)];
+    let error = look_at(ctx, &Endpoint::v6(source, 0));
+    if error != 0 {
+        return refuse(error);
+    }
     let destination = Endpoint::v6(
         [load32!(ctx, 8), load32!(ctx, 12), load32!(ctx, 16), load32!(ctx, 20)],
         u16::from_be(load32!(ctx, 24) as u16),
@@ -85,7 +95,7 @@ pub fn carnet_sendmsg6(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn send(
     ctx: *mut bpf_sock_addr,
-    mut destination: Endpoint,
+    destination: Endpoint,
     rewrite: impl Fn(Option<&[u32; 4]>, &Endpoint),
 ) -> i32 {
     let protocol = load32!(ctx, 36);
@@ -95,28 +105,30 @@ fn send(
     let Some(socket) = Socket::new(load64!(ctx, 64) as *mut _) else {
         return PASS;
     };
-    destination.family = socket.family();
+    // There is no room for the destination twice.
+    let mut request = Request::new(protocol, destination);
+    request.destination.family = socket.family();
     if socket.state() == ESTABLISHED {
-        if is_connected_to(socket, &destination) {
+        if is_connected_to(socket, &request.destination) {
             return PASS;
         }
         if let Some(leg) = socket.get(&LEGS)
             && leg.kind != 0
-            && same(&leg.requested, &destination)
+            && same(&leg.requested, &request.destination)
         {
             rewrite(None, &leg.target);
             return PASS;
         }
     }
-    if is_source_token(&destination)
-        && let Some(timed) = held(ctx, &destination.address)
+    if is_source_token(&request.destination)
+        && let Some(timed) = held(ctx, &request.destination.address)
         && timed.held.leg.handle == carnet_service()
     {
         timed.held.seen_ns = now();
-        rewrite(Some(&destination.address), &timed.held.client);
+        rewrite(Some(&request.destination.address), &timed.held.client);
         return PASS;
     }
-    if let Some(known) = known(ctx, &destination) {
+    if let Some(known) = known(ctx, &request.destination) {
         if known.passes() {
             return PASS;
         }
@@ -132,19 +144,18 @@ fn send(
         }
     }
     let record = record_on(socket);
-    if !destination_concerns_somebody(protocol, &destination)
+    if !destination_concerns_somebody(protocol, &request.destination)
         || record.is_none()
-            && (!concerns_somebody(ctx, protocol, &destination)
-                || carnet_answers(ctx, &raw const destination) != 0)
+            && (!concerns_somebody(ctx, protocol, &request.destination)
+                || carnet_answers(ctx, &raw const request.destination) != 0)
     {
         count(Counter::Passed);
-        remember(ctx, &destination, &[0; 4]);
+        remember(ctx, &request.destination, &[0; 4]);
         return PASS;
     }
-    let mut request = Request::new(protocol, destination, record);
     request.settle(ctx, record);
     if request.passes_untouched(record) {
-        remember(ctx, &destination, &[0; 4]);
+        remember(ctx, &request.destination, &[0; 4]);
         return PASS;
     }
     let mut token = [0; 4];
@@ -153,7 +164,7 @@ fn send(
     if error != 0 {
         return refuse(error);
     }
-    remember(ctx, &destination, &token);
+    remember(ctx, &request.destination, &token);
     if request.decision.redirects() {
         // Nobody has seen the flow yet. Here the stack has room for that.
         if let Some(timed) = held(ctx, &token) {
@@ -254,26 +265,29 @@ fn carry_out(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> i32 {
 #[inline(always)]
 fn begin(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> Option<&'static mut TimedLeg> {
     let ipv4 = attempt.request.destination.is_ipv4();
-    let config = CONFIG.get_ptr_mut(0)?;
-    // SAFETY: the map's only element lives as long as the map; the counter is shared with other CPUs
-    // and touched atomically alone.
-    let number = unsafe { fetch_add(&raw mut (*config).tokens, 1) } as u64;
-    *token = source_token(number, ipv4);
-    let key = TokenKey { netns: netns_of(attempt.ctx), address: *token };
+    let mut key = TokenKey { netns: netns_of(attempt.ctx), address: [0; 4] };
     let blank = BLANK_LEG.get(0)?;
-    // SAFETY: key and value are whole and of the map's sizes; the value lies in another map, from
-    // which the kernel copies it.
-    let failed = unsafe {
-        bpf_map_update_elem(
-            (&raw const DATAGRAM_LEGS).cast_mut().cast(),
-            (&raw const key).cast(),
-            blank.as_ptr().cast(),
-            BPF_NOEXIST.into(),
-        )
-    };
+    let mut failed = 0;
+    for _ in 0..DRAWS {
+        key.address = source_token(random(), ipv4);
+        // SAFETY: key and value are whole and of the map's sizes; the value lies in another map,
+        // from which the kernel copies it.
+        failed = unsafe {
+            bpf_map_update_elem(
+                (&raw const DATAGRAM_LEGS).cast_mut().cast(),
+                (&raw const key).cast(),
+                blank.as_ptr().cast(),
+                BPF_NOEXIST.into(),
+            )
+        };
+        if failed == 0 {
+            break;
+        }
+    }
     if failed != 0 {
         return None;
     }
+    *token = key.address;
     let timed = held(attempt.ctx, token)?;
     let record_begins = match attempt.record {
         None => true,
@@ -298,6 +312,17 @@ fn begin(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> Option<&'static mut Tim
     }
     guard_begins(&timed.held.leg);
     Some(timed)
+}
+
+/// How often a token is drawn before giving up. With all flows that there can be, one draw in 64 hits
+/// another's.
+const DRAWS: u32 = 4;
+
+#[inline(always)]
+fn random() -> u64 {
+    // SAFETY: the helper has no preconditions.
+    let half = || u64::from(unsafe { bpf_get_prandom_u32() });
+    half() << 32 | half()
 }
 
 /// Notes the flow on its socket, with which it will end.

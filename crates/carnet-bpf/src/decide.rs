@@ -51,18 +51,15 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    /// A connect to `destination`, of a socket of this protocol and with the record that was set on it.
+    /// A connect, or a datagram, to `destination` of a socket of this protocol.
     #[inline(always)]
-    pub(crate) fn new(protocol: u32, destination: Endpoint, record: Option<&Record>) -> Self {
+    pub(crate) fn new(protocol: u32, destination: Endpoint) -> Self {
         Self {
             destination,
             target: destination,
             chain: Chain::empty(0),
-            original: match record {
-                Some(record) => record.app.executable,
-                None => FileId { device: 0, inode: 0 },
-            },
-            recorded: u32::from(record.is_some()),
+            original: FileId { device: 0, inode: 0 },
+            recorded: 0,
             protocol,
             leaf: LeafRow { first: 0, count: 0 },
             dead: 0,
@@ -76,6 +73,10 @@ impl Request {
     #[inline(always)]
     pub(crate) fn settle(&mut self, ctx: *mut bpf_sock_addr, record: Option<&Record>) {
         let services = self.bank.header().map_or(0, |header| header.services);
+        if let Some(record) = record {
+            self.original = record.app.executable;
+            self.recorded = 1;
+        }
         carnet_leaf(ctx, self);
         if let Some(record) = record {
             carnet_chain(record, self);

@@ -1,6 +1,6 @@
 //! Which live listener of a service can take a connection.
 
-use core::ffi::c_void;
+use core::{ffi::c_void, mem::MaybeUninit};
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr, bpf_sock_tuple},
@@ -155,31 +155,34 @@ impl Found {
     ) -> Option<Self> {
         const CURRENT_NETNS: u64 = u64::MAX;
         // `struct bpf_sock_tuple`: source and destination address, then their ports.
-        let mut tuple = [0_u32; 9];
+        let mut tuple = MaybeUninit::<[u32; 9]>::uninit();
+        let word = tuple.as_mut_ptr().cast::<u32>();
         let mut ports = u32::from(to.port.to_be()) << 16;
+        let mut source = [0; 4];
         if let Some(from) = from {
             ports |= u32::from(from.port.to_be());
+            source = from.address;
         }
-        let size = if to.is_ipv4() {
-            if let Some(from) = from {
-                tuple[0] = from.address[3];
+        // SAFETY: all within the tuple. Each word is written that the helper reads, and one by one: a
+        // call that clears them all would cost stack that is not there.
+        let size = unsafe {
+            if to.is_ipv4() {
+                word.write(source[3]);
+                word.add(1).write(to.address[3]);
+                word.add(2).write(ports);
+                12
+            } else {
+                word.write(source[0]);
+                word.add(1).write(source[1]);
+                word.add(2).write(source[2]);
+                word.add(3).write(source[3]);
+                word.add(4).write(to.address[0]);
+                word.add(5).write(to.address[1]);
+                word.add(6).write(to.address[2]);
+                word.add(7).write(to.address[3]);
+                word.add(8).write(ports);
+                36
             }
-            tuple[1] = to.address[3];
-            tuple[2] = ports;
-            12
-        } else {
-            if let Some(from) = from {
-                tuple[0] = from.address[0];
-                tuple[1] = from.address[1];
-                tuple[2] = from.address[2];
-                tuple[3] = from.address[3];
-            }
-            tuple[4] = to.address[0];
-            tuple[5] = to.address[1];
-            tuple[6] = to.address[2];
-            tuple[7] = to.address[3];
-            tuple[8] = ports;
-            36
         };
         let tuple = tuple.as_mut_ptr().cast::<bpf_sock_tuple>();
         let sk = if protocol == TCP {

@@ -15,7 +15,8 @@
 //!
 //! Beside them: [`maps`] (all state), [`bank`] (core's tables over the maps),
 //! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`end`] and [`idle`] (the
-//! end of legs), [`client`] (whose UDP flow an address stands for), [`listener`] (a service's live listener), [`mac`], [`socket`] (state of
+//! end of legs), [`client`] (whose UDP flow an address stands for), [`source`] (from where UDP may
+//! send), [`listener`] (a service's live listener), [`mac`], [`socket`] (state of
 //! sockets), [`process`] (who calls), [`report`] (events and counters), [`ctx`] (fields of the
 //! hooks' contexts).
 #![no_std]
@@ -44,6 +45,7 @@ mod report;
 mod setsockopt;
 mod socket;
 mod sockops;
+mod source;
 
 /// The helpers that read task structures are reserved to GPL-compatible programs.
 #[unsafe(link_section = "license")]

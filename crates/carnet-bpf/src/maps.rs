@@ -13,7 +13,7 @@ use carnet_core::{
     event::{Counter, Event},
     flow::{
         Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, GuardKey, LegState, ListenerEntry,
-        ListenerKey, TokenKey, Tuple,
+        ListenerKey, LocalSourceKey, TokenKey, Tuple,
     },
     record::Record,
     table::{ConditionRow, FilterRow, HeaderRow, LeafRow, MAX_SERVICES, NodeRow, ServiceRow},
@@ -30,13 +30,11 @@ pub(crate) struct Config {
     pub(crate) epoch: u64,
     /// Number of flows begun so far: the next flow's id.
     pub(crate) flows: i64,
-    /// Number of source tokens given out so far: the next one's number.
-    pub(crate) tokens: i64,
     /// How long a UDP flow of an unconnected socket lives without a datagram, in nanoseconds.
     pub(crate) datagram_idle_ns: u64,
 }
 
-/// Writer: `up`; flows and tokens: the hooks. Reader: all hooks.
+/// Writer: `up`; flows: the hooks. Reader: all hooks.
 #[btf_map]
 pub(crate) static CONFIG: Array<Config, 1> = Array::new();
 
@@ -157,6 +155,11 @@ pub(crate) static BLANK_LEG: Array<[u8; size_of::<TimedLeg>()], 1> = Array::new(
 #[btf_map]
 pub(crate) static CORRESPONDENTS: LruHashMap<CorrespondentKey, Correspondent, 65536> =
     LruHashMap::new();
+
+/// IPv6 addresses from which local UDP sockets have sent. Writer: connect6, sendmsg6; entries stay, and
+/// who finds no room is refused. Reader: recvmsg6.
+#[btf_map]
+pub(crate) static LOCAL_SOURCES: HashMap<LocalSourceKey, u32, 4096, NO_PREALLOC> = HashMap::new();
 
 /// How many of an unconnected UDP socket's flows end at once with it; others by their timers.
 pub(crate) const SOCKET_TOKENS: usize = 16;

@@ -19,6 +19,7 @@ use crate::{
     datagram::{known, remember},
     getpeername::redirected,
     report::now,
+    source::is_local,
     socket::{CLOSE, Socket, is_datagram},
 };
 
@@ -62,7 +63,9 @@ fn asked_for(ctx: *mut bpf_sock_addr, source: &Endpoint) -> Option<&'static Endp
     {
         let socket = Socket::new(sk as *mut _)?;
         // To the service itself, the token is the source.
-        if timed.held.client.port != socket.local().port {
+        if timed.held.client.port != socket.local().port
+            || timed.held.leg.target.port != source.port
+        {
             return None;
         }
         timed.held.seen_ns = now();
@@ -72,7 +75,7 @@ fn asked_for(ctx: *mut bpf_sock_addr, source: &Endpoint) -> Option<&'static Endp
         return Some(&leg.requested);
     }
     if Socket::new(sk as *mut _)?.state() == CLOSE {
-        if known(ctx, source).is_none() {
+        if known(ctx, source).is_none() && !is_local(ctx, source) {
             remember(ctx, source, &[0; 4]);
         }
     }

@@ -98,6 +98,8 @@ pub mod errno {
     pub const EOPNOTSUPP: i32 = 95;
     /// Another UDP socket is connected from the same address to the same service.
     pub const EADDRINUSE: i32 = 98;
+    /// The socket sends from an address that is kept for source tokens.
+    pub const EADDRNOTAVAIL: i32 = 99;
     /// The socket is not connected (contract Q6).
     pub const ENOTCONN: i32 = 107;
     /// The connection's service is not there and its failure policy is `block`.

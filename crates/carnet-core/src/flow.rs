@@ -198,6 +198,21 @@ impl Correspondent {
     }
 }
 
+/// Key of the IPv6 addresses from which local sockets have sent: an address in a network namespace.
+///
+/// An application may send from any IPv6 address to a socket of its own (`IPV6_FREEBIND`), which would
+/// look like a flow that begins elsewhere. From these addresses none does.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct LocalSourceKey {
+    /// Cookie of the network namespace.
+    pub netns: u64,
+    /// The address, four words in network byte order.
+    pub address: [u32; 4],
+}
+
 /// A UDP flow of an unconnected socket, as long as it goes to a service. In the kernel a timer lies
 /// before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -223,8 +238,10 @@ const TOKEN_V4_BITS: u32 = 0x003f_ffff;
 /// IPv6 source tokens are fd43:6172:6e65:74::/64, a unique local prefix of Carnet's own.
 const TOKEN_V6: [u32; 2] = [0xfd43_6172_u32.to_be(), 0x6e65_0074_u32.to_be()];
 
-/// The source token with number `n`: of IPv4 for flows that the network layer carries as IPv4, mapped
-/// ones among them. IPv4 has 4,194,304 of them, after which they begin anew.
+/// The source token of number `n`: of IPv4 for flows that the network layer carries as IPv4, mapped ones
+/// among them. IPv4 has 4,194,304 of them, which are told apart by the lowest bits of `n`.
+///
+/// Numbers are drawn at random: who does not know a flow's token cannot pretend to be its service.
 #[inline(always)]
 pub const fn source_token(n: u64, ipv4: bool) -> [u32; 4] {
     if ipv4 {
@@ -249,6 +266,7 @@ pub const fn is_source_token(endpoint: &Endpoint) -> bool {
 const _: () = {
     assert!(size_of::<LegState>() == 64 + 48 + 256 + 912);
     assert!(size_of::<TokenKey>() == 24);
+    assert!(size_of::<LocalSourceKey>() == 24);
     assert!(size_of::<CorrespondentKey>() == 32);
     assert!(size_of::<Correspondent>() == 24);
     assert!(size_of::<DatagramLeg>() == 8 + 24 + size_of::<LegState>());

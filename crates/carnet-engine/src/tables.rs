@@ -34,7 +34,6 @@ struct Config {
     key: [u64; 2],
     epoch: u64,
     flows: u64,
-    tokens: u64,
     datagram_idle_ns: u64,
 }
 
