@@ -68,14 +68,14 @@ impl DatagramFlow {
 }
 
 #[cfg(unix)]
-impl std::os::fd::AsFd for DatagramFlow {
+impl AsSocket for DatagramFlow {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.socket.as_fd()
     }
 }
 
 #[cfg(windows)]
-impl std::os::windows::io::AsSocket for DatagramFlow {
+impl AsSocket for DatagramFlow {
     fn as_socket(&self) -> std::os::windows::io::BorrowedSocket<'_> {
         self.socket.as_socket()
     }
