@@ -6,7 +6,8 @@
 //! - [`BpfDirectory`]: a bpffs of one's own for pins.
 //! - [`EchoServer`], [`NamedServer`], [`exchange`]: peers that prove who they are and check every
 //!   byte; [`PeerClient`] and [`PeerServer`] run the same as child processes, because a cgroup
-//!   holds whole processes.
+//!   holds whole processes. [`DatagramServer`], [`datagrams`] and [`DatagramClients`]: the same over
+//!   UDP, many clients in one process.
 //! - [`Process`]: a child process that does not outlive its owner.
 //!
 //! Everything cleans up when dropped, as well as it can: a failure to clean up is reported on
@@ -35,6 +36,8 @@
 
 mod bpf_directory;
 mod cgroup;
+mod datagram_server;
+pub mod datagrams;
 mod error;
 pub mod exchange;
 mod mounts;
@@ -49,10 +52,12 @@ mod unique;
 
 pub use bpf_directory::BpfDirectory;
 pub use cgroup::Cgroup;
+pub use datagram_server::{DatagramServer, ReceivedDatagram, answer_of, widen};
 pub use error::Error;
 pub use namespace::{NetworkNamespace, connect_veth};
 pub use peer::{
-    ClientPlan, ConnectionReport, PeerClient, PeerServer, RunningClient, Stage, peer_command,
+    ClientPlan, ConnectionReport, DatagramClients, PeerClient, PeerServer, RunningClient, Stage,
+    peer_command,
 };
 pub use privilege::{require_root, run_as};
 pub use process::Process;

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Cgroup, Error, NetworkNamespace, Process,
+    datagrams::{DatagramPlan, DatagramReport},
     exchange::{ConnectOptions, ExchangeError, Family, checked_exchange_over, connect},
     privilege::run_as,
 };
@@ -363,6 +364,47 @@ impl RunningClient {
             return Err(self.process.ended_early(status, &expected));
         }
         Ok(reports)
+    }
+}
+
+/// UDP clients in one process, started in the background; killed when dropped.
+#[derive(Debug)]
+pub struct DatagramClients(Process);
+
+impl DatagramClients {
+    /// Starts them in a namespace and a cgroup, the caller's own where `None`.
+    ///
+    /// # Errors
+    /// [`Error::PeerNotFound`]; [`Error::Io`].
+    pub fn start(
+        plan: &DatagramPlan,
+        namespace: Option<&NetworkNamespace>,
+        cgroup: Option<&Cgroup>,
+    ) -> Result<Self, Error> {
+        let DatagramPlan { to, clients, rounds, window, connected, timeout } = plan;
+        let mut command = peer_command()?;
+        command.arg("datagrams").args(["--clients", &clients.to_string()]);
+        command.args(["--rounds", &rounds.to_string(), "--window", &window.to_string()]);
+        command.args(["--timeout", &timeout.as_secs().max(1).to_string()]);
+        for address in to {
+            command.args(["--to", &address.to_string()]);
+        }
+        if *connected {
+            command.arg("--connected");
+        }
+        place(&mut command, namespace, cgroup, None)?;
+        Ok(Self(Process::spawn(&mut command)?))
+    }
+
+    /// Waits until they are done.
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`] if they are not after `timeout`; [`Error::ProcessEnded`] if they end
+    /// without a report.
+    pub fn finish(mut self, timeout: Duration) -> Result<DatagramReport, Error> {
+        let status = self.0.wait(timeout)?;
+        let report = self.0.lines().first().and_then(|line| serde_json::from_str(line).ok());
+        report.ok_or_else(|| self.0.ended_early(status, "a report"))
     }
 }
 

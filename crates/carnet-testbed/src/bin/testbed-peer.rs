@@ -13,11 +13,12 @@ use std::{
 use anyhow::Context as _;
 use carnet_testbed::{
     ClientPlan, EchoServer,
+    datagrams::DatagramPlan,
     exchange::{ConnectOptions, Family},
 };
 use clap::{Args, Parser};
 
-/// A TCP client that checks every byte, and the echo server for it.
+/// A TCP client that checks every byte, the echo server for it, and the same over UDP.
 #[derive(Parser)]
 #[command(name = "testbed-peer", version)]
 enum Arguments {
@@ -29,6 +30,10 @@ enum Arguments {
     ///
     /// Prints "ready ADDRESS…", with the actual ports, when it listens.
     Server(ServerArguments),
+    /// Exchange datagrams with servers that say who they are; print a report in JSON.
+    ///
+    /// The exit status is 1 if anything was not as it should be.
+    Datagrams(DatagramArguments),
 }
 
 #[derive(Args)]
@@ -77,10 +82,33 @@ struct ServerArguments {
     mptcp: bool,
 }
 
+#[derive(Args)]
+struct DatagramArguments {
+    /// A server's address and port; may be repeated.
+    #[arg(long, value_name = "ADDRESS", required = true)]
+    to: Vec<SocketAddr>,
+    /// Number of clients.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    clients: u32,
+    /// Datagrams that each client sends to each server.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    rounds: u32,
+    /// Number of unanswered datagrams at a time, over all clients.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    window: usize,
+    /// Connect the sockets.
+    #[arg(long)]
+    connected: bool,
+    /// Longest time in which no answer comes.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    timeout: u64,
+}
+
 fn main() -> anyhow::Result<ExitCode> {
     match Arguments::parse() {
         Arguments::Client(arguments) => client(&arguments),
         Arguments::Server(arguments) => server(&arguments),
+        Arguments::Datagrams(arguments) => datagrams(arguments),
     }
 }
 
@@ -127,4 +155,13 @@ fn server(arguments: &ServerArguments) -> anyhow::Result<ExitCode> {
     writeln!(io::stdout(), "{line}").context("cannot print that the server is ready")?;
     io::copy(&mut io::stdin().lock(), &mut io::sink()).context("cannot read standard input")?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn datagrams(arguments: DatagramArguments) -> anyhow::Result<ExitCode> {
+    let DatagramArguments { to, clients, rounds, window, connected, timeout } = arguments;
+    let timeout = Duration::from_secs(timeout);
+    let report = DatagramPlan { to, clients, rounds, window, connected, timeout }.run()?;
+    let line = serde_json::to_string(&report).context("cannot write the report")?;
+    writeln!(io::stdout(), "{line}").context("cannot print the report")?;
+    Ok(if report.is_perfect() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
