@@ -33,7 +33,7 @@ use crate::{
     ctx::{load32, load64, store32},
     decide::{Request, concerns_somebody, destination_concerns_somebody},
     end::{datagrams_end, guard_begins},
-    listener::Found,
+    listener::{Found, same},
     maps::{DELIVERED, LEGS},
     process::carnet_identify,
     report::count,
@@ -240,6 +240,10 @@ fn is_taken(attempt: &Attempt<'_>) -> bool {
         return false;
     }
     let target = &attempt.request.target;
+    if attempt.socket.state() == ESTABLISHED && same(&attempt.socket.remote(), target) {
+        // It was connected to the same listener before: it is this socket that would be found.
+        return false;
+    }
     if own.is_unspecified() {
         own.address = target.address;
     }

@@ -306,7 +306,9 @@ fn begin(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> Option<&'static mut Tim
         client.address = if ipv4 { Endpoint::v4(LOOPBACK_V4, 0).address } else { [0, 0, 0, ONE] };
     }
     timed.held.seen_ns = timed.held.leg.began_ns;
-    if !attempt.redirect(&mut timed.held.leg, record_begins) || !idle::start(timed) {
+    // Without memory for its timer the flow ends with its socket.
+    idle::start(timed);
+    if !attempt.redirect(&mut timed.held.leg, record_begins) {
         let _absent = DATAGRAM_LEGS.remove(&key);
         return None;
     }
