@@ -416,6 +416,16 @@ impl Trace {
         *events.iter().find(is_it).expect("the event that was waited for")
     }
 
+    /// Reads events as they come for as long as something goes on; then what is left.
+    #[track_caller]
+    pub fn collect_while(&mut self, goes_on: impl Fn() -> bool) -> &[Event] {
+        while goes_on() {
+            let next = self.reader.next_timeout(Duration::from_millis(50));
+            self.events.extend(next.must("read an event"));
+        }
+        self.drain()
+    }
+
     /// Reads what is there already, without waiting for more.
     #[track_caller]
     pub fn drain(&mut self) -> &[Event] {

@@ -19,7 +19,10 @@ use std::{
 };
 
 use carnet_testbed::{Cgroup, NetworkNamespace, run_as};
-use rustix::{event::PollFd, event::PollFlags, event::Timespec};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    net::{RecvAncillaryBuffer, RecvFlags},
+};
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
@@ -63,7 +66,7 @@ pub enum Order {
 /// A call on one socket.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Call {
-    /// `bind(2)`, with `SO_REUSEADDR`.
+    /// `bind(2)`; of a stream socket with `SO_REUSEADDR`.
     Bind(SocketAddr),
     /// `SO_REUSEPORT`.
     SharePort,
@@ -95,6 +98,12 @@ pub enum Call {
     Receive(usize),
     /// End the sending half.
     EndSending,
+    /// `sendto(2)`: one datagram.
+    SendTo(SocketAddr, Vec<u8>),
+    /// Receive one datagram, of this many bytes at most.
+    ReceiveDatagram(Receiving, usize),
+    /// Give up receiving after so many milliseconds.
+    ReceiveLimit(u64),
     /// `close(2)`.
     Close,
 }
@@ -121,6 +130,19 @@ pub enum Kind {
     Udp,
 }
 
+/// The system call that receives a datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Receiving {
+    /// `recvfrom(2)`.
+    From,
+    /// `recvfrom(2)` with `MSG_PEEK`.
+    Peek,
+    /// `recvmsg(2)`.
+    Message,
+    /// `read(2)`, which does not tell the source.
+    Read,
+}
+
 /// What a call gave.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Answer {
@@ -130,6 +152,8 @@ pub enum Answer {
     Address(SocketAddr),
     /// Bytes.
     Bytes(Vec<u8>),
+    /// A datagram, and its source where the call tells it.
+    Datagram(Vec<u8>, Option<SocketAddr>),
     /// An errno.
     Failed(i32),
 }
@@ -226,6 +250,12 @@ impl Puppet {
         Ok(socket)
     }
 
+    /// Has it open a UDP socket of the family of an address.
+    #[track_caller]
+    pub fn udp(&self, like: SocketAddr) -> Hand<'_> {
+        self.open(Family::of(like), Kind::Udp).must("open a UDP socket")
+    }
+
     /// Has it listen on an address.
     #[track_caller]
     pub fn listen(&self, on: SocketAddr) -> Hand<'_> {
@@ -307,7 +337,7 @@ impl Hand<'_> {
         }
     }
 
-    /// Binds it, with `SO_REUSEADDR`.
+    /// Binds it; a stream socket with `SO_REUSEADDR`.
     ///
     /// # Errors
     /// The call's errno, as of all methods here.
@@ -426,6 +456,34 @@ impl Hand<'_> {
         self.bytes(Call::Receive(length))
     }
 
+    /// Sends one datagram.
+    #[track_caller]
+    pub fn send_to(&self, to: SocketAddr, bytes: &[u8]) -> Result<()> {
+        self.done(Call::SendTo(to, bytes.into()))
+    }
+
+    /// Receives one datagram by `recvfrom(2)`, with its source.
+    #[track_caller]
+    pub fn receive_from(&self) -> Result<(Vec<u8>, SocketAddr)> {
+        let (bytes, source) = self.receive_by(Receiving::From)?;
+        Ok((bytes, source.expect("a source")))
+    }
+
+    /// Receives one datagram, with its source where the call tells it.
+    #[track_caller]
+    pub fn receive_by(&self, how: Receiving) -> Result<(Vec<u8>, Option<SocketAddr>)> {
+        match self.call(Call::ReceiveDatagram(how, 65_535))? {
+            Answer::Datagram(bytes, source) => Ok((bytes, source)),
+            other => panic!("{other:?} is no datagram"),
+        }
+    }
+
+    /// Bounds every further wait for data, which otherwise is long: then it fails with `EAGAIN`.
+    #[track_caller]
+    pub fn receive_within(&self, limit: Duration) -> Result<()> {
+        self.done(Call::ReceiveLimit(limit.as_millis() as u64))
+    }
+
     /// Ends the sending half.
     #[track_caller]
     pub fn end_sending(&self) -> Result<()> {
@@ -522,7 +580,10 @@ fn call_on(mut socket: &Socket, call: Call) -> io::Result<Answer> {
     let no_address = || io::Error::from_raw_os_error(libc::EAFNOSUPPORT);
     match call {
         Call::Bind(address) => {
-            socket.set_reuse_address(true)?;
+            // Two UDP sockets may then be given the same port of the system's choice.
+            if socket.r#type()? == Type::STREAM {
+                socket.set_reuse_address(true)?;
+            }
             socket.bind(&address.into())?;
         }
         Call::SharePort => socket.set_reuse_port(true)?,
@@ -562,9 +623,34 @@ fn call_on(mut socket: &Socket, call: Call) -> io::Result<Answer> {
             return Ok(Answer::Bytes(bytes));
         }
         Call::EndSending => socket.shutdown(std::net::Shutdown::Write)?,
+        Call::SendTo(address, bytes) => drop(socket.send_to(&bytes, &address.into())?),
+        Call::ReceiveDatagram(how, length) => return receive_datagram(socket, how, length),
+        Call::ReceiveLimit(millis) => {
+            socket.set_read_timeout(Some(Duration::from_millis(millis.max(1))))?;
+        }
         Call::Close => {}
     }
     Ok(Answer::Done)
+}
+
+fn receive_datagram(socket: &Socket, how: Receiving, length: usize) -> io::Result<Answer> {
+    let mut bytes = vec![0; length];
+    let (length, source) = match how {
+        Receiving::From | Receiving::Peek => {
+            let flags = if how == Receiving::Peek { RecvFlags::PEEK } else { RecvFlags::empty() };
+            let (length, _, source) = rustix::net::recvfrom(socket, &mut bytes[..], flags)?;
+            (length, source)
+        }
+        Receiving::Message => {
+            let parts = &mut [io::IoSliceMut::new(&mut bytes)];
+            let mut control = RecvAncillaryBuffer::default();
+            let received = rustix::net::recvmsg(socket, parts, &mut control, RecvFlags::empty())?;
+            (received.bytes, received.address)
+        }
+        Receiving::Read => (rustix::io::read(socket, &mut bytes)?, None),
+    };
+    bytes.truncate(length);
+    Ok(Answer::Datagram(bytes, source.and_then(|source| source.try_into().ok())))
 }
 
 fn connect_nonblocking(socket: &Socket, address: SocketAddr) -> io::Result<()> {
