@@ -6,6 +6,7 @@
 //! | [`bpf`] | builds the kernel engine, reproducibly, and checks the committed object against it |
 //! | [`test`](mod@test) | runs everything that runs on the local kernel |
 //! | [`contract`] | Windows' contract, clause by clause: tests and table |
+//! | [`conformance`] | prints the matrix of all ways to open a flow |
 //! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`vm`] | boots other kernels, and tests there |
@@ -17,6 +18,7 @@ mod bench;
 mod bpf;
 mod cargo;
 mod ci;
+mod conformance;
 mod contract;
 mod host;
 mod process;
@@ -51,6 +53,8 @@ enum Command {
     },
     /// Run the contract suite and print a line per clause of Windows' documentation
     Contract(contract::Options),
+    /// Run the conformance matrix and print it: families, protocols, binds, destinations, services
+    Conformance,
     /// Build and install the C library carnet-winsock, or check it thoroughly
     Winsock(winsock::Options),
     /// Build what runs on Windows, and run its tests under Wine
@@ -82,6 +86,7 @@ fn run(command: Command) -> Result<()> {
         Command::Bpf(options) => bpf::run(options),
         Command::Test { arguments } => test::run(&arguments),
         Command::Contract(options) => contract::run(&options),
+        Command::Conformance => conformance::run(),
         Command::Winsock(options) => winsock::run(&options),
         Command::Windows(options) => windows::run(&options),
         Command::Vm(options) => vm::run(&options),

@@ -62,7 +62,7 @@ pub(crate) fn as_root_with(
     program: &Built,
     more: &[(&str, &OsStr)],
 ) -> Command {
-    let handed_on: Vec<(&str, OsString)> = ["RUST_BACKTRACE", "RUST_LOG", "CI", "TERM"]
+    let handed_on: Vec<(&str, OsString)> = ["RUST_BACKTRACE", "RUST_LOG", "CI", "TERM", "NO_COLOR"]
         .into_iter()
         .filter_map(|name| Some((name, std::env::var_os(name)?)))
         .collect();

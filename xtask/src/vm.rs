@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail};
 use self::image::Contents;
 use self::machine::{Accelerator, Boot, EMULATOR, Machine};
 use crate::cargo::{self, Kind};
+use crate::conformance;
 use crate::host::{self, PROGRAMS};
 use crate::process::{announce, find_program, is_root};
 
@@ -32,8 +33,9 @@ const TOOLS: [(&str, &str); 4] = [
 const LIBRARIES: [&str; 3] = ["libc6", "libc6-dev", "libgcc-s1"];
 /// The programs, as `cargo build` is told.
 const PACKAGES: [&str; 4] = ["carnet-cli", "carnet-inspect", "carnet-testbed", "carnet-tests"];
-/// The suites that are run.
-const SUITES: [(&str, &str); 1] = [("carnet-tests", "e2e")];
+/// The suites that are run, and what they are given besides: the matrix is to show itself.
+const SUITES: [(&str, &str, &str); 2] =
+    [("carnet-tests", "e2e", ""), (conformance::SUITE.0, conformance::SUITE.1, "--nocapture")];
 /// No boot takes as long, even on a busy machine under emulation.
 const LIMIT: Duration = Duration::from_secs(45 * 60);
 
@@ -45,6 +47,9 @@ pub(crate) struct Options {
     /// Boot the newest kernel of this series only; may be repeated
     #[arg(long = "kernel", value_name = "SERIES", default_values = SERIES)]
     kernels: Vec<String>,
+    /// Run only this suite (e2e, conformance); may be repeated
+    #[arg(long = "suite", value_name = "NAME", value_parser = SUITES.map(|(_, name, _)| name))]
+    suites: Vec<String>,
     /// Emulate the processor, even where its own help (KVM) is to be had
     #[arg(long)]
     emulate: bool,
@@ -79,15 +84,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut arguments: Vec<&str> =
         PACKAGES.iter().flat_map(|package| ["--package", package]).collect();
     arguments.push("--bins");
-    arguments.extend(SUITES.iter().flat_map(|(_, target)| ["--test", target]));
+    let wanted = |name: &str| options.suites.is_empty() || options.suites.iter().any(|s| s == name);
+    let suites: Vec<_> = SUITES.iter().filter(|(_, target, _)| wanted(target)).collect();
+    arguments.extend(suites.iter().flat_map(|(_, target, _)| ["--test", target]));
     let built = cargo::build(&root, &arguments)?;
-    let suites = SUITES
-        .iter()
-        .map(|(package, target)| {
+    let suites = suites
+        .into_iter()
+        .map(|(package, target, given)| {
             let is_it = |built: &&cargo::Built| {
                 built.kind == Kind::Tests && built.package == *package && built.target == *target
             };
-            built.iter().find(is_it).with_context(|| format!("{package} has no tests {target}"))
+            let found = built.iter().find(is_it);
+            Ok((found.with_context(|| format!("{package} has no tests {target}"))?, *given))
         })
         .collect::<Result<Vec<_>>>()?;
     let contents = Contents {

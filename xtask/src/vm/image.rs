@@ -27,8 +27,8 @@ const UNUSED: [&str; 2] = ["lto1", "lto-dump"];
 pub(super) struct Contents<'a> {
     /// Programs and suites, which lie side by side.
     pub(super) programs: Vec<&'a Built>,
-    /// Of them, the suites to run.
-    pub(super) suites: Vec<&'a Built>,
+    /// Of them, the suites to run, and a word that each is given besides, if it is not empty.
+    pub(super) suites: Vec<(&'a Built, &'static str)>,
     /// What is given to every suite.
     pub(super) arguments: Vec<String>,
     /// Installed packages, which come along with all that they depend on.
@@ -72,7 +72,8 @@ impl Contents<'_> {
             .context("cannot make init executable")?;
 
         let carnet = own.join("carnet");
-        for program in self.programs.iter().chain(&self.suites) {
+        let suites = self.suites.iter().map(|(suite, _)| suite);
+        for program in self.programs.iter().chain(suites) {
             // Debug information is most of it, and has to go through the machine's memory twice.
             let mut strip = Command::new("strip");
             strip.args(["--strip-debug", "-o"]).arg(carnet.join(&program.target));
@@ -81,7 +82,11 @@ impl Contents<'_> {
         let lines = |words: &mut dyn Iterator<Item = &str>| -> String {
             words.map(|word| format!("{word}\n")).collect()
         };
-        let suites = lines(&mut self.suites.iter().map(|suite| suite.target.as_str()));
+        let suites: String = self
+            .suites
+            .iter()
+            .map(|(suite, given)| format!("{} {given}\n", suite.target))
+            .collect();
         write(&carnet.join("suites"), &suites)?;
         let arguments = lines(&mut self.arguments.iter().map(String::as_str));
         write(&carnet.join("arguments"), &arguments)?;

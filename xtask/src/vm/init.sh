@@ -44,9 +44,10 @@ set --
 while IFS= read -r argument; do
     set -- "$@" "$argument"
 done <arguments
-while IFS= read -r suite; do
+while read -r suite given; do
     mark begin "$suite"
-    "./$suite" --color never "$@"
+    # One word, or none.
+    "./$suite" --color never $given "$@"
     mark end "$suite" $?
 done <suites
 

@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use super::kernels::Kernel;
+use crate::conformance;
 use crate::process;
 use crate::test::count;
 
@@ -21,6 +22,8 @@ pub(super) const EMULATOR: &str = "qemu-system-x86_64";
 const MARK: &str = "carnet-vm: ";
 /// The step that shows what the verifier said.
 const PROGRAMS: &str = "programs";
+/// The step that prints the matrix, which is shown.
+const MATRIX: &str = conformance::SUITE.1;
 /// Bits of `/proc/sys/kernel/tainted`: the kernel died somewhere (D), or warned (W).
 const TAINT: u64 = 1 << 7 | 1 << 9;
 /// The status with which timeout(1) says that it ended the command.
@@ -211,13 +214,20 @@ impl Heard {
                 ["tainted", value] => self.tainted = value.parse().ok(),
                 _ => {}
             }
-        } else if self.step.as_deref() == Some(PROGRAMS) {
+            return;
+        }
+        if self.step.as_deref() == Some(PROGRAMS) {
             if let Ok(status) = serde_json::from_str::<Status>(line) {
                 let programs = status.programs.into_iter();
                 self.verified
                     .extend(programs.map(|program| (program.name, program.verified_instructions)));
             }
-        } else if let Some(result) = line.strip_prefix("test result: ") {
+            return;
+        }
+        if self.step.as_deref() == Some(MATRIX) {
+            println!("{line}");
+        }
+        if let Some(result) = line.strip_prefix("test result: ") {
             self.passed += count(result, "passed");
             self.failed += count(result, "failed");
             self.skipped += count(result, "ignored");
