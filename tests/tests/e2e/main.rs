@@ -6,6 +6,7 @@
 mod chains;
 mod changes;
 mod control;
+mod datagrams;
 mod failures;
 mod families;
 mod filters;
