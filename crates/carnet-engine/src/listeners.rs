@@ -48,9 +48,9 @@ impl Engine {
         Ok(listeners)
     }
 
-    /// Registers the listening TCP sockets of a running process for the service of this name, as
-    /// the process itself would do with `carnet::register_listener`; gives where they listen. None
-    /// if the process listens on no TCP socket.
+    /// Registers the sockets on which a running process listens, for the service of this name, as
+    /// the process itself would do with `carnet::register_listener`; gives where they are: listening
+    /// TCP sockets, and UDP sockets that are bound and not connected. None if there is no such one.
     ///
     /// # Errors
     /// [`Error::NoService`]; [`Error::Register`] if the kernel engine does not take one of them, for
@@ -76,7 +76,7 @@ impl Engine {
     }
 }
 
-/// Copies of a process's descriptors of listening TCP sockets.
+/// Copies of a process's descriptors of sockets on which it listens.
 fn listening_sockets(pid: u32) -> Result<Vec<(OwnedFd, SocketAddr)>, Error> {
     let failed = |operation| Error::io::<io::Error>(operation, format!("process {pid}"));
     let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
@@ -108,13 +108,22 @@ fn listening_sockets(pid: u32) -> Result<Vec<(OwnedFd, SocketAddr)>, Error> {
     Ok(sockets)
 }
 
-/// Where a socket listens, if it is a listening TCP socket.
+/// Where a socket listens, if it is a listening TCP socket, or a UDP socket that is bound and hears
+/// everybody.
 fn listening_at(socket: &OwnedFd) -> Option<SocketAddr> {
     let view = SockRef::from(socket);
-    let tcp = matches!(view.protocol(), Ok(Some(Protocol::TCP | Protocol::MPTCP)));
-    let inet = matches!(view.domain(), Ok(Domain::IPV4 | Domain::IPV6));
-    let listens = matches!(view.r#type(), Ok(Type::STREAM)) && view.is_listener().unwrap_or(false);
-    if tcp && inet && listens { view.local_addr().ok()?.as_socket() } else { None }
+    if !matches!(view.domain(), Ok(Domain::IPV4 | Domain::IPV6)) {
+        return None;
+    }
+    let listens = match view.protocol().ok()?? {
+        Protocol::TCP | Protocol::MPTCP => {
+            matches!(view.r#type(), Ok(Type::STREAM)) && view.is_listener().unwrap_or(false)
+        }
+        Protocol::UDP => view.peer_addr().is_err(),
+        _ => false,
+    };
+    let local = view.local_addr().ok()?.as_socket()?;
+    (listens && local.port() != 0).then_some(local)
 }
 
 #[cfg(test)]
@@ -124,15 +133,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn listening_tcp_sockets_are_told_from_others() {
+    fn listening_sockets_are_told_from_others() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let local = listener.local_addr().unwrap();
         let client = TcpStream::connect(local).unwrap();
         let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let heard = datagrams.local_addr().unwrap();
+        let connected = UdpSocket::bind("127.0.0.1:0").unwrap();
+        connected.connect(heard).unwrap();
         assert_eq!(listening_at(&client.into()), None);
-        assert_eq!(listening_at(&datagrams.into()), None);
+        assert_eq!(listening_at(&connected.into()), None);
         let own = listening_sockets(std::process::id()).unwrap();
-        assert!(own.iter().any(|(_, found)| *found == local));
+        for place in [local, heard] {
+            assert!(own.iter().any(|(_, found)| *found == place));
+        }
         assert_eq!(listening_at(&listener.into()), Some(local));
+        assert_eq!(listening_at(&datagrams.into()), Some(heard));
+        let unbound = socket2::Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
+        assert_eq!(listening_at(&OwnedFd::from(unbound)), None);
     }
 }

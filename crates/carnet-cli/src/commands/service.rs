@@ -50,7 +50,7 @@ pub(crate) enum Command {
         service: String,
     },
     Run(service_run::Arguments),
-    /// Register the listening TCP sockets of a process as a service's listeners
+    /// Register the sockets on which a process listens, TCP and UDP, as a service's listeners
     ///
     /// For services that do not do so themselves. The process has to run in the service's cgroup.
     Register {
@@ -144,7 +144,7 @@ pub(super) fn run(command: Command, session: &mut Session<'_>) -> Result<u8, Fai
             let listeners = engine.register_listener_of(&service, pid.0)?;
             if listeners.is_empty() {
                 return Err(Failure::new(format_args!(
-                    "process {pid} has no listening TCP socket"
+                    "process {pid} listens on no TCP or UDP socket"
                 ))
                 .with_hint("start it first, and name the process that listens"));
             }
