@@ -42,6 +42,7 @@ pub struct Lab {
     apps: Cgroup,
     scope: Cgroup,
     location: Location,
+    udp_idle: Duration,
     pins: BpfDirectory,
     network: Arc<Network>,
 }
@@ -125,6 +126,17 @@ impl Lab {
     /// A lab, with a scope and an engine of its own, on a network that others use as well.
     #[track_caller]
     pub fn beside(network: &Arc<Network>) -> Self {
+        Self::make(network, UpOptions::DEFAULT_UDP_IDLE)
+    }
+
+    /// A lab with a network of its own, whose UDP flows end when they have been idle for so long.
+    #[track_caller]
+    pub fn with_udp_idle(idle: Duration) -> Self {
+        Self::make(&Arc::new(Network::new()), idle)
+    }
+
+    #[track_caller]
+    fn make(network: &Arc<Network>, udp_idle: Duration) -> Self {
         let pins = BpfDirectory::create("carnet-e2e").must("make a bpffs");
         let scope = Cgroup::create("carnet-e2e").must("make a cgroup");
         let apps = scope.child("apps").must("make a cgroup");
@@ -135,6 +147,7 @@ impl Lab {
             apps,
             scope,
             location,
+            udp_idle,
             pins,
             network: Arc::clone(network),
         };
@@ -145,7 +158,8 @@ impl Lab {
     /// Brings the engine up, with an empty policy. That it is already, unless it was taken down.
     #[track_caller]
     pub fn up(&self) {
-        let options = UpOptions::new(self.scope.path());
+        let mut options = UpOptions::new(self.scope.path());
+        options.udp_idle = self.udp_idle;
         let engine = Engine::up(&self.location, &options).must("bring the engine up");
         *self.own_engine() = Some(engine);
     }

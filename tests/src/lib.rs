@@ -5,6 +5,7 @@
 //! - [`Running`]: a redirect service at work (the program `test-service`, on the library `carnet`),
 //!   which reports what it knows of every connection.
 //! - [`puppet::Puppet`]: a process that makes single socket calls as the test tells it to.
+//! - [`dns`]: a resolver that answers anything.
 //! - [`contract`]: the C programs of the contract suite, and what they ask of a lab.
 //!
 //! All of it panics when something does not work that is not what is being tested, and says what.
@@ -18,6 +19,7 @@ use std::{
 };
 
 pub mod contract;
+pub mod dns;
 mod lab;
 pub mod puppet;
 pub mod service;

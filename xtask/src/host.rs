@@ -15,12 +15,16 @@ const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
 /// The real programs that the end-to-end tests put at both ends of a connection, and the Debian
 /// package of each.
-pub(crate) const PROGRAMS: [(&str, &str); 5] = [
+pub(crate) const PROGRAMS: [(&str, &str); 9] = [
     ("cc", "gcc"),
     ("curl", "curl"),
+    ("dig", "bind9-dnsutils"),
+    ("dnsmasq", "dnsmasq-base"),
     ("nft", "nftables"),
     ("nginx", "nginx"),
+    ("ntpdig", "ntpsec-ntpdig"),
     ("python3", "python3"),
+    ("socat", "socat"),
 ];
 
 /// What is installed where it may be, and else left out: without Go its service is not tested.

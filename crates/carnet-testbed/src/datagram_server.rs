@@ -69,7 +69,7 @@ impl DatagramServer {
     /// # Errors
     /// [`Error::Io`] if an address cannot be bound; [`Error::Argument`] without any address.
     pub fn start(addresses: impl IntoIterator<Item = SocketAddr>) -> Result<Self, Error> {
-        Self::serve(bind(addresses)?)
+        Self::serve(bind(addresses)?, answer_of)
     }
 
     /// Serves addresses of a network namespace. Port 0 takes a free port.
@@ -80,11 +80,27 @@ impl DatagramServer {
         namespace: &NetworkNamespace,
         addresses: impl IntoIterator<Item = SocketAddr>,
     ) -> Result<Self, Error> {
-        let addresses: Vec<_> = addresses.into_iter().collect();
-        Self::serve(namespace.run(|| bind(addresses))??)
+        Self::start_with(namespace, addresses, answer_of)
     }
 
-    fn serve(sockets: Vec<StdSocket>) -> Result<Self, Error> {
+    /// The same, with another answer: what `answer` makes of the address that was reached and the
+    /// payload.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_with(
+        namespace: &NetworkNamespace,
+        addresses: impl IntoIterator<Item = SocketAddr>,
+        answer: fn(SocketAddr, &[u8]) -> Vec<u8>,
+    ) -> Result<Self, Error> {
+        let addresses: Vec<_> = addresses.into_iter().collect();
+        Self::serve(namespace.run(|| bind(addresses))??, answer)
+    }
+
+    fn serve(
+        sockets: Vec<StdSocket>,
+        answer: fn(SocketAddr, &[u8]) -> Vec<u8>,
+    ) -> Result<Self, Error> {
         let failed = || Error::io("start", "a test server");
         let addresses = sockets
             .iter()
@@ -111,7 +127,7 @@ impl DatagramServer {
                     runtime.block_on(async {
                         let mut serving = JoinSet::new();
                         for (socket, local) in sockets.into_iter().zip(addresses) {
-                            serving.spawn(answer(socket, local, Arc::clone(&journal)));
+                            serving.spawn(serve(socket, local, answer, Arc::clone(&journal)));
                         }
                         // The sender never sends: this is its end.
                         let _ = stopped.await;
@@ -199,13 +215,18 @@ fn bind_one(address: SocketAddr) -> io::Result<StdSocket> {
     Ok(socket.into())
 }
 
-async fn answer(socket: UdpSocket, local: SocketAddr, journal: Arc<Journal>) {
+async fn serve(
+    socket: UdpSocket,
+    local: SocketAddr,
+    answer: fn(SocketAddr, &[u8]) -> Vec<u8>,
+    journal: Arc<Journal>,
+) {
     let mut buffer = vec![0; LARGEST];
     loop {
         // What recvfrom() can report is that an earlier answer found nobody.
         if let Ok((length, peer)) = socket.recv_from(&mut buffer).await {
             let payload = &buffer[..length];
-            let answer = answer_of(local, payload);
+            let answer = answer(local, payload);
             // In the journal before the client can know.
             journal.enter(ReceivedDatagram { peer, local, payload: payload.to_vec() });
             let _ = socket.send_to(&answer, peer).await;

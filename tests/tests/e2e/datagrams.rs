@@ -2,7 +2,8 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use carnet_core::{
@@ -11,6 +12,7 @@ use carnet_core::{
     event::{Counter, EventKind},
     object::{Conditions, FailurePolicy, FilterAction, NewFilter, Protocol, Trust, Weight},
 };
+use carnet_engine::LegKind;
 use carnet_testbed::{
     DatagramClients, DatagramServer, Topology, answer_of,
     datagrams::{DatagramPlan, dropped_for_want_of_room},
@@ -19,6 +21,7 @@ use carnet_tests::{
     Lab, Must as _, PATIENCE, Plan, Report, Running, handed_on,
     puppet::{Family, Hand, Kind, Receiving},
     service::Behaviour,
+    until,
 };
 
 const DESTINATION: [IpAddr; 2] =
@@ -328,6 +331,36 @@ fn a_change_of_the_policy_concerns_flows_that_begin_after_it() {
     let fresh = client.udp(to);
     answers(&fresh, to, b"fresh");
     assert_eq!(service.reports(3).len(), 3);
+}
+
+/// A flow of datagrams has no end but that nothing comes any more. What comes later is another one.
+#[test]
+fn a_flow_that_is_idle_for_too_long_ends() {
+    let idle = Duration::from_secs(2);
+    let lab = Lab::with_udp_idle(idle);
+    let server = server(&lab);
+    lab.service("alpha", 1);
+    let service = lab.start_with("alpha", &Behaviour::with_datagrams());
+    let client = lab.puppet();
+    let flows = || lab.engine().flows().must("list the flows");
+    for (number, to) in server.addresses().iter().enumerate() {
+        let socket = client.udp(*to);
+        // For longer than it may be idle, but never idle for so long.
+        let begun = Instant::now();
+        while begun.elapsed() < idle * 3 / 2 {
+            answers(&socket, *to, b"still there");
+            thread::sleep(idle / 8);
+        }
+        assert_eq!(service.reports(2 * number + 1).len(), 2 * number + 1);
+        until("the end of the flow", flows, |legs| {
+            legs.iter().all(|leg| leg.kind != LegKind::Redirected)
+        });
+        answers(&socket, *to, b"there again");
+        let reports = service.reports(2 * number + 2);
+        let [.., before, after] = &reports[..] else { panic!("two flows") };
+        assert!(before.flow != after.flow && before.peer != after.peer, "{reports:#?}");
+    }
+    assert_eq!(service.finish().len(), 4);
 }
 
 #[test]

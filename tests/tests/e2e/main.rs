@@ -6,6 +6,7 @@
 mod chains;
 mod changes;
 mod control;
+mod datagram_programs;
 mod datagrams;
 mod failures;
 mod families;

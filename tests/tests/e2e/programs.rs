@@ -32,7 +32,7 @@ impl Drop for Directory {
 
 /// A program of the system, by its real path: what the kernel calls it.
 #[track_caller]
-fn installed(name: &str) -> PathBuf {
+pub(crate) fn installed(name: &str) -> PathBuf {
     let places = ["/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"];
     let found = places.iter().map(|place| Path::new(place).join(name)).find(|path| path.is_file());
     let path = found.unwrap_or_else(|| {
@@ -43,14 +43,14 @@ fn installed(name: &str) -> PathBuf {
 
 /// Runs a program to its end inside the scope; gives its process id and what it printed.
 #[track_caller]
-fn run_inside(lab: &Lab, command: &mut Command) -> (u32, String) {
+pub(crate) fn run_inside(lab: &Lab, command: &mut Command) -> (u32, String) {
     lab.apps().enter_command(command).must("enter the cgroup");
     run(lab, command)
 }
 
 /// Runs a program to its end among the clients, but outside of every scope.
 #[track_caller]
-fn run(lab: &Lab, command: &mut Command) -> (u32, String) {
+pub(crate) fn run(lab: &Lab, command: &mut Command) -> (u32, String) {
     lab.network().topology.client.enter_command(command).must("enter the namespace");
     let mut process = Process::spawn(command).must("start a program");
     let status = process.wait(PATIENCE).must("wait for a program");
