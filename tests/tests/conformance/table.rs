@@ -2,7 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    env, fmt,
+    env,
+    fmt::{self, Write as _},
     io::{self, IsTerminal as _},
 };
 
@@ -70,7 +71,7 @@ impl Table<'_> {
         sign.unwrap_or(Sign::Bad)
     }
 
-    fn redirects(&self, f: &mut fmt::Formatter<'_>, colour: bool) -> fmt::Result {
+    fn redirects(&self, f: &mut String, colour: bool) -> fmt::Result {
         writeln!(f, "redirected, and onwards to the destination\n")?;
         write!(f, "{:HEAD$}", "destination")?;
         for destination in Destination::ALL {
@@ -110,7 +111,7 @@ impl Table<'_> {
         Ok(())
     }
 
-    fn authorisation(&self, f: &mut fmt::Formatter<'_>, colour: bool) -> fmt::Result {
+    fn authorisation(&self, f: &mut String, colour: bool) -> fmt::Result {
         writeln!(
             f,
             "\nauthorised: what the policy blocks, whatever the socket is bound to,\n\
@@ -144,7 +145,7 @@ impl Table<'_> {
         Ok(())
     }
 
-    fn faults(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    fn faults(&self, f: &mut String) -> fmt::Result {
         let mut by_check: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (cell, outcome) in self.all() {
             for (_, check, fault) in &outcome.faults {
@@ -166,6 +167,14 @@ impl Table<'_> {
 
 impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = String::new();
+        self.write(&mut text)?;
+        text.lines().try_for_each(|line| writeln!(f, "{}", line.trim_end()))
+    }
+}
+
+impl Table<'_> {
+    fn write(&self, f: &mut String) -> fmt::Result {
         let colour = io::stdout().is_terminal() && env::var_os("NO_COLOR").is_none();
         writeln!(f)?;
         self.redirects(f, colour)?;

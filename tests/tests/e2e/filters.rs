@@ -14,6 +14,7 @@ use carnet_testbed::{EchoServer, NetworkNamespace, PeerClient, Topology, peer_co
 use carnet_tests::{
     Anything, Lab, Must as _, PATIENCE, Plan, Running,
     puppet::{Errno, Family, Kind, Puppet},
+    service::Behaviour,
 };
 
 /// A lab with one service, whose filter has these conditions.
@@ -261,4 +262,40 @@ fn a_filter_may_name_its_protocol() {
     // One that names none is for both.
     add(&lab, "any", 2, Conditions::default(), FilterAction::BLOCK);
     assert_eq!(udp().connect(lab.v4()), Err(Errno(libc::EPERM)));
+}
+
+/// The application's leg is authorised by what it asks for. Where the redirect sends it, to the
+/// service's own address, filters do not see; those who go there of themselves they do.
+#[test]
+fn a_block_of_a_services_own_address_concerns_those_who_ask_for_it() {
+    let lab = Lab::new();
+    let ports = vec![lab.v4().port().into()];
+    let conditions = Conditions { ports, ..Conditions::default() };
+    lab.service_with("alpha", Plan { conditions, ..Plan::default() });
+    let service = lab.start_with("alpha", &Behaviour::with_datagrams());
+    let ports = service.addresses().iter().map(|place| place.port().into()).collect();
+    lab.change(|policy| {
+        policy.add_provider("warden", "")?;
+        policy.add_sublayer("warden", "warden", 1000)?;
+        policy.add_filter(NewFilter {
+            name: None,
+            sublayer: "warden".into(),
+            weight: Weight::Auto,
+            conditions: Conditions { ports, ..Conditions::default() },
+            action: FilterAction::BLOCK,
+        })?;
+        Ok(())
+    });
+    lab.exchange(lab.v4());
+    let client = lab.puppet();
+    let datagrams = client.udp(lab.v4());
+    datagrams.send_to(lab.v4(), b"redirected").must("send");
+    let reports = service.reports(2);
+    assert_eq!(reports.iter().map(|report| report.protocol).collect::<Vec<_>>(), [6, 17]);
+
+    let [tcp, _, udp, _] = service.addresses() else { panic!("two listeners of each protocol") };
+    let refused = Err(Errno(libc::EPERM));
+    assert_eq!(client.connect(*tcp).map(drop), refused);
+    assert_eq!(client.udp(*udp).connect(*udp), refused);
+    assert_eq!(client.udp(*udp).send_to(*udp, b"direct"), refused);
 }
