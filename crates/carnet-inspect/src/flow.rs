@@ -4,7 +4,7 @@ use crate::inspect::{Inspector, Seen};
 use crate::log::{Entry, Log};
 use crate::origin::FlowSource;
 use crate::relay::{BUFFER, Leg, LegEnd, Side, Stop, both, discard, reset_on_close};
-use crate::rules::{Action, Decision, Facts, Rules, Verdict};
+use crate::rules::{Action, Decision, Facts, Rules, Transport, Verdict};
 use socket2::SockRef;
 use std::convert::Infallible;
 use std::future::{Future, pending};
@@ -107,7 +107,11 @@ impl Context {
             (entry.executable, entry.command) = (app.executable, Some(app.command));
         }
         let executable = entry.executable.clone();
-        let facts = Facts { destination: origin.destination, executable: executable.as_deref() };
+        let facts = Facts {
+            transport: Transport::Tcp,
+            destination: origin.destination,
+            executable: executable.as_deref(),
+        };
         let decision = rules.decide(facts, None);
         if let Decision::Settled(verdict) = &decision {
             record(entry, verdict);
