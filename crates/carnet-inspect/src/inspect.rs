@@ -9,6 +9,8 @@ mod datagrams;
 mod dns;
 mod quic;
 
+#[cfg(test)]
+pub(crate) use datagrams::tests as test_datagrams;
 pub use datagrams::{Datagrams, Told, refusal};
 
 use serde::{Deserialize, Serialize};
@@ -52,7 +54,7 @@ pub struct Seen {
 }
 
 impl Seen {
-    fn of(protocol: Protocol) -> Self {
+    pub(crate) fn of(protocol: Protocol) -> Self {
         Self { protocol, ..Self::default() }
     }
 }

@@ -1,10 +1,10 @@
 //! Where a connection comes from and goes to: the only module that asks Carnet.
 
 use carnet::{Error, Onwards, Operation};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket as StdUdpSocket};
 use std::path::PathBuf;
 use std::time::Duration;
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 
 /// Tells where accepted connections come from and go to.
 pub trait FlowSource: Send + Sync + 'static {
@@ -14,9 +14,19 @@ pub trait FlowSource: Send + Sync + 'static {
     /// [`Error::NotRedirected`] for a connection that came here directly; others when it cannot
     /// be told.
     fn origin(&self, accepted: &TcpStream) -> Result<Origin, Error>;
+
+    /// What is known of a flow of datagrams that come from `peer`, which is an address that stands
+    /// for the flow. It does not block.
+    ///
+    /// # Errors
+    /// [`Error::NotRedirected`] for datagrams that came here directly; others when it cannot be
+    /// told. A source that knows of connections only has [`Error::Unsupported`].
+    fn datagram_origin(&self, _peer: SocketAddr) -> Result<Origin, Error> {
+        Err(Error::Unsupported { operation: Operation::OriginalDestination })
+    }
 }
 
-/// What is known of a redirected connection.
+/// What is known of a redirected connection, or of a flow of datagrams.
 #[derive(Clone, Debug)]
 pub struct Origin {
     /// Where it was going.
@@ -81,6 +91,33 @@ impl Route {
                     .map_err(|source| Error::from_connect(target, source))
             }
         }
+    }
+
+    /// A socket for datagrams that is connected to the destination.
+    ///
+    /// # Errors
+    /// Those of [`Onwards::connect_datagram`].
+    pub fn connect_datagram(self) -> Result<UdpSocket, Error> {
+        let prepare = |source| Error::Os { operation: Operation::PrepareSocket, source };
+        let socket = match self {
+            Self::Recorded(_) => {
+                return Err(Error::Unsupported { operation: Operation::PrepareSocket });
+            }
+            Self::Plain(destination) => {
+                let address = destination.ip().to_canonical();
+                let any: IpAddr = if address.is_ipv4() {
+                    Ipv4Addr::UNSPECIFIED.into()
+                } else {
+                    Ipv6Addr::UNSPECIFIED.into()
+                };
+                let socket = StdUdpSocket::bind((any, 0)).map_err(prepare)?;
+                let target = SocketAddr::new(address, destination.port());
+                socket.connect(target).map_err(|source| Error::from_connect(target, source))?;
+                socket
+            }
+        };
+        socket.set_nonblocking(true).map_err(prepare)?;
+        UdpSocket::from_std(socket).map_err(prepare)
     }
 }
 

@@ -108,19 +108,20 @@ pub fn refusal(datagram: &[u8]) -> Option<Vec<u8>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::super::dns::tests::encode;
     use super::super::quic::tests::{crypto, initial, message};
     use super::*;
     use proptest::prelude::*;
 
-    fn query(name: &str) -> Vec<u8> {
+    /// A DNS question for the address of `name`.
+    pub(crate) fn query(name: &str) -> Vec<u8> {
         let labels: Vec<&[u8]> = name.split('.').map(str::as_bytes).collect();
         encode(0x0100, &labels, 1, 1)
     }
 
-    /// A ClientHello for `host` in two datagrams.
-    fn halves(id: &[u8], host: &str) -> [Vec<u8>; 2] {
+    /// A QUIC client's ClientHello for `host` in two datagrams.
+    pub(crate) fn hello_in_two(id: &[u8], host: &str) -> [Vec<u8>; 2] {
         let message = message(host);
         let half = message.len() / 2;
         [
@@ -147,7 +148,7 @@ mod tests {
     #[test]
     fn every_connection_is_told_when_its_hello_is_complete() {
         let mut datagrams = Datagrams::new();
-        let [a, b] = [halves(b"11111111", "a.test"), halves(b"22222222", "b.test")];
+        let [a, b] = [hello_in_two(b"11111111", "a.test"), hello_in_two(b"22222222", "b.test")];
         assert_eq!(datagrams.feed(&a[0]), Told::Begins);
         assert_eq!(datagrams.feed(b"\x40 its next packets"), Told::Continues);
         assert_eq!(datagrams.feed(&b[1]), Told::Begins);
@@ -167,7 +168,7 @@ mod tests {
     #[test]
     fn hellos_that_are_not_completed_are_bounded() {
         let mut datagrams = Datagrams::new();
-        let begun: Vec<_> = (0..9).map(|id| halves(&[id; 8], "a.test")).collect();
+        let begun: Vec<_> = (0..9).map(|id| hello_in_two(&[id; 8], "a.test")).collect();
         for (index, [first, _]) in begun.iter().enumerate() {
             let expected = if index < HELLOS { Told::Begins } else { Told::TooMany };
             assert_eq!(datagrams.feed(first), expected);

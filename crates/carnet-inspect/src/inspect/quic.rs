@@ -464,7 +464,8 @@ pub(super) mod tests {
         ca684d1081287c834d5311bcf32bb9da1a002b00020304";
 
     fn hex(text: &str) -> Vec<u8> {
-        let digits: Vec<u8> = text.chars().map(|c| c.to_digit(16).unwrap() as u8).collect();
+        let digits = text.chars().filter(|c| !c.is_whitespace());
+        let digits: Vec<u8> = digits.map(|c| c.to_digit(16).unwrap() as u8).collect();
         digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect()
     }
 
@@ -543,6 +544,7 @@ pub(super) mod tests {
             assert_eq!(seen.host.as_deref(), Some("example.com"));
             assert_eq!(seen.alpn, ["alpn"]);
         }
+        assert_eq!(sample(Version::V1), hex(include_str!("../../tests/client-initial.hex")));
         for (version, header, expected) in [
             (
                 Version::V1,
