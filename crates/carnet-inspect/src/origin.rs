@@ -1,6 +1,6 @@
 //! Where a connection comes from and goes to: the only module that asks Carnet.
 
-use carnet::{Error, Onwards, Operation};
+use carnet::{AsSocket, DatagramFlow, Error, Onwards, Operation};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket as StdUdpSocket};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -100,9 +100,7 @@ impl Route {
     pub fn connect_datagram(self) -> Result<UdpSocket, Error> {
         let prepare = |source| Error::Os { operation: Operation::PrepareSocket, source };
         let socket = match self {
-            Self::Recorded(_) => {
-                return Err(Error::Unsupported { operation: Operation::PrepareSocket });
-            }
+            Self::Recorded(onwards) => onwards.connect_datagram()?,
             Self::Plain(destination) => {
                 let address = destination.ip().to_canonical();
                 let any: IpAddr = if address.is_ipv4() {
@@ -130,6 +128,16 @@ pub struct CarnetSource {
 
 impl FlowSource for CarnetSource {
     fn origin(&self, accepted: &TcpStream) -> Result<Origin, Error> {
+        self.origin_of(accepted)
+    }
+
+    fn datagram_origin(&self, peer: SocketAddr) -> Result<Origin, Error> {
+        self.origin_of(&DatagramFlow::of(peer)?)
+    }
+}
+
+impl CarnetSource {
+    fn origin_of(&self, accepted: &impl AsSocket) -> Result<Origin, Error> {
         let onwards = Onwards::of(accepted)?;
         let app = if_supported(carnet::original_app(accepted))?;
         let flow = if_supported(carnet::flow(accepted))?;
@@ -164,6 +172,17 @@ fn if_supported<T>(answer: Result<T, Error>) -> Result<Option<T>, Error> {
 mod tests {
     use super::*;
     use tokio::net::TcpListener;
+
+    #[tokio::test]
+    async fn a_plain_route_of_datagrams_reaches_a_mapped_address_over_ipv4() {
+        let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let port = server.local_addr().unwrap().port();
+        let mapped = SocketAddr::new("::ffff:127.0.0.1".parse().unwrap(), port);
+        let socket = Route::Plain(mapped).connect_datagram().unwrap();
+        assert_eq!(socket.peer_addr().unwrap(), server.local_addr().unwrap());
+        socket.send(b"hello").await.unwrap();
+        assert_eq!(server.recv_from(&mut [0; 9]).await.unwrap(), (5, socket.local_addr().unwrap()));
+    }
 
     #[tokio::test]
     async fn a_plain_route_reaches_a_mapped_address_over_ipv4() {
