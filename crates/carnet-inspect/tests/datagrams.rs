@@ -1,5 +1,6 @@
 //! UDP flows from end to end, without an engine: a source of the test's own tells where they were
 //! going, and the address of each client's socket stands for its flow.
+#![cfg(target_os = "linux")]
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use carnet::{Error, Operation};
@@ -110,8 +111,8 @@ impl Bed {
     async fn stop(mut self) -> Vec<Value> {
         self.control.stop();
         timeout(LONG, self.running).await.unwrap().unwrap().unwrap();
-        self.writer.finish();
         let rest: Vec<_> = self.lines.by_ref().lines().map(Result::unwrap).collect();
+        self.writer.finish();
         rest.iter().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 }
