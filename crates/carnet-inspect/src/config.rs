@@ -14,11 +14,17 @@
 //! destination = "192.0.2.0/24"
 //! port = [25, "8000-8999"]
 //! executable = "/usr/bin/*"
-//! protocol = "unknown"        # "http", "tls" or "unknown"
+//! transport = "tcp"           # or "udp"
+//! protocol = "unknown"        # "http", "tls", "dns", "quic" or "unknown"
+//!
+//! [[rule]]                    # clients of HTTP/3 fall back to TCP
+//! name = "no QUIC"
+//! action = "refuse"
+//! protocol = "quic"
 //! ```
 
 use crate::inspect::Protocol;
-use crate::rules::{Action, Glob, PortRange, Rule, Rules, prefix};
+use crate::rules::{Action, Glob, PortRange, Rule, Rules, Transport, prefix};
 use ipnet::IpNet;
 use serde::Deserialize;
 use serde::de::value::SeqAccessDeserializer;
@@ -72,6 +78,7 @@ pub fn parse(text: &str) -> Result<Rules, toml::de::Error> {
         action: rule.action,
         hosts: rule.host.0,
         protocols: rule.protocol.0,
+        transports: rule.transport.0,
         destinations: rule.destination.0.into_iter().map(|prefix| prefix.0).collect(),
         ports: rule.port.0,
         executables: rule.executable.0,
@@ -99,6 +106,8 @@ struct RuleEntry {
     host: OneOrMany<Glob>,
     #[serde(default)]
     protocol: OneOrMany<Protocol>,
+    #[serde(default)]
+    transport: OneOrMany<Transport>,
     #[serde(default)]
     destination: OneOrMany<Prefix>,
     #[serde(default)]
@@ -201,12 +210,19 @@ mod tests {
             .collect();
         let rules = parse(&example).unwrap();
         assert_eq!((rules.default, rules.http_response), (Action::Allow, true));
-        let [trackers, second] = rules.rules.as_slice() else { panic!("{:?}", rules.rules) };
+        let [trackers, second, no_quic] = rules.rules.as_slice() else {
+            panic!("{:?}", rules.rules)
+        };
         assert_eq!((trackers.name.as_str(), trackers.action), ("no trackers", Action::Refuse));
         assert_eq!(trackers.hosts.len(), 2);
         assert_eq!(second.name, "rule 2");
         assert_eq!(second.ports, [PortRange(25..=25), PortRange(8000..=8999)]);
         assert_eq!(second.protocols, [Protocol::Unknown]);
+        assert_eq!(second.transports, [Transport::Tcp]);
+        assert_eq!(
+            (no_quic.name.as_str(), &no_quic.protocols[..]),
+            ("no QUIC", &[Protocol::Quic][..])
+        );
         assert_eq!(second.destinations, [prefix("192.0.2.0/24").unwrap()]);
         assert_eq!(second.executables.len(), 1);
     }
@@ -230,6 +246,7 @@ mod tests {
             ("port = [25, \"9-1\"]", "\"9-1\" is not a port"),
             ("destination = \"192.0.2.1/24\"", "did you mean 192.0.2.0/24?"),
             ("protocol = \"ftp\"", "unknown variant `ftp`"),
+            ("transport = \"sctp\"", "unknown variant `sctp`"),
             ("executable = true", "a value or a list of values"),
             ("action = \"drop\"", "duplicate key"),
         ] {

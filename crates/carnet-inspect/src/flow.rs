@@ -2,9 +2,9 @@
 
 use crate::inspect::{Inspector, Seen};
 use crate::log::{Entry, Log};
-use crate::origin::FlowSource;
+use crate::origin::{FlowSource, Origin, Route};
 use crate::relay::{BUFFER, Leg, LegEnd, Side, Stop, both, discard, reset_on_close};
-use crate::rules::{Action, Decision, Facts, Rules, Verdict};
+use crate::rules::{Action, Decision, Facts, Rules, Transport, Verdict};
 use socket2::SockRef;
 use std::convert::Infallible;
 use std::future::{Future, pending};
@@ -98,16 +98,11 @@ impl Context {
                 return Some(error.to_string());
             }
         };
-        entry.destination = Some(origin.destination);
-        if let Some(flow) = origin.flow {
-            (entry.flow, entry.hops) = (Some(flow.id), Some(flow.hops));
-        }
-        if let Some(app) = origin.app {
-            (entry.pid, entry.uid) = (Some(app.pid), Some(app.uid));
-            (entry.executable, entry.command) = (app.executable, Some(app.command));
-        }
+        let destination = origin.destination;
+        let route = describe(entry, origin);
         let executable = entry.executable.clone();
-        let facts = Facts { destination: origin.destination, executable: executable.as_deref() };
+        let facts =
+            Facts { transport: Transport::Tcp, destination, executable: executable.as_deref() };
         let decision = rules.decide(facts, None);
         if let Decision::Settled(verdict) = &decision {
             record(entry, verdict);
@@ -118,7 +113,7 @@ impl Context {
         }
 
         // Also while the decision is open: it may be the server that speaks first.
-        let server = match origin.route.connect(self.connect_timeout).await {
+        let server = match route.connect(self.connect_timeout).await {
             Ok(server) => server,
             Err(error) => {
                 reset_on_close(client);
@@ -152,9 +147,7 @@ impl Context {
                 never = probe => match never {},
             }
         };
-        let seen = inspector.into_seen();
-        (entry.protocol, entry.host) = (seen.protocol, seen.host);
-        (entry.alpn, entry.request) = (seen.alpn, seen.request);
+        entry.tell(inspector.into_seen());
         match result {
             Ok(()) => None,
             Err(Stop::Refused) => {
@@ -192,6 +185,19 @@ async fn probe_later(server: &TcpStream) -> Infallible {
     sleep(LASTING).await;
     let _ = SockRef::from(server).set_keepalive(true);
     pending().await
+}
+
+/// Puts what is known of a flow into its line. What is left is how to get onwards.
+pub(crate) fn describe(entry: &mut Entry, origin: Origin) -> Route {
+    entry.destination = Some(origin.destination);
+    if let Some(flow) = origin.flow {
+        (entry.flow, entry.hops) = (Some(flow.id), Some(flow.hops));
+    }
+    if let Some(app) = origin.app {
+        (entry.pid, entry.uid) = (Some(app.pid), Some(app.uid));
+        (entry.executable, entry.command) = (app.executable, Some(app.command));
+    }
+    origin.route
 }
 
 /// Settles an open decision with what the client said.

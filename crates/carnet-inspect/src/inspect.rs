@@ -1,7 +1,17 @@
-//! What the first bytes of a client tell: HTTP/1, TLS, or something unknown.
+//! What a client's bytes tell: HTTP/1 and TLS in a stream, DNS and QUIC in datagrams, or something
+//! unknown.
 //!
-//! Nothing here does I/O. [`Inspector`] is fed with bytes as they come, in segments of any sizes;
-//! what it sees does not depend on how they were cut. It keeps at most [`LIMIT`] bytes.
+//! Nothing here does I/O. [`Inspector`] is fed with the first bytes of a stream as they come, in
+//! segments of any sizes; what it sees does not depend on how they were cut. It keeps at most
+//! [`LIMIT`] bytes. [`Datagrams`] is fed with every datagram of a flow.
+
+mod datagrams;
+mod dns;
+mod quic;
+
+#[cfg(test)]
+pub(crate) use datagrams::tests as test_datagrams;
+pub use datagrams::{Datagrams, Told, refusal};
 
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +27,10 @@ pub enum Protocol {
     Http,
     /// TLS, begun with a ClientHello.
     Tls,
+    /// DNS in datagrams: a query.
+    Dns,
+    /// QUIC, of any version that is known as one.
+    Quic,
     /// Anything else; also a client that said nothing, or not enough in time.
     #[default]
     Unknown,
@@ -27,17 +41,20 @@ pub enum Protocol {
 pub struct Seen {
     /// The protocol.
     pub protocol: Protocol,
-    /// The host that is asked for, in lower case, without port and trailing dot: TLS's server
-    /// name, or HTTP's request target if it names a host, else its first Host header.
+    /// The host that is asked for, in lower case, without port and trailing dot: the server name
+    /// of TLS and QUIC; HTTP's request target if it names a host, else its first Host header; the
+    /// name in a DNS question, with `.` for the root.
     pub host: Option<String>,
-    /// The application protocols that a TLS client offers, in its order.
+    /// The application protocols that a client of TLS or QUIC offers, in its order.
     pub alpn: Vec<String>,
     /// The HTTP request line.
     pub request: Option<String>,
+    /// The DNS question: the name, as it was written, and the type; the class if it is not IN.
+    pub question: Option<String>,
 }
 
 impl Seen {
-    fn of(protocol: Protocol) -> Self {
+    pub(crate) fn of(protocol: Protocol) -> Self {
         Self { protocol, ..Self::default() }
     }
 }
@@ -214,6 +231,31 @@ mod tls {
     /// Bytes of a handshake message's header: its type, and its length in three bytes.
     const MESSAGE_HEADER: usize = 4;
 
+    /// A ClientHello, as far as it is there.
+    pub(super) enum Hello {
+        /// It is another message.
+        None,
+        /// At least so many bytes are missing.
+        Incomplete { missing: usize },
+        /// All of it is there, and this was seen.
+        Complete(Seen),
+    }
+
+    /// Looks for a ClientHello at the beginning of handshake messages.
+    pub(super) fn client_hello(message: &[u8]) -> Hello {
+        match *message {
+            [CLIENT_HELLO, a, b, c, ..] => {
+                let end = MESSAGE_HEADER + u32::from_be_bytes([0, a, b, c]) as usize;
+                match message.get(MESSAGE_HEADER..end) {
+                    Some(hello) => Hello::Complete(seen(hello)),
+                    None => Hello::Incomplete { missing: end - message.len() },
+                }
+            }
+            [] | [CLIENT_HELLO, ..] => Hello::Incomplete { missing: 1 },
+            _ => Hello::None,
+        }
+    }
+
     /// Takes the ClientHello out of its records, of which there may be several.
     pub(super) fn look(bytes: &[u8]) -> Look {
         let mut message = Vec::new();
@@ -233,17 +275,11 @@ mod tls {
             }
             let (body, next) = body.split_at_checked(length).unwrap_or((body, &[]));
             message.extend_from_slice(body);
-            if message.first().is_some_and(|&kind| kind != CLIENT_HELLO) {
-                return unknown();
-            }
-            let mut missing = 1;
-            if let &[_, a, b, c, ..] = message.as_slice() {
-                let end = MESSAGE_HEADER + u32::from_be_bytes([0, a, b, c]) as usize;
-                if let Some(hello) = message.get(MESSAGE_HEADER..end) {
-                    return Look::Settled(seen(hello));
-                }
-                missing = end - message.len();
-            }
+            let missing = match client_hello(&message) {
+                Hello::None => return unknown(),
+                Hello::Complete(seen) => return Look::Settled(seen),
+                Hello::Incomplete { missing } => missing,
+            };
             if body.len() < length {
                 return more(&message, bytes.len() + missing.min(length - body.len()));
             }
@@ -280,7 +316,7 @@ mod tls {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
 

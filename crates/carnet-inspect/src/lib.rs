@@ -1,9 +1,9 @@
 //! Carnet's reference redirect service.
 //!
-//! It accepts connections that Carnet redirected to it, asks where they were going and which
-//! application made them, connects onwards with their redirect records, and relays both ways,
-//! looking at the first bytes: HTTP/1, TLS, or something unknown. Rules allow or refuse flows, and
-//! every flow leaves one line in the log.
+//! It accepts connections and UDP flows that Carnet redirected to it, asks where they were going
+//! and which application made them, connects onwards with their redirect records, and relays both
+//! ways, looking at the first bytes: HTTP/1 and TLS, DNS and QUIC, or something unknown. Rules allow
+//! or refuse flows, and every flow leaves one line in the log.
 //!
 //! The program is `carnet-inspect`; [`run`] is all of it. The parts, from the outside inwards:
 //!
@@ -13,8 +13,9 @@
 //! | [`config`], [`rules`] | the rules file; what rules mean |
 //! | [`service`] | listeners, limits, draining |
 //! | `flow` | one connection from its acceptance to its line in the log |
+//! | `datagrams`, `gate` | UDP flows; which of their datagrams pass; the latter without I/O |
 //! | [`origin`] | where a connection comes from and goes to, and the trait to test without an engine |
-//! | [`inspect`] | the first bytes; no I/O |
+//! | [`inspect`] | what a client's bytes and datagrams tell; no I/O |
 //! | [`relay`] | bytes from socket to socket |
 //! | [`log`] | the log |
 //! | [`sys`] | what differs between Linux and Windows |
@@ -27,10 +28,26 @@
 //! the message is complete enough to decide, [`inspect::LIMIT`] bytes are there, or the time for
 //! it has passed: what could not be recognised counts as unknown. Only the first request of an
 //! HTTP connection is looked at.
+//!
+//! # What it does with datagrams
+//!
+//! Each is relayed as it is, in both directions. If a rule about hosts or protocols concerns the
+//! flow, everything that the client asks for is judged before it passes: each question of DNS, each
+//! ClientHello of QUIC, each datagram that is neither. A question that is refused is answered
+//! REFUSED, and the flow goes on. A QUIC connection that is refused is answered with
+//! CONNECTION_REFUSED, on which clients fall back to TCP at once; nothing more of its flow passes,
+//! since later packets of one connection cannot be told from those of another. What else is refused
+//! is dropped without a word. A ClientHello whose pieces come in several datagrams is held back like
+//! the first bytes of a connection, in few datagrams; what is late is judged when it comes.
+//!
+//! A flow ends when nothing has come for a while, and soon when all questions of DNS that it asked
+//! are answered. Then, as at any time, its next datagram may begin another one.
 
 pub mod cli;
 pub mod config;
+mod datagrams;
 mod flow;
+mod gate;
 pub mod inspect;
 pub mod log;
 pub mod origin;
@@ -48,13 +65,16 @@ use socket2::{Domain, Protocol, Socket, Type};
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
 use std::thread;
 use sys::Signals;
 
 /// How many connections may wait to be accepted; the system may allow fewer.
 const BACKLOG: i32 = 4096;
+
+/// How many bytes of datagrams, of all flows, may wait to be received.
+const RECEIVE_BUFFER: usize = 4 << 20;
 
 /// Runs the service until it is told to end: by SIGTERM or SIGINT, on Windows by Ctrl-C or
 /// Ctrl-Break.
@@ -64,13 +84,13 @@ const BACKLOG: i32 = 4096;
 /// goes wrong later is said on the standard error, and the service goes on.
 pub fn run(arguments: Arguments) -> Result<()> {
     let rules = arguments.rules.as_deref().map(config::load).transpose()?.unwrap_or_default();
-    let listeners = listen(&arguments)?;
+    let sockets = listen(&arguments)?;
     // What only the present user may open, is opened now.
     let target: Box<dyn Write + Send> = match &arguments.log_file {
         Some(path) => Box::new(append_to(path)?),
         None => Box::new(io::stdout()),
     };
-    let ready = arguments.system.begin(&listeners)?;
+    let ready = arguments.system.begin(&sockets.listeners, &sockets.datagrams)?;
     let (log, writer) = Log::start(arguments.log, target).context("starting the log's thread")?;
     let workers = match arguments.workers {
         Some(number) => number.get(),
@@ -81,14 +101,14 @@ pub fn run(arguments: Arguments) -> Result<()> {
         .enable_all()
         .build()
         .context("starting the worker threads")?
-        .block_on(serve(&arguments, listeners, rules, log, ready))?;
+        .block_on(serve(&arguments, sockets, rules, log, ready))?;
     Writer::finish(writer);
     Ok(())
 }
 
 async fn serve(
     arguments: &Arguments,
-    listeners: Vec<TcpListener>,
+    sockets: Sockets,
     rules: Rules,
     log: Log,
     ready: Option<File>,
@@ -99,7 +119,9 @@ async fn serve(
         inspect_timeout: arguments.inspect_timeout,
         connect_timeout: arguments.connect_timeout,
         drain_timeout: arguments.drain_timeout,
+        datagrams: arguments.system.datagrams().unwrap_or_default(),
     };
+    let Sockets { listeners, datagrams } = sockets;
     let addresses: Vec<String> = listeners
         .iter()
         .map(|listener| listener.local_addr().map(|address| address.to_string()))
@@ -120,7 +142,7 @@ async fn serve(
             say(format_args!("telling that the service is ready: {error}"));
         }
     };
-    service.run(listeners, announce).await?;
+    service.run(listeners, datagrams, announce).await?;
     signals.abort();
     Ok(())
 }
@@ -149,19 +171,62 @@ fn reload(control: &Control, path: Option<&Path>) {
     }
 }
 
-fn listen(arguments: &Arguments) -> Result<Vec<TcpListener>> {
-    let mut listeners = Vec::new();
+/// What the service listens on: a listener for each address, and a socket for datagrams at the same
+/// address and port, if there are to be any.
+#[derive(Default)]
+struct Sockets {
+    listeners: Vec<TcpListener>,
+    datagrams: Vec<UdpSocket>,
+}
+
+fn listen(arguments: &Arguments) -> Result<Sockets> {
+    let mut sockets = Sockets::default();
     for &address in &arguments.listen {
-        match bind(address) {
-            Ok(listener) => listeners.push(listener),
+        match bind_both(address, arguments.system.datagrams().is_some()) {
+            Ok((listener, datagrams)) => {
+                sockets.listeners.push(listener);
+                sockets.datagrams.extend(datagrams);
+            }
             // Nobody asked for it; a system without IPv6 has no such connections either.
-            Err(_) if address.to_string() == cli::DEFAULT_V6 && !listeners.is_empty() => {
+            Err(_) if address.to_string() == cli::DEFAULT_V6 && !sockets.listeners.is_empty() => {
                 say(format_args!("not listening on {address}: this system has no IPv6"));
             }
             Err(error) => bail!("listening on {address}: {error}"),
         }
     }
-    Ok(listeners)
+    Ok(sockets)
+}
+
+/// A listener and, if wanted, a socket for datagrams. A port that the system chose for the one may
+/// be taken for the other: then it chooses again.
+fn bind_both(address: SocketAddr, datagrams: bool) -> io::Result<(TcpListener, Option<UdpSocket>)> {
+    let mut attempts = if address.port() == 0 { 20 } else { 1 };
+    loop {
+        attempts -= 1;
+        let listener = bind(address)?;
+        if !datagrams {
+            return Ok((listener, None));
+        }
+        match bind_datagrams(listener.local_addr()?) {
+            Ok(socket) => return Ok((listener, Some(socket))),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && attempts > 0 => {}
+            Err(error) => {
+                return Err(io::Error::new(error.kind(), format!("for datagrams: {error}")));
+            }
+        }
+    }
+}
+
+/// A non-blocking socket for datagrams.
+fn bind_datagrams(address: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    sys::enlarge_receive_buffer(&socket, RECEIVE_BUFFER);
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket.into())
 }
 
 /// A non-blocking listener. Accepted sockets inherit its options, which saves calls for each.
@@ -196,6 +261,21 @@ fn say(message: fmt::Arguments<'_>) {
 mod tests {
     use super::*;
     use std::net::TcpStream;
+
+    #[test]
+    fn datagrams_have_the_port_of_connections() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let (listener, socket) = bind_both(address.parse().unwrap(), true).unwrap();
+            let listens = listener.local_addr().unwrap();
+            assert_eq!(socket.unwrap().local_addr().unwrap(), listens);
+            drop(listener);
+            assert!(bind_both(listens, false).unwrap().1.is_none());
+        }
+        let taken = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let _taken = UdpSocket::bind(taken).unwrap();
+        let message = bind_both(taken, true).unwrap_err().to_string();
+        assert!(message.contains("for datagrams"), "{message}");
+    }
 
     #[test]
     fn accepted_sockets_have_the_options_of_their_listener() {

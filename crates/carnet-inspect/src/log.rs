@@ -5,8 +5,8 @@
 //! lets more gather for a moment: being woken for every line would cost flows more than the lines
 //! do. At most `QUEUE` lines wait for it, and then flows wait with ending, not with relaying.
 
-use crate::inspect::Protocol;
-use crate::rules::Action;
+use crate::inspect::{Protocol, Seen};
+use crate::rules::{Action, Transport};
 use serde::Serialize;
 use std::fmt::{self, Write as _};
 use std::io::{self, BufWriter, Write};
@@ -52,18 +52,24 @@ pub struct Entry {
     pub executable: Option<PathBuf>,
     /// The original application's command name.
     pub command: Option<String>,
-    /// The other end of the accepted connection.
+    /// What carries the flow.
+    pub transport: Transport,
+    /// The other end of the accepted connection; of UDP, the address that stands for the flow.
     pub client: SocketAddr,
     /// The original destination.
     pub destination: Option<SocketAddr>,
     /// The protocol that was seen.
     pub protocol: Protocol,
-    /// The host that was asked for: TLS's server name, HTTP's Host or request target.
+    /// The host that was asked for: the server name of TLS and QUIC, HTTP's Host or request target,
+    /// the name in a DNS question. If a flow of UDP asked for several, the first one, or the first
+    /// one that was refused; so are `alpn` and `question`.
     pub host: Option<String>,
-    /// The application protocols that a TLS client offered.
+    /// The application protocols that a client of TLS or QUIC offered.
     pub alpn: Vec<String>,
     /// The HTTP request line.
     pub request: Option<String>,
+    /// The DNS question.
+    pub question: Option<String>,
     /// What was done.
     pub verdict: Action,
     /// The rule that said so; null for the default, and where no rule was asked.
@@ -74,8 +80,24 @@ pub struct Entry {
     pub bytes_down: u64,
     /// How long the flow was here, in seconds.
     pub seconds: f64,
-    /// Why it ended, if not because both sides were done.
+    /// The datagrams of a flow of UDP.
+    pub datagrams: Option<Datagrams>,
+    /// Why it ended, if not because both sides were done, or idle in UDP; also the first thing that
+    /// went wrong with a flow of UDP.
     pub ended: Option<String>,
+}
+
+/// How many datagrams a flow had.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Datagrams {
+    /// Relayed to the destination.
+    pub up: u64,
+    /// Relayed to the client.
+    pub down: u64,
+    /// Of the client, and refused.
+    pub refused: u64,
+    /// Neither relayed nor refused: there was no room for them, or no way.
+    pub lost: u64,
 }
 
 impl Entry {
@@ -90,19 +112,29 @@ impl Entry {
             uid: None,
             executable: None,
             command: None,
+            transport: Transport::Tcp,
             client,
             destination: None,
             protocol: Protocol::Unknown,
             host: None,
             alpn: Vec::new(),
             request: None,
+            question: None,
             verdict: Action::Allow,
             rule: None,
             bytes_up: 0,
             bytes_down: 0,
             seconds: 0.0,
+            datagrams: None,
             ended: None,
         }
+    }
+
+    /// Takes over what was seen of the client.
+    pub fn tell(&mut self, seen: Seen) {
+        (self.protocol, self.host) = (seen.protocol, seen.host);
+        (self.alpn, self.request) = (seen.alpn, seen.request);
+        self.question = seen.question;
     }
 
     /// Sets the time of the flow's end to now, and its duration.
@@ -145,17 +177,21 @@ impl fmt::Display for Entry {
             write!(f, " (pid {pid}, uid {uid})")?;
         }
         if let Some(destination) = self.destination {
-            write!(f, " -> {destination}")?;
+            let udp = if self.transport == Transport::Udp { "udp " } else { "" };
+            write!(f, " -> {udp}{destination}")?;
         }
-        match (self.protocol, &self.request, &self.host) {
+        match (self.protocol, self.request.as_ref().or(self.question.as_ref()), &self.host) {
             (Protocol::Http, Some(request), host) => {
                 write!(f, ", http {}", Plain(request))?;
                 if let Some(host) = host {
                     write!(f, " at {}", Plain(host))?;
                 }
             }
+            (Protocol::Dns, Some(question), _) => write!(f, ", dns {}", Plain(question))?,
             (Protocol::Tls, _, Some(host)) => write!(f, ", tls {}", Plain(host))?,
             (Protocol::Tls, _, None) => f.write_str(", tls without a name")?,
+            (Protocol::Quic, _, Some(host)) => write!(f, ", quic {}", Plain(host))?,
+            (Protocol::Quic, _, None) => f.write_str(", quic without a name")?,
             _ => f.write_str(", protocol unknown")?,
         }
         if !self.alpn.is_empty() {
@@ -166,7 +202,23 @@ impl fmt::Display for Entry {
             write!(f, " by \"{}\"", Plain(rule))?;
         }
         let (up, down) = (Bytes(self.bytes_up), Bytes(self.bytes_down));
-        write!(f, ", {up} up, {down} down, {:.3} s", self.seconds)?;
+        match self.datagrams {
+            None => write!(f, ", {up} up, {down} down")?,
+            Some(Datagrams { up: 1, down: to_client, .. }) => {
+                write!(f, ", {up} in 1 datagram up, {down} in {to_client} down")?;
+            }
+            Some(Datagrams { up: to_server, down: to_client, .. }) => {
+                write!(f, ", {up} in {to_server} datagrams up, {down} in {to_client} down")?;
+            }
+        }
+        for (count, what) in
+            self.datagrams.iter().flat_map(|n| [(n.refused, "refused"), (n.lost, "lost")])
+        {
+            if count > 0 {
+                write!(f, ", {count} {what}")?;
+            }
+        }
+        write!(f, ", {:.3} s", self.seconds)?;
         if let Some(reason) = &self.ended {
             write!(f, "; {}", Plain(reason))?;
         }
@@ -327,6 +379,48 @@ mod tests {
     }
 
     #[test]
+    fn lines_about_datagrams() {
+        let dns = Entry {
+            transport: Transport::Udp,
+            destination: Some("192.0.2.53:53".parse().unwrap()),
+            protocol: Protocol::Dns,
+            question: Some("example.org A".into()),
+            alpn: vec![],
+            datagrams: Some(Datagrams { up: 1, down: 1, ..Datagrams::default() }),
+            bytes_up: 29,
+            bytes_down: 45,
+            ..entry()
+        };
+        assert_eq!(
+            dns.to_string(),
+            "2026-01-02T03:04:05.678Z inspect-a flow 17 hop 1: /usr/bin/curl (pid 4242, uid 1000) \
+             -> udp 192.0.2.53:53, dns example.org A, allowed, 29 B in 1 datagram up, 45 B in 1 \
+             down, 0.132 s"
+        );
+        let quic = Entry {
+            protocol: Protocol::Quic,
+            verdict: Action::Refuse,
+            rule: Some("no QUIC".into()),
+            datagrams: Some(Datagrams { refused: 3, lost: 2, ..Datagrams::default() }),
+            bytes_up: 0,
+            bytes_down: 0,
+            ..dns
+        };
+        assert!(
+            quic.to_string().ends_with(
+                ", quic example.org, refused by \"no QUIC\", 0 B in 0 datagrams up, 0 B in 0 down, \
+                 3 refused, 2 lost, 0.132 s"
+            ),
+            "{quic}"
+        );
+        let value: serde_json::Value = serde_json::from_str(&quic.line(Format::Json)).unwrap();
+        assert_eq!(
+            (&value["transport"], &value["datagrams"]["refused"]),
+            (&"udp".into(), &3.into())
+        );
+    }
+
+    #[test]
     fn text_from_outside_cannot_forge_a_line() {
         let nasty = Entry { command: Some("a\nb\u{1b}[2J".into()), executable: None, ..entry() };
         let line = nasty.line(Format::Human);
@@ -346,7 +440,7 @@ mod tests {
         assert_eq!(value["verdict"], "allow");
         assert_eq!(value["alpn"][1], "http/1.1");
         assert_eq!(value["rule"], serde_json::Value::Null);
-        assert_eq!(value.as_object().unwrap().len(), 20);
+        assert_eq!(value.as_object().unwrap().len(), 23);
 
         let line = Entry { executable: Some(odd_path()), ..entry() }.line(Format::Json);
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();

@@ -1,10 +1,10 @@
 //! Where a connection comes from and goes to: the only module that asks Carnet.
 
-use carnet::{Error, Onwards, Operation};
-use std::net::SocketAddr;
+use carnet::{AsSocket, DatagramFlow, Error, Onwards, Operation};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket as StdUdpSocket};
 use std::path::PathBuf;
 use std::time::Duration;
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 
 /// Tells where accepted connections come from and go to.
 pub trait FlowSource: Send + Sync + 'static {
@@ -14,9 +14,19 @@ pub trait FlowSource: Send + Sync + 'static {
     /// [`Error::NotRedirected`] for a connection that came here directly; others when it cannot
     /// be told.
     fn origin(&self, accepted: &TcpStream) -> Result<Origin, Error>;
+
+    /// What is known of a flow of datagrams that come from `peer`, which is an address that stands
+    /// for the flow. It does not block.
+    ///
+    /// # Errors
+    /// [`Error::NotRedirected`] for datagrams that came here directly; others when it cannot be
+    /// told. A source that knows of connections only has [`Error::Unsupported`].
+    fn datagram_origin(&self, _peer: SocketAddr) -> Result<Origin, Error> {
+        Err(Error::Unsupported { operation: Operation::OriginalDestination })
+    }
 }
 
-/// What is known of a redirected connection.
+/// What is known of a redirected connection, or of a flow of datagrams.
 #[derive(Clone, Debug)]
 pub struct Origin {
     /// Where it was going.
@@ -82,6 +92,31 @@ impl Route {
             }
         }
     }
+
+    /// A socket for datagrams that is connected to the destination.
+    ///
+    /// # Errors
+    /// Those of [`Onwards::connect_datagram`].
+    pub fn connect_datagram(self) -> Result<UdpSocket, Error> {
+        let prepare = |source| Error::Os { operation: Operation::PrepareSocket, source };
+        let socket = match self {
+            Self::Recorded(onwards) => onwards.connect_datagram()?,
+            Self::Plain(destination) => {
+                let address = destination.ip().to_canonical();
+                let any: IpAddr = if address.is_ipv4() {
+                    Ipv4Addr::UNSPECIFIED.into()
+                } else {
+                    Ipv6Addr::UNSPECIFIED.into()
+                };
+                let socket = StdUdpSocket::bind((any, 0)).map_err(prepare)?;
+                let target = SocketAddr::new(address, destination.port());
+                socket.connect(target).map_err(|source| Error::from_connect(target, source))?;
+                socket
+            }
+        };
+        socket.set_nonblocking(true).map_err(prepare)?;
+        UdpSocket::from_std(socket).map_err(prepare)
+    }
 }
 
 /// Connections that Carnet redirected.
@@ -93,6 +128,16 @@ pub struct CarnetSource {
 
 impl FlowSource for CarnetSource {
     fn origin(&self, accepted: &TcpStream) -> Result<Origin, Error> {
+        self.origin_of(accepted)
+    }
+
+    fn datagram_origin(&self, peer: SocketAddr) -> Result<Origin, Error> {
+        self.origin_of(&DatagramFlow::of(peer)?)
+    }
+}
+
+impl CarnetSource {
+    fn origin_of(&self, accepted: &impl AsSocket) -> Result<Origin, Error> {
         let onwards = Onwards::of(accepted)?;
         let app = if_supported(carnet::original_app(accepted))?;
         let flow = if_supported(carnet::flow(accepted))?;
@@ -127,6 +172,17 @@ fn if_supported<T>(answer: Result<T, Error>) -> Result<Option<T>, Error> {
 mod tests {
     use super::*;
     use tokio::net::TcpListener;
+
+    #[tokio::test]
+    async fn a_plain_route_of_datagrams_reaches_a_mapped_address_over_ipv4() {
+        let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let port = server.local_addr().unwrap().port();
+        let mapped = SocketAddr::new("::ffff:127.0.0.1".parse().unwrap(), port);
+        let socket = Route::Plain(mapped).connect_datagram().unwrap();
+        assert_eq!(socket.peer_addr().unwrap(), server.local_addr().unwrap());
+        socket.send(b"hello").await.unwrap();
+        assert_eq!(server.recv_from(&mut [0; 9]).await.unwrap(), (5, socket.local_addr().unwrap()));
+    }
 
     #[tokio::test]
     async fn a_plain_route_reaches_a_mapped_address_over_ipv4() {

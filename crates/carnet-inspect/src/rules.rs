@@ -2,7 +2,8 @@
 //!
 //! A rule that asks for the host or the protocol can only be judged when the client has spoken.
 //! [`Rules::decide`] tells whether the decision has to wait for that, so that the bytes of a flow
-//! that no such rule concerns are not held back.
+//! that no such rule concerns are not held back. In a flow of datagrams, each that asks for
+//! something is judged.
 
 use crate::inspect::{Protocol, Seen};
 use ipnet::IpNet;
@@ -24,6 +25,17 @@ pub enum Action {
     Refuse,
 }
 
+/// What carries a flow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// A stream.
+    #[default]
+    Tcp,
+    /// Datagrams; also UDP-Lite.
+    Udp,
+}
+
 /// An ordered list of rules, and what to do when none matches.
 #[derive(Clone, Debug, Default)]
 pub struct Rules {
@@ -42,10 +54,12 @@ pub struct Rule {
     pub name: String,
     /// What is done with flows that match.
     pub action: Action,
-    /// The host that the client asks for.
+    /// The host that the client asks for; of DNS, the name in a question.
     pub hosts: Vec<Glob>,
     /// The protocol that the client speaks.
     pub protocols: Vec<Protocol>,
+    /// What carries the flow.
+    pub transports: Vec<Transport>,
     /// The address of the original destination.
     pub destinations: Vec<IpNet>,
     /// The port of the original destination.
@@ -57,6 +71,8 @@ pub struct Rule {
 /// What is known of a flow before its client has spoken.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts<'a> {
+    /// What carries it.
+    pub transport: Transport,
     /// The original destination.
     pub destination: SocketAddr,
     /// The original application's executable, if it is known.
@@ -108,7 +124,8 @@ impl Rule {
     fn concerns(&self, facts: Facts<'_>) -> bool {
         let address = facts.destination.ip().to_canonical();
         let port = facts.destination.port();
-        any(&self.destinations, |prefix| prefix.contains(&address))
+        any(&self.transports, |&transport| transport == facts.transport)
+            && any(&self.destinations, |prefix| prefix.contains(&address))
             && any(&self.ports, |range| range.0.contains(&port))
             && any(&self.executables, |glob| {
                 facts.executable.is_some_and(|path| glob.matches(&path.to_string_lossy()))
@@ -243,6 +260,7 @@ mod tests {
 
     fn facts(destination: &str) -> Facts<'_> {
         Facts {
+            transport: Transport::Tcp,
             destination: destination.parse().unwrap(),
             executable: Some(Path::new("/usr/bin/curl")),
         }
@@ -336,6 +354,34 @@ mod tests {
         assert_eq!(decide(&seen("x.bad.test")), verdict(Action::Refuse, Some("bad")));
         assert_eq!(decide(&seen("good.test")), verdict(Action::Allow, None));
         assert_eq!(decide(&Seen::default()), verdict(Action::Refuse, Some("dumb")));
+    }
+
+    #[test]
+    fn quic_and_the_rest_of_udp_can_be_refused_apart() {
+        let protocols = |protocols: &[Protocol], name| Rule {
+            protocols: protocols.to_vec(),
+            transports: vec![Transport::Udp],
+            ..rule(name, Action::Refuse)
+        };
+        let rules = Rules {
+            rules: vec![
+                protocols(&[Protocol::Quic], "quic"),
+                protocols(&[Protocol::Unknown], "other"),
+            ],
+            ..Rules::default()
+        };
+        let tcp = facts("192.0.2.1:443");
+        assert_eq!(rules.decide(tcp, None), verdict(Action::Allow, None));
+        let udp = Facts { transport: Transport::Udp, ..tcp };
+        assert_eq!(rules.decide(udp, None), Decision::Open);
+        for (protocol, expected) in [
+            (Protocol::Quic, verdict(Action::Refuse, Some("quic"))),
+            (Protocol::Unknown, verdict(Action::Refuse, Some("other"))),
+            (Protocol::Dns, verdict(Action::Allow, None)),
+        ] {
+            let seen = Seen { protocol, host: Some("a.test".into()), ..Seen::default() };
+            assert_eq!(rules.decide(udp, Some(&seen)), expected, "{protocol:?}");
+        }
     }
 
     #[test]

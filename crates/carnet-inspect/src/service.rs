@@ -1,19 +1,21 @@
-//! The service: accepts connections on its listeners until it is told to stop.
+//! The service: accepts connections and datagrams on its sockets until it is told to stop.
 //!
 //! It has three phases. It *serves*; it *drains*, when no more connections are accepted and those
 //! that are there go on to their ends, for a limited time; it is *stopped*, when what is left is
-//! reset. [`Control`] moves it from phase to phase and replaces its rules.
+//! reset. Flows of datagrams end sooner while it drains, when they are idle; those that begin then
+//! are served too, for the socket that sends the answers of the others gets their datagrams. [`Control`] moves it from phase to phase and replaces its rules.
 
+use crate::datagrams::Relay;
 use crate::flow::Context;
 use crate::log::Log;
 use crate::origin::FlowSource;
 use crate::rules::Rules;
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdListener};
+use std::net::{SocketAddr, TcpListener as StdListener, UdpSocket as StdUdpSocket};
 use std::num::NonZeroU32;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
@@ -33,13 +35,31 @@ pub struct Options {
     pub inspect_timeout: Duration,
     /// How long connecting onwards may take.
     pub connect_timeout: Duration,
-    /// How long live connections may go on when the service is drained.
+    /// How long live flows may go on when the service is drained.
     pub drain_timeout: Duration,
+    /// How many flows of datagrams it serves, and for how long.
+    pub datagrams: DatagramLimits,
+}
+
+/// The limits of flows of datagrams.
+#[derive(Clone, Copy, Debug)]
+pub struct DatagramLimits {
+    /// How many there may be at once. One more, and those that were idle for longest give way.
+    pub flows: NonZeroU32,
+    /// How long a flow stays in which nothing comes.
+    pub idle: Duration,
+}
+
+impl Default for DatagramLimits {
+    /// 8192 flows, 60 seconds.
+    fn default() -> Self {
+        Self { flows: NonZeroU32::MIN.saturating_add(8191), idle: Duration::from_secs(60) }
+    }
 }
 
 /// What the service is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
-enum Phase {
+pub(crate) enum Phase {
     Serving,
     Draining,
     Stopped,
@@ -68,12 +88,12 @@ impl Control {
         *self.phase.borrow() > Phase::Serving
     }
 
-    /// Replaces the rules, for connections that are accepted from now on.
+    /// Replaces the rules, for flows that begin from now on.
     pub fn replace_rules(&self, rules: Rules) {
         *self.rules.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(rules);
     }
 
-    fn rules(&self) -> Arc<Rules> {
+    pub(crate) fn rules(&self) -> Arc<Rules> {
         Arc::clone(&self.rules.read().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -88,7 +108,7 @@ impl Control {
     }
 
     /// Returns when the service is in `phase` or a later one.
-    async fn reached(&self, phase: Phase) {
+    pub(crate) async fn reached(&self, phase: Phase) {
         // It cannot fail: this very control keeps the sender.
         let _ = self.phase.subscribe().wait_for(|&now| now >= phase).await;
     }
@@ -98,6 +118,7 @@ impl Control {
 pub struct Service {
     context: Arc<Context>,
     control: Control,
+    datagrams: Arc<Relay>,
     free: Arc<Semaphore>,
     max_connections: u32,
     drain_timeout: Duration,
@@ -107,18 +128,22 @@ impl Service {
     /// A service that learns of its connections from `source` and logs them to `log`.
     pub fn new(options: Options, source: Arc<dyn FlowSource>, rules: Rules, log: Log) -> Self {
         let max_connections = options.max_connections.get();
+        let context = Arc::new(Context {
+            name: options.name,
+            source,
+            log,
+            inspect_timeout: options.inspect_timeout,
+            connect_timeout: options.connect_timeout,
+        });
+        let control = Control {
+            phase: watch::Sender::new(Phase::Serving),
+            rules: Arc::new(RwLock::new(Arc::new(rules))),
+        };
+        let datagrams = Relay::new(Arc::clone(&context), control.clone(), options.datagrams);
         Self {
-            context: Arc::new(Context {
-                name: options.name,
-                source,
-                log,
-                inspect_timeout: options.inspect_timeout,
-                connect_timeout: options.connect_timeout,
-            }),
-            control: Control {
-                phase: watch::Sender::new(Phase::Serving),
-                rules: Arc::new(RwLock::new(Arc::new(rules))),
-            },
+            context,
+            control,
+            datagrams: Arc::new(datagrams),
             free: Arc::new(Semaphore::new(max_connections as usize)),
             max_connections,
             drain_timeout: options.drain_timeout,
@@ -130,13 +155,24 @@ impl Service {
         self.control.clone()
     }
 
-    /// Serves connections that come to `listeners`, which must be non-blocking, until the service
-    /// has been drained or stopped. `ready` is called when nothing that comes is lost any more.
+    /// Serves connections that come to `listeners` and datagrams that come to `sockets`, which must
+    /// be non-blocking, until the service has been drained or stopped. `ready` is called when
+    /// nothing that comes is lost any more.
     ///
     /// # Errors
-    /// When a listener cannot be used with tokio: usually it is blocking.
-    pub async fn run(self, listeners: Vec<StdListener>, ready: impl FnOnce()) -> io::Result<()> {
+    /// When a socket cannot be used with tokio: usually it is blocking.
+    pub async fn run(
+        self,
+        listeners: Vec<StdListener>,
+        sockets: Vec<StdUdpSocket>,
+        ready: impl FnOnce(),
+    ) -> io::Result<()> {
         let service = Arc::new(self);
+        let mut receiving = Vec::new();
+        for (place, socket) in sockets.into_iter().enumerate() {
+            let socket = UdpSocket::from_std(socket)?;
+            receiving.push(tokio::spawn(Arc::clone(&service.datagrams).receive(socket, place)));
+        }
         let mut accepting = Vec::new();
         for listener in listeners {
             let listener = TcpListener::from_std(listener)?;
@@ -147,6 +183,7 @@ impl Service {
             // A panic of the task has already been printed; the others go on.
             let _ = task.await;
         }
+        service.control.reached(Phase::Draining).await;
         tokio::select! {
             () = service.idle() => {}
             () = sleep(service.drain_timeout) => {}
@@ -155,13 +192,17 @@ impl Service {
         service.control.stop();
         // Flows that are stopped only have their line to write.
         let _ = timeout(STOPPING, service.idle()).await;
+        for task in receiving {
+            let _ = timeout(STOPPING, task).await;
+        }
         Ok(())
     }
 
-    /// Returns when there are no connections.
+    /// Returns when there are neither connections nor flows of datagrams.
     async fn idle(&self) {
         // The semaphore is never closed.
         let _ = self.free.acquire_many(self.max_connections).await;
+        self.datagrams.idle().await;
     }
 
     /// Accepts connections until the service drains.

@@ -7,7 +7,7 @@ use carnet_inspect::config;
 use carnet_inspect::log::{Format, Log, Writer};
 use carnet_inspect::origin::{App, FlowId, FlowSource, Origin, Route};
 use carnet_inspect::relay::reset_on_close;
-use carnet_inspect::service::{Control, Options, Service};
+use carnet_inspect::service::{Control, DatagramLimits, Options, Service};
 use serde_json::Value;
 use std::future::Future;
 use std::io::{self, BufRead, BufReader, ErrorKind, PipeReader};
@@ -73,7 +73,7 @@ impl Bed {
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
         let (ready, is_ready) = tokio::sync::oneshot::channel();
-        let running = tokio::spawn(service.run(vec![listener], || ready.send(()).unwrap()));
+        let running = tokio::spawn(service.run(vec![listener], vec![], || ready.send(()).unwrap()));
         is_ready.await.unwrap();
         Self { address, destination, control, running, lines: BufReader::new(lines), writer }
     }
@@ -122,6 +122,7 @@ fn options() -> Options {
         inspect_timeout: LONG,
         connect_timeout: LONG,
         drain_timeout: LONG,
+        datagrams: DatagramLimits::default(),
     }
 }
 

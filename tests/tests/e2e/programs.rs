@@ -2,9 +2,11 @@
 
 use std::{
     env, fs,
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream, UdpSocket},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::{Arc, Mutex},
+    thread,
 };
 
 use carnet_testbed::{Process, Topology};
@@ -93,7 +95,14 @@ fn web_server(lab: &Lab, directory: &Directory) -> (Process, SocketAddr) {
 /// Carnet's own service, which writes its log to a file.
 #[track_caller]
 fn inspect(lab: &Lab, name: &str, log: &Path) -> Process {
+    inspect_with(lab, name, log, &[])
+}
+
+/// Carnet's own service with more arguments.
+#[track_caller]
+fn inspect_with(lab: &Lab, name: &str, log: &Path, arguments: &[&str]) -> Process {
     let mut command = Command::new(program("carnet-inspect"));
+    command.args(arguments);
     command.args(["--name", name, "--log", "json", "--ready-fd", "1", "--user", "65534"]);
     command.arg("--log-file").arg(log).stderr(Stdio::null());
     lab.cgroup_of(name).enter_command(&mut command).must("enter the service's cgroup");
@@ -163,6 +172,132 @@ fn curl_and_python_through_two_inspecting_services() {
             assert_eq!(line["protocol"], "http", "{line:#}");
             assert_eq!(line["host"], address.ip().to_string(), "{line:#}");
             assert_eq!(line["verdict"], "allow", "{line:#}");
+        }
+    }
+}
+
+/// What a UDP client does in the next test: sends each datagram, connected or not, and prints who
+/// answered and what.
+const UDP_CLIENT: &str = r"
+import socket, sys
+port = int(sys.argv[1])
+for address in sys.argv[2:4]:
+    family = socket.AF_INET6 if ':' in address else socket.AF_INET
+    for connected in (True, False):
+        s = socket.socket(family, socket.SOCK_DGRAM)
+        s.settimeout(100)
+        if connected:
+            s.connect((address, port))
+        for datagram in map(bytes.fromhex, sys.argv[4:]):
+            s.send(datagram) if connected else s.sendto(datagram, (address, port))
+            answer, source = s.recvfrom(65535)
+            assert source[:2] == (address, port), source
+            assert not connected or s.getpeername()[:2] == (address, port)
+            print(answer.hex())
+";
+
+#[test]
+fn dns_and_quic_through_two_inspecting_services() {
+    /// A DNS question for the address of `name`.
+    fn question(name: &str) -> Vec<u8> {
+        let labels = name.split('.').flat_map(|l| [&[l.len() as u8][..], l.as_bytes()].concat());
+        let header = [0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+        header.into_iter().chain(labels).chain([0, 0, 1, 0, 1]).collect()
+    }
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+
+    let lab = Lab::new();
+    let directory = Directory::new("datagrams");
+    // Whoever asks the destination gets the question back, as an answer.
+    let destination = &lab.network().topology.destination;
+    let sockets = destination
+        .run(|| {
+            let first = UdpSocket::bind((Topology::DESTINATION_V4, 0))?;
+            let port = first.local_addr()?.port();
+            Ok::<_, std::io::Error>([first, UdpSocket::bind((Topology::DESTINATION_V6, port))?])
+        })
+        .must("enter the namespace")
+        .must("find a free port");
+    let port = sockets[0].local_addr().must("name a socket").port();
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    for socket in sockets {
+        let asked = Arc::clone(&asked);
+        // It ends with the test's process.
+        thread::spawn(move || {
+            let mut buffer = [0; 65_535];
+            while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+                asked.lock().expect("no panic").push(buffer[..length].to_vec());
+                buffer[2] |= 0x80;
+                socket.send_to(&buffer[..length], from).must("answer");
+            }
+        });
+    }
+
+    let rules = directory.0.join("rules.toml");
+    let text = "[[rule]]\nname = \"bad\"\naction = \"refuse\"\nhost = \"*.bad.test\"\n\
+                [[rule]]\nname = \"no QUIC\"\naction = \"refuse\"\nprotocol = \"quic\"\n";
+    fs::write(&rules, text).must("write rules");
+    let names = ["alpha", "bravo"];
+    names.iter().zip([2, 1]).for_each(|(name, weight)| lab.service(name, weight));
+    let logs = names.map(|name| directory.0.join(format!("{name}.log")));
+    let idle = ["--udp-idle", "1s"];
+    let with_rules = [&idle[..], &["--rules", rules.to_str().expect("a path")]].concat();
+    let services = [
+        inspect_with(&lab, names[0], &logs[0], &idle),
+        inspect_with(&lab, names[1], &logs[1], &with_rules),
+    ];
+
+    let (good, bad) = (question("www.good.test"), question("www.bad.test"));
+    let quic: String = include_str!("../../../crates/carnet-inspect/tests/client-initial.hex")
+        .split_whitespace()
+        .collect();
+    let mut command = Command::new(installed("python3"));
+    command.args(["-I", "-c", UDP_CLIENT, &port.to_string()]);
+    command.args([Topology::DESTINATION_V4.to_string(), Topology::DESTINATION_V6.to_string()]);
+    command.args([&hex(&good), &hex(&bad), &hex(&good), &quic]);
+    let (pid, output) = run_inside(&lab, &mut command);
+
+    let (mut answer, mut refusal) = (good.clone(), bad.clone());
+    answer[2] |= 0x80;
+    (refusal[2], refusal[3]) = (0x81, 5);
+    let answers: Vec<&str> = output.lines().collect();
+    for four in answers.chunks(4) {
+        assert_eq!(four[..3], [hex(&answer), hex(&refusal), hex(&answer)]);
+        // CONNECTION_REFUSED, in a server's Initial packet.
+        assert!(four[3].starts_with('c') && four[3][2..10] == *"00000001", "{}", four[3]);
+    }
+    assert_eq!(answers.len(), 16);
+    assert_eq!(*asked.lock().expect("no panic"), vec![good; 8]);
+
+    for (place, (service, log)) in services.into_iter().zip(&logs).enumerate() {
+        let lines = end(service, log);
+        assert_eq!(lines.len(), 4, "{lines:#?}");
+        for line in &lines {
+            assert_eq!(
+                (&line["service"], &line["hops"]),
+                (&names[place].into(), &(place + 1).into())
+            );
+            assert_eq!(
+                (&line["transport"], &line["pid"]),
+                (&"udp".into(), &pid.into()),
+                "{line:#}"
+            );
+            let destination: SocketAddr =
+                line["destination"].as_str().expect("it").parse().must("read it");
+            assert_eq!(destination.port(), port, "{line:#}");
+            assert_eq!(line["protocol"], "dns", "{line:#}");
+            // Only the second one has rules.
+            let (verdict, host, counted) = match place {
+                0 => ("allow", "www.good.test", [4, 4, 0]),
+                _ => ("refuse", "www.bad.test", [2, 2, 2]),
+            };
+            assert_eq!(
+                (&line["verdict"], &line["host"]),
+                (&verdict.into(), &host.into()),
+                "{line:#}"
+            );
+            let counts = ["up", "down", "refused"].map(|count| &line["datagrams"][count]);
+            assert_eq!(counts.map(|count| count.as_i64().expect("a number")), counted, "{line:#}");
         }
     }
 }

@@ -1,10 +1,12 @@
 //! The operating systems. Each module provides, with the same names and meanings:
 //!
 //! - `Options`: the options of the command line that only this system has, with `begin`, what is
-//!   to be done once the listeners are there and while the process is still who started it, and
-//!   `source`, who tells where connections come from and go to;
+//!   to be done once the sockets are there and while the process is still who started it,
+//!   `source`, who tells where flows come from and go to, and `datagrams`, the limits of UDP flows,
+//!   if there are to be any;
 //! - `Signals`: how the service is told to end or, where there is such a signal, to read its rules
 //!   again;
+//! - `enlarge_receive_buffer`: room for datagrams that wait to be received, as far as there may be;
 //! - `reuse_address`: lets a listener have the address of one that has just ended, and nobody else;
 //! - `carry`: relays the rest of a stream without copying, where the system can do that.
 

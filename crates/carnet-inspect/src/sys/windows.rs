@@ -3,12 +3,13 @@
 use crate::origin::{CarnetSource, FlowSource, Origin};
 use crate::relay::{Fault, Leg};
 use crate::say;
+use crate::service::DatagramLimits;
 use anyhow::Result;
 use carnet::Error;
 use socket2::Socket;
 use std::fs::File;
 use std::io;
-use std::net::TcpListener;
+use std::net::{TcpListener, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::net::TcpStream;
@@ -22,10 +23,21 @@ pub struct Options {}
 impl Options {
     /// Says what a callout driver has to know of this process. Nothing is to be registered: the
     /// driver names the service, not the service itself (contract C15).
-    pub(crate) fn begin(&self, _listeners: &[TcpListener]) -> Result<Option<File>> {
+    pub(crate) fn begin(
+        &self,
+        _listeners: &[TcpListener],
+        _datagrams: &[UdpSocket],
+    ) -> Result<Option<File>> {
         let id = std::process::id();
         say(format_args!("a callout driver has to redirect connections to this process, {id}"));
+        say(format_args!("UDP is not served on Windows: have no UDP flows redirected here"));
         Ok(None)
+    }
+
+    /// There are no UDP flows: Windows hands their records over with each datagram (contract U1),
+    /// which this program does not read.
+    pub(crate) fn datagrams(&self) -> Option<DatagramLimits> {
+        None
     }
 
     /// Who tells where connections come from and go to.
@@ -88,6 +100,9 @@ impl Signals {
         }
     }
 }
+
+/// There are no datagrams.
+pub(crate) fn enlarge_receive_buffer(_socket: &Socket, _bytes: usize) {}
 
 /// It needs no option here. That of the usual name would let other processes take the address over.
 pub(crate) fn reuse_address(_socket: &Socket) -> io::Result<()> {

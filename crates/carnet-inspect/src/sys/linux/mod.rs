@@ -10,18 +10,34 @@ pub(crate) use self::splice::carry;
 
 use crate::origin::{CarnetSource, FlowSource};
 use crate::say;
+use crate::service::DatagramLimits;
 use anyhow::{Context as _, Result};
+use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::Socket;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::net::TcpListener;
+use std::net::{TcpListener, UdpSocket};
+use std::num::NonZeroU32;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::signal::unix::{self, SignalKind, signal};
 
 /// The options that only Linux has.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
+    /// Take no UDP flows; without this, they come to the same addresses and ports as connections
+    #[arg(long)]
+    pub no_udp: bool,
+
+    /// End a UDP flow after this long without a datagram
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
+    pub udp_idle: Duration,
+
+    /// Serve at most this many UDP flows at once; one more, and those idle for longest give way
+    #[arg(long, value_name = "NUMBER", default_value = "8192")]
+    pub max_udp_flows: NonZeroU32,
+
     /// Become this user when the listeners are registered
     #[arg(long, value_name = "NAME|UID[:GID]")]
     pub user: Option<Identity>,
@@ -30,7 +46,7 @@ pub struct Options {
     #[arg(long, value_enum, value_name = "SOURCE", default_value_t = Source::Carnet)]
     pub original_destination: Source,
 
-    /// Do not register the listeners: somebody else does, for example `carnet service register`
+    /// Do not register the listeners and UDP sockets: somebody else does, for example `carnet service register`
     #[arg(long)]
     pub no_register: bool,
 
@@ -51,20 +67,31 @@ pub enum Source {
     /// Carnet's engine, with redirect records and original applications.
     #[default]
     Carnet,
-    /// The connection tracker of a NAT (`nft … redirect to`): plain SO_ORIGINAL_DST, no records.
+    /// The connection tracker of a NAT (`nft … redirect to`): plain SO_ORIGINAL_DST, no records,
+    /// no UDP.
     Conntrack,
 }
 
 impl Options {
-    /// Registers the listeners, opens what is told when the service is ready, and drops privileges:
+    /// Registers the sockets, opens what is told when the service is ready, and drops privileges:
     /// in this order, and before there are any other threads.
-    pub(crate) fn begin(&self, listeners: &[TcpListener]) -> Result<Option<File>> {
+    pub(crate) fn begin(
+        &self,
+        listeners: &[TcpListener],
+        datagrams: &[UdpSocket],
+    ) -> Result<Option<File>> {
         raise_descriptor_limit();
         if self.original_destination == Source::Carnet && !self.no_register {
             for listener in listeners {
                 let address = listener.local_addr()?;
                 carnet::register_listener(listener)
                     .with_context(|| format!("listener {address}"))?;
+            }
+            for socket in datagrams {
+                let address = socket.local_addr()?;
+                carnet::register_listener(socket).with_context(|| {
+                    format!("UDP socket {address} (with --no-udp, UDP flows are left alone)")
+                })?;
             }
         }
         let ready = self.ready_fd.map(open_descriptor).transpose()?;
@@ -74,7 +101,13 @@ impl Options {
         Ok(ready)
     }
 
-    /// Who tells where connections come from and go to.
+    /// The limits of UDP flows. A NAT tells nothing of them: then there are none.
+    pub(crate) fn datagrams(&self) -> Option<DatagramLimits> {
+        let wanted = !self.no_udp && self.original_destination == Source::Carnet;
+        wanted.then_some(DatagramLimits { flows: self.max_udp_flows, idle: self.udp_idle })
+    }
+
+    /// Who tells where flows come from and go to.
     pub(crate) fn source(&self) -> Arc<dyn FlowSource> {
         match self.original_destination {
             Source::Carnet => Arc::new(CarnetSource { forget_records: self.forget_records }),
@@ -126,6 +159,13 @@ impl Signals {
                 _ = self.hangup.recv() => read_rules(),
             }
         }
+    }
+}
+
+/// More than the system allows by default is allowed to root alone; less does no harm.
+pub(crate) fn enlarge_receive_buffer(socket: &Socket, bytes: usize) {
+    if set_socket_recv_buffer_size_force(socket, bytes).is_err() {
+        let _ = socket.set_recv_buffer_size(bytes);
     }
 }
 
