@@ -145,8 +145,13 @@ impl Lab {
     /// Brings the engine up, with an empty policy. That it is already, unless it was taken down.
     #[track_caller]
     pub fn up(&self) {
-        let options = UpOptions::new(self.scope.path());
-        let engine = Engine::up(&self.location, &options).must("bring the engine up");
+        self.up_with(&UpOptions::new(self.scope.path()));
+    }
+
+    /// Brings the engine up, with an empty policy and these options.
+    #[track_caller]
+    pub fn up_with(&self, options: &UpOptions) {
+        let engine = Engine::up(&self.location, options).must("bring the engine up");
         *self.own_engine() = Some(engine);
     }
 

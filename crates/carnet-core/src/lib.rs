@@ -14,6 +14,7 @@
 //! | [`arbitration`] | how permits, blocks and redirects of several sublayers combine |
 //! | [`classify`](mod@classify) | the decision function |
 //! | [`flow`] | what the kernel keeps for a redirected connection |
+//! | [`socket`] | which sockets the hooks see |
 //! | [`event`] | what the kernel tells of decisions |
 //! | `object` (feature `host`) | the administrator's objects |
 //! | `compile` (feature `host`) | objects to tables |
@@ -48,6 +49,7 @@ pub mod flow;
 pub mod object;
 pub mod record;
 pub mod siphash;
+pub mod socket;
 pub mod table;
 
 pub use classify::{Decision, classify};

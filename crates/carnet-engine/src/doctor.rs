@@ -124,6 +124,7 @@ fn program_types() -> Finding {
     let types = [
         ("cgroup_sock_addr", ProgramType::CgroupSockAddr),
         ("cgroup_sockopt", ProgramType::CgroupSockopt),
+        ("cgroup_sock", ProgramType::CgroupSock),
         ("sock_ops", ProgramType::SockOps),
     ];
     let there = |program| is_program_supported(program).unwrap_or(false);

@@ -166,6 +166,7 @@ struct InstanceRow {
     layout: u32,
     max_filters: u32,
     build: [u8; 32],
+    refuse_unseen: u64,
     scope_id: u64,
     scope_length: u64,
     scope: [u8; MAX_SCOPE],
@@ -178,6 +179,8 @@ pub(crate) struct Instance {
     pub(crate) max_filters: u32,
     /// The build of its programs.
     pub(crate) build: BuildId,
+    /// Whether its scope is refused sockets whose flows no hook sees.
+    pub(crate) refuse_unseen: bool,
     /// The id of its scope's cgroup.
     pub(crate) scope_id: u64,
     /// The path of its scope below the hierarchy's root, without a slash before it.
@@ -304,6 +307,7 @@ impl Tables {
         row.layout = LAYOUT;
         row.max_filters = instance.max_filters;
         row.build = instance.build.0;
+        row.refuse_unseen = instance.refuse_unseen.into();
         row.scope_id = instance.scope_id;
         row.scope_length = path.len() as u64;
         row.scope.iter_mut().zip(path).for_each(|(to, from)| *to = *from);
@@ -329,6 +333,7 @@ impl Tables {
         Ok(Ok(Instance {
             max_filters: row.max_filters,
             build: BuildId(row.build),
+            refuse_unseen: row.refuse_unseen != 0,
             scope_id: row.scope_id,
             scope: OsStr::from_bytes(path).into(),
         }))
