@@ -19,6 +19,7 @@
 //! | `object` (feature `host`) | the administrator's objects |
 //! | `compile` (feature `host`) | objects to tables |
 //! | `explain` (feature `host`) | the legs that a flow would make, and why |
+//! | `existing` (feature `host`) | which connections that are there a new block ends |
 //!
 //! The crate is `no_std`, has no I/O, no clock and no unsafe code; it is compiled unchanged for the
 //! host and for BPF.
@@ -42,6 +43,8 @@ pub mod classify;
 #[cfg(feature = "host")]
 pub mod compile;
 pub mod event;
+#[cfg(feature = "host")]
+pub mod existing;
 #[cfg(feature = "host")]
 pub mod explain;
 pub mod flow;

@@ -2,10 +2,7 @@
 
 use std::net::SocketAddr;
 
-use carnet_core::{
-    abi,
-    object::{Conditions, PortRange},
-};
+use carnet_core::{abi, object::Conditions};
 use carnet_tests::{
     Must as _,
     puppet::{Errno, Hand, Kind, Puppet},
@@ -110,10 +107,7 @@ fn a_service_that_forges_a_record() {
 #[test]
 fn an_application_that_connects_to_the_service_itself() {
     // The service's own port is not what the filter is for.
-    let scene = Scene::with(Conditions {
-        ports: vec![PortRange { first: 1, last: 1 }],
-        ..Conditions::default()
-    });
+    let scene = Scene::with(Conditions { ports: vec![1.into()], ..Conditions::default() });
     let service = scene.lab.puppet_of("alpha");
     let listener = service.serve(address("127.0.0.1:0"));
     let direct = scene.client.connect(listener.local().must("ask for the port")).must("connect");

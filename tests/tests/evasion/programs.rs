@@ -48,7 +48,10 @@ fn a_setuid_program() {
     let scene = Scene::new();
     let directory = Scratch::new();
     let path = directory.path().join("setuid-puppet");
-    fs::copy(program("test-puppet"), &path).must("copy a program");
+    // By another process: of a file that this one has open for writing, a child of another test may
+    // have a descriptor, and then it cannot be executed.
+    let copied = Command::new("cp").arg(program("test-puppet")).arg(&path).status();
+    assert!(copied.must("copy a program (cp)").success());
     chown(&path, Some(OWNER), Some(OWNER)).must("give a program away");
     fs::set_permissions(&path, Permissions::from_mode(0o6755)).must("make it setuid");
     let client = &scene.lab.network().topology.client;

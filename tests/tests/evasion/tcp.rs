@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use carnet_core::object::{Conditions, PortRange};
+use carnet_core::object::Conditions;
 use carnet_testbed::Topology;
 use carnet_tests::{
     Must as _,
@@ -80,9 +80,11 @@ fn fast_open_by_connect() {
 /// Has the kernel ask for fast open's cookies, give them, and use them from the second time on.
 #[test]
 fn fast_open_with_a_cookie() {
-    let scene = Scene::new();
-    let client = &scene.lab.network().topology.client;
-    client.set_sysctl("ipv4/tcp_fastopen", "0x403").must("have fast open on both sides");
+    let mut scene = Scene::new();
+    let namespace = &scene.lab.network().topology.client;
+    namespace.set_sysctl("ipv4/tcp_fastopen", "0x403").must("have fast open on both sides");
+    // A service whose listener knows of it.
+    scene.service = scene.lab.start("alpha");
     for _ in 0..3 {
         scene.redirects(|client, to| {
             let socket = client.tcp(to);
@@ -98,6 +100,15 @@ fn fast_open_with_a_cookie() {
             socket
         });
     }
+    let table = scene.lab.network().topology.client.run(|| {
+        std::fs::read_to_string("/proc/thread-self/net/netstat").must("read the statistics")
+    });
+    let table = table.must("enter the namespace");
+    let mut lines = table.lines().filter(|line| line.starts_with("TcpExt:"));
+    let [names, values] = [lines.next(), lines.next()].map(|line| line.unwrap_or_default());
+    let mut pairs = names.split(' ').zip(values.split(' '));
+    let passive = pairs.find(|(name, _)| *name == "TCPFastOpenPassive");
+    assert!(passive.is_some_and(|(_, count)| count != "0"), "{names}\n{values}");
 }
 
 #[test]
@@ -163,7 +174,7 @@ fn a_socket_that_is_connected_again() {
 #[test]
 fn a_connect_after_one_that_failed() {
     // Nobody listens at port 1, and no filter sends it elsewhere.
-    let ports = vec![PortRange { first: 2, last: u16::MAX }];
+    let ports = vec!["2-65535".parse().expect("ports")];
     let scene = Scene::with(Conditions { ports, ..Conditions::default() });
     for to in scene.destinations() {
         let socket = scene.client.tcp(to);
