@@ -244,6 +244,14 @@ impl Engine {
         &self.scope
     }
 
+    /// Whether the scope's processes are refused sockets whose flows no hook sees.
+    ///
+    /// # Errors
+    /// [`Error::UnknownLayout`].
+    pub fn refuses_unseen(&self) -> Result<bool, Error> {
+        Ok(self.instance()?.refuse_unseen)
+    }
+
     /// The policy that is in force.
     ///
     /// # Errors
