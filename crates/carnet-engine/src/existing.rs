@@ -4,6 +4,10 @@
 //! leg of the flows that Carnet knows, and about every other connection that a socket of the
 //! instance's cgroups has made. The kernel does not tell who began a connection of these: one of TCP
 //! whose own port is that of a listening socket counts as having been accepted.
+//!
+//! A connection ends with its socket, which is destroyed. The flows of a UDP socket that is not
+//! connected have no connection to end: what was decided for them is forgotten, so that the next
+//! datagram meets the filter.
 
 use std::{
     cell::RefCell,
@@ -12,10 +16,12 @@ use std::{
 };
 
 use carnet_core::{
+    address::{AF_INET, AF_INET6, Endpoint},
     chain::Chain,
     compile::CompiledPolicy,
     existing::is_ended_by,
     explain::{HostConnection, Process},
+    flow::CorrespondentKey,
     record::{Hop, Record},
 };
 use zerocopy::FromZeros as _;
@@ -27,6 +33,7 @@ use crate::{
         CLOSE, Diagnosis, ESTABLISHED, LISTEN, Listed, NEW_SYN_RECEIVED, PROTOCOLS, SYN_RECEIVED,
         TIME_WAIT,
     },
+    tables::Tables,
 };
 
 /// `IPPROTO_TCP`.
@@ -72,7 +79,9 @@ impl Engine {
     /// whole if any of its legs is refused.
     ///
     /// Looked at are the network namespaces in which processes of the instance's cgroups are. Who
-    /// holds the socket that made a connection finds it broken: `ECONNABORTED`.
+    /// holds the socket that made a connection finds it broken: `ECONNABORTED`. A UDP socket that is
+    /// not connected stays, and what it sends next is refused; answers that a service still sends
+    /// reach it until the flow has been idle for too long.
     ///
     /// # Errors
     /// As for [`Engine::check_ending`] and [`Engine::flows`]; what was ended before stays so.
@@ -113,44 +122,27 @@ impl Inquiry<'_> {
     /// Goes through everything once.
     fn round(&self, namespaces: &[Namespace]) -> Result<BTreeSet<Ended>, Error> {
         let legs = self.engine.flows()?;
-        let condemned: BTreeSet<u64> =
-            legs.iter().filter(|leg| self.ends_leg(leg)).map(|leg| leg.flow).collect();
-        let legs: BTreeMap<_, _> = legs.iter().map(|leg| ((leg.netns, leg.cookie), leg)).collect();
-        let holders = self.members.holders();
-        let mut ended = BTreeSet::new();
+        let condemned = legs.iter().filter(|leg| self.ends_leg(leg)).map(|leg| leg.flow).collect();
+        let mut round = Round {
+            inquiry: self,
+            legs: BTreeMap::new(),
+            condemned,
+            holders: self.members.holders(),
+            correspondents: BTreeMap::new(),
+            ended: BTreeSet::new(),
+        };
+        for leg in &legs {
+            round.legs.entry((leg.netns, leg.cookie)).or_default().push(leg);
+        }
+        for (key, _) in self.engine.reading(Tables::correspondents)? {
+            round.correspondents.entry(key.cookie).or_default().push(key);
+        }
         for Namespace { cookie: netns, diagnosis } in namespaces {
             for protocol in PROTOCOLS {
-                let failed = |operation| Error::io(operation, "the sockets of the instance");
-                let sockets = diagnosis.list(protocol).map_err(failed("list"))?;
-                let listening: BTreeSet<u16> = sockets
-                    .iter()
-                    .filter(|socket| protocol == TCP && socket.state == LISTEN)
-                    .map(|socket| socket.local().port())
-                    .collect();
-                for socket in &sockets {
-                    let leg = legs.get(&(*netns, socket.cookie()));
-                    let end = match leg {
-                        Some(leg) => condemned.contains(&leg.flow),
-                        None => {
-                            is_connection(socket)
-                                && self.members.cgroups.contains_key(&socket.cgroup)
-                                && !listening.contains(&socket.local().port())
-                                && self.ends_passed(socket, *netns, holders.get(&socket.inode))
-                        }
-                    };
-                    if end && diagnosis.destroy(socket).map_err(failed("end"))? {
-                        ended.insert(Ended {
-                            protocol,
-                            destination: leg.map_or_else(|| socket.peer(), |leg| leg.requested),
-                            flow: leg.map(|leg| leg.flow),
-                            cookie: socket.cookie(),
-                            netns: *netns,
-                        });
-                    }
-                }
+                round.go_through(diagnosis, *netns, protocol)?;
             }
         }
-        Ok(ended)
+        Ok(round.ended)
     }
 
     /// Whether the filter ends a leg of a flow.
@@ -175,7 +167,7 @@ impl Inquiry<'_> {
             Process { network_namespace: Some(leg.netns), ..self.process(leg.pid) }
         };
         let connection = HostConnection {
-            protocol: TCP,
+            protocol: leg.protocol.0,
             destination: leg.requested.into(),
             process,
             original_executable: Some(leg.app.executable),
@@ -186,11 +178,17 @@ impl Inquiry<'_> {
 
     /// Whether the filter ends a connection that passed without a record, for any of the processes
     /// that hold it.
-    fn ends_passed(&self, socket: &Listed, netns: u64, holders: Option<&Vec<u32>>) -> bool {
+    fn ends_passed(
+        &self,
+        socket: &Listed,
+        netns: u64,
+        destination: SocketAddr,
+        holders: Option<&Vec<u32>>,
+    ) -> bool {
         let ends = |process: Process| {
             let connection = HostConnection {
                 protocol: socket.protocol,
-                destination: socket.peer().into(),
+                destination: destination.into(),
                 original_executable: process.executable,
                 process: Process { network_namespace: Some(netns), ..process },
             };
@@ -213,6 +211,90 @@ impl Inquiry<'_> {
         let describe = || self.engine.describe_process(pid).unwrap_or_default();
         processes.entry(pid).or_insert_with(describe).clone()
     }
+}
+
+/// What is there to be looked at, and what was ended of it.
+struct Round<'a> {
+    inquiry: &'a Inquiry<'a>,
+    /// By network namespace and cookie. A UDP socket that is not connected may have many.
+    legs: BTreeMap<(u64, u64), Vec<&'a Flow>>,
+    /// The flows that the filter ends.
+    condemned: BTreeSet<u64>,
+    /// The processes that hold sockets, by the sockets' inodes.
+    holders: BTreeMap<u64, Vec<u32>>,
+    /// With whom UDP sockets that are not connected have flows, by the sockets' cookies.
+    correspondents: BTreeMap<u64, Vec<CorrespondentKey>>,
+    ended: BTreeSet<Ended>,
+}
+
+impl Round<'_> {
+    /// Goes through the sockets of a protocol in a network namespace.
+    fn go_through(&mut self, diagnosis: &Diagnosis, netns: u64, protocol: u8) -> Result<(), Error> {
+        let failed = |operation| Error::io(operation, "the sockets of the instance");
+        let sockets = diagnosis.list(protocol).map_err(failed("list"))?;
+        let listening = |socket: &&Listed| protocol == TCP && socket.state == LISTEN;
+        let listening: BTreeSet<u16> =
+            sockets.iter().filter(listening).map(|socket| socket.local().port()).collect();
+        for socket in &sockets {
+            let leg = self.leg(netns, socket, |leg| protocol == TCP || same(leg.target, socket.peer()));
+            let end = match leg {
+                Some(leg) => self.condemned.contains(&leg.flow),
+                None => {
+                    is_connection(socket)
+                        && !listening.contains(&socket.local().port())
+                        && self.ends_passed(netns, socket, socket.peer())
+                }
+            };
+            let (flow, destination) = match leg {
+                Some(leg) => (Some(leg.flow), leg.requested),
+                None => (None, socket.peer()),
+            };
+            let cookie = socket.cookie();
+            if end && diagnosis.destroy(socket).map_err(failed("end"))? {
+                self.ended.insert(Ended { protocol, destination, flow, cookie, netns });
+            }
+            for key in self.correspondents.get(&cookie).into_iter().flatten() {
+                let destination = destination_of(key);
+                let leg = self.leg(netns, socket, |leg| same(leg.requested, destination));
+                let end = match leg {
+                    Some(leg) => self.condemned.contains(&leg.flow),
+                    None => self.ends_passed(netns, socket, destination),
+                };
+                let forget = |tables: &Tables| tables.forget_correspondent(key);
+                if end && self.inquiry.engine.reading(forget)? {
+                    let flow = leg.map(|leg| leg.flow);
+                    self.ended.insert(Ended { protocol, destination, flow, cookie, netns });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A leg that a socket has made.
+    fn leg(&self, netns: u64, socket: &Listed, is_it: impl Fn(&Flow) -> bool) -> Option<&Flow> {
+        let legs = self.legs.get(&(netns, socket.cookie()))?;
+        legs.iter().find(|leg| is_it(leg)).copied()
+    }
+
+    /// Whether the filter ends what a socket sends to `destination` without a record.
+    fn ends_passed(&self, netns: u64, socket: &Listed, destination: SocketAddr) -> bool {
+        let Inquiry { members, .. } = self.inquiry;
+        let holders = self.holders.get(&socket.inode);
+        members.cgroups.contains_key(&socket.cgroup)
+            && self.inquiry.ends_passed(socket, netns, destination, holders)
+    }
+}
+
+/// Whom a UDP socket has a flow with.
+fn destination_of(key: &CorrespondentKey) -> SocketAddr {
+    let endpoint = Endpoint::v6(key.address, key.port as u16);
+    let family = if endpoint.is_ipv4() { AF_INET } else { AF_INET6 };
+    Endpoint { family, ..endpoint }.into()
+}
+
+/// Whether two addresses are the same, one of which may be mapped.
+fn same(a: SocketAddr, b: SocketAddr) -> bool {
+    a.port() == b.port() && a.ip().to_canonical() == b.ip().to_canonical()
 }
 
 /// Whether a socket that was listed has another end, and does not only remember it.

@@ -14,7 +14,7 @@ use carnet_core::{
     abi::MAX_CONTEXT,
     compile::{CompiledPolicy, max_candidates, max_nodes},
     event::Counter,
-    flow::{DatagramLeg, ListenerEntry, ListenerKey, TokenKey},
+    flow::{Correspondent, CorrespondentKey, DatagramLeg, ListenerEntry, ListenerKey, TokenKey},
     object::Policy,
     table::{HeaderRow, MAX_CANDIDATES},
 };
@@ -284,6 +284,35 @@ impl Tables {
         let legs = self.hash::<TokenKey, TimedLeg>("DATAGRAM_LEGS")?;
         // One that ends while the others are read is missed.
         Ok(legs.iter().filter_map(Result::ok).map(|(_, Wire(timed))| timed.held).collect())
+    }
+
+    /// What was decided for the flows of unconnected UDP sockets.
+    pub(crate) fn correspondents(&self) -> Result<Vec<(CorrespondentKey, Correspondent)>, Error> {
+        let known = self.known_correspondents()?;
+        // One that goes while the others are read is missed.
+        Ok(known.iter().filter_map(Result::ok).map(|(Wire(k), Wire(v))| (k, v)).collect())
+    }
+
+    /// Forgets what was decided for such a flow, so that its next datagram is decided anew; `false`
+    /// if it had gone by itself.
+    pub(crate) fn forget_correspondent(&self, key: &CorrespondentKey) -> Result<bool, Error> {
+        match self.known_correspondents()?.remove(&Wire(*key)) {
+            Ok(()) => Ok(true),
+            Err(MapError::KeyNotFound) => Ok(false),
+            Err(MapError::SyscallError(error))
+                if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(Error::map("CORRESPONDENTS")(error)),
+        }
+    }
+
+    fn known_correspondents(
+        &self,
+    ) -> Result<HashMap<MapData, Wire<CorrespondentKey>, Wire<Correspondent>>, Error> {
+        const NAME: &str = "CORRESPONDENTS";
+        Map::LruHashMap(self.open(NAME)?).try_into().map_err(Error::map::<MapError>(NAME))
     }
 
     /// Makes and writes `INSTANCE`.
