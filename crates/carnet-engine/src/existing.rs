@@ -236,7 +236,8 @@ impl Round<'_> {
         let listening: BTreeSet<u16> =
             sockets.iter().filter(listening).map(|socket| socket.local().port()).collect();
         for socket in &sockets {
-            let leg = self.leg(netns, socket, |leg| protocol == TCP || same(leg.target, socket.peer()));
+            let leg =
+                self.leg(netns, socket, |leg| protocol == TCP || same(leg.target, socket.peer()));
             let end = match leg {
                 Some(leg) => self.condemned.contains(&leg.flow),
                 None => {

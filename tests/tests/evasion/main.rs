@@ -5,14 +5,16 @@
 //! `cargo xtask evasion` runs them and prints the list.
 
 mod cgroups;
+mod existing;
 mod interference;
 mod programs;
 mod tcp;
+mod udp;
 mod unseen;
 
 use std::net::SocketAddr;
 
-use carnet_core::object::Conditions;
+use carnet_core::object::{Conditions, FilterAction, NewFilter, Weight};
 use carnet_testbed::AcceptedConnection;
 use carnet_tests::{
     Lab, Must as _, PATIENCE, Plan, Report, Running,
@@ -105,4 +107,16 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 fn echoes(connection: &Hand<'_>) {
     connection.send(b"marco").must("send");
     assert_eq!(connection.receive(5), Ok(b"marco".to_vec()));
+}
+
+/// Adds a filter that blocks what meets these conditions, in a sublayer of its own; gives its id.
+#[track_caller]
+fn block(lab: &Lab, name: &str, conditions: Conditions) -> u64 {
+    lab.change(|policy| {
+        policy.add_sublayer(name, "alpha", 7)?;
+        let action = FilterAction::Block { hard: true, veto: false };
+        let (sublayer, weight) = (name.into(), Weight::Auto);
+        let name = Some(name.into());
+        Ok(policy.add_filter(NewFilter { name, sublayer, weight, conditions, action })?.id)
+    })
 }
