@@ -1,7 +1,7 @@
 //! `cgroup/sock_create` (since Linux 4.10): no sockets whose flows nobody would see.
 //!
 //! **What it does.** Refuses to make an IPv4 or IPv6 socket whose flows pass none of the other
-//! hooks: raw ones, those of `ping`, SCTP, and whatever else a module may bring.
+//! hooks: raw ones, those of `ping`, UDP-Lite, SCTP, and whatever else a module may bring.
 //!
 //! **Why this hook.** It runs inside `socket(2)`, for internet sockets of every protocol, when type
 //! and protocol are settled. It is attached only where the operator asks for it (`carnet up

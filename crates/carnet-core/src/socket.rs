@@ -2,7 +2,7 @@
 //!
 //! The kernel runs the hooks of a cgroup for the flows of TCP and UDP sockets, however they are
 //! made. Other sockets reach the network without passing them: raw and packet sockets, SCTP, the
-//! sockets of `ping`. `carnet up --refuse-unseen` refuses to make the internet ones among them,
+//! sockets of `ping`; of UDP-Lite, those that are connected. `carnet up --refuse-unseen` refuses to make the internet ones among them,
 //! `carnet doctor` finds those that are there.
 
 use crate::address::{AF_INET, AF_INET6};
@@ -25,8 +25,6 @@ const DATAGRAM: u16 = 2;
 const TCP: u16 = 6;
 /// `IPPROTO_UDP`.
 const UDP: u16 = 17;
-/// `IPPROTO_UDPLITE`.
-const UDP_LITE: u16 = 136;
 /// `IPPROTO_MPTCP`.
 const MULTIPATH_TCP: u16 = 262;
 
@@ -49,13 +47,15 @@ impl SocketKind {
         self.family == AF_INET || self.family == AF_INET6
     }
 
-    /// Whether its flows pass the hooks: TCP, Multipath TCP, UDP and UDP-Lite over IPv4 and IPv6.
+    /// Whether all its flows pass the hooks: TCP, Multipath TCP and UDP over IPv4 and IPv6.
+    ///
+    /// UDP-Lite is not among them: what it sends to an address is seen, but the kernel runs no hook
+    /// when such a socket is connected, nor for what it sends then.
     #[inline(always)]
     pub const fn is_seen(self) -> bool {
         let stream = self.protocol == TCP || self.protocol == MULTIPATH_TCP;
-        let datagrams = self.protocol == UDP || self.protocol == UDP_LITE;
         self.is_internet()
-            && ((self.kind == STREAM && stream) || (self.kind == DATAGRAM && datagrams))
+            && ((self.kind == STREAM && stream) || (self.kind == DATAGRAM && self.protocol == UDP))
     }
 
     /// Whether it reaches other machines, or may, without any flow of it being seen.
@@ -108,7 +108,7 @@ mod host {
             match (kind, protocol) {
                 (1, TCP) => write!(f, "TCP {version} socket"),
                 (2, UDP) => write!(f, "UDP {version} socket"),
-                (2, super::UDP_LITE) => write!(f, "UDP-Lite {version} socket"),
+                (2, 136) => write!(f, "UDP-Lite {version} socket"),
                 (1, super::MULTIPATH_TCP) => write!(f, "Multipath TCP {version} socket"),
                 (2, 1 | 58) => write!(f, "ping {version} socket"),
                 (_, 132) => write!(f, "SCTP {version} socket"),
@@ -134,7 +134,7 @@ mod tests {
             (2, 1, 6, true, false, "TCP IPv4 socket"),
             (10, 1, 262, true, false, "Multipath TCP IPv6 socket"),
             (10, 2, 17, true, false, "UDP IPv6 socket"),
-            (2, 2, 136, true, false, "UDP-Lite IPv4 socket"),
+            (2, 2, 136, false, true, "UDP-Lite IPv4 socket"),
             (2, 3, 6, false, true, "raw IPv4 socket of protocol 6"),
             (10, 3, 17, false, true, "raw IPv6 socket of protocol 17"),
             (2, 2, 1, false, true, "ping IPv4 socket"),

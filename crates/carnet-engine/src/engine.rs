@@ -41,7 +41,7 @@ pub struct UpOptions {
     /// time decides about. At least a millisecond.
     pub udp_idle: Duration,
     /// Refuse the scope's processes to make internet sockets whose flows no hook sees: raw ones,
-    /// those of `ping`, SCTP and the like ([`SocketKind::is_unseen`]).
+    /// those of `ping`, UDP-Lite, SCTP and the like ([`SocketKind::is_unseen`]).
     ///
     /// [`SocketKind::is_unseen`]: carnet_core::socket::SocketKind::is_unseen
     pub refuse_unseen: bool,

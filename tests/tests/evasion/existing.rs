@@ -213,7 +213,9 @@ fn a_change_of_the_policy_leaves_udp_flows_as_they_are_and_a_block_ends_them() {
     assert_eq!(gone.iter().filter(|ended| ended.flow.is_some()).count(), 2, "{gone:#?}");
     assert!(gone.iter().all(|ended| ended.protocol == 17 && ended.destination == to));
     for socket in [&connected, &late_connected] {
-        assert_eq!(socket.send(b"marco"), Err(Errno(libc::ECONNABORTED)));
+        // It is not connected any more.
+        assert_eq!(socket.send(b"marco"), Err(Errno(libc::EDESTADDRREQ)));
+        assert_eq!(socket.receive_from().err(), Some(Errno(libc::ECONNABORTED)));
     }
     for socket in [&free, &late_free] {
         assert_eq!(socket.send_to(to, b"marco"), Err(REFUSED));

@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use carnet_core::{
     abi,
     address::Endpoint,
-    event::{Counter, EventKind},
+    classify::Reason,
+    event::EventKind,
     object::{Conditions, FailurePolicy, Protocol},
 };
 use carnet_testbed::{Cgroup, Topology};
@@ -134,14 +135,15 @@ fn a_connected_socket() {
 fn a_socket_that_is_connected_elsewhere() {
     // Of what it is connected to, nothing goes to the service.
     let conditions = Conditions { ports: vec![53.into()], ..Conditions::default() };
-    Scene::with(conditions).redirects(|client, to| {
-        let socket = open(client, to);
+    let scene = Scene::with(conditions);
+    let post = scene.post();
+    for to in Scene::destinations() {
+        let socket = open(&scene.client, to);
         socket.connect(elsewhere(to)).must("connect elsewhere");
         socket.send_to(to, b"marco").must("send");
-        // So that it takes an answer from anybody.
-        socket.disconnect().must("disconnect");
-        socket
-    });
+        // An answer would not reach it: it takes datagrams from where it is connected alone.
+        post.takes(to);
+    }
 }
 
 #[test]
@@ -258,30 +260,37 @@ fn a_socket_that_was_made_before_the_engine_came_up() {
     }
 }
 
-/// There are no services for it: what filters redirect follows the failure policy.
+/// Services are not to be had for it: what filters redirect follows the failure policy. But only
+/// sendto is seen, the kernel runs no hook for its connect.
 #[test]
 fn udp_lite() {
     let scene = Scene::new();
+    let lab = &scene.lab;
     let _post = scene.post();
-    let mut trace = scene.lab.trace();
-    let refused = Err(Errno(libc::ECONNREFUSED));
+    let mut trace = lab.trace();
+    let open = |to| scene.client.open(Family::of(to), Kind::UdpLite).must("open");
     for to in Scene::destinations() {
-        let socket = scene.client.open(Family::of(to), Kind::UdpLite).must("open");
-        assert_eq!(socket.send_to(to, b"marco"), refused);
-        assert_eq!(socket.connect(to), refused);
+        assert_eq!(open(to).send_to(to, b"marco"), Err(Errno(libc::ECONNREFUSED)));
     }
     let event = trace.first(EventKind::Blocked);
-    assert_eq!(event.reason, carnet_core::classify::Reason::ServiceUnavailable as u32);
-    // With `skip` it would pass; a block refuses it like other protocols.
-    scene.lab.change(|policy| Ok(policy.set_on_failure("alpha", FailurePolicy::Skip).map(drop)?));
+    assert_eq!((event.reason, event.protocol), (Reason::ServiceUnavailable as u32, 136));
+    lab.change(|policy| Ok(policy.set_on_failure("alpha", FailurePolicy::Skip).map(drop)?));
     let conditions = Conditions { protocols: vec![Protocol(136)], ..Conditions::default() };
-    crate::block(&scene.lab, "lite", conditions);
+    crate::block(lab, "lite", conditions);
     for to in Scene::destinations() {
-        let socket = scene.client.open(Family::of(to), Kind::UdpLite).must("open");
-        assert_eq!(socket.send_to(to, b"marco"), Err(Errno(libc::EPERM)));
-        assert_eq!(socket.connect(to), Err(Errno(libc::EPERM)));
+        assert_eq!(open(to).send_to(to, b"marco"), Err(Errno(libc::EPERM)));
     }
-    assert_eq!(scene.lab.counter(Counter::Blocked), 12);
+
+    let outside = Cgroup::create("carnet-evasion-server").must("make a cgroup");
+    let far = Puppet::start(&lab.network().topology.destination, &outside, None);
+    for to in [Scene::destinations()[0], Scene::destinations()[1]] {
+        let server = far.open(Family::of(to), Kind::UdpLite).must("open");
+        server.bind(to).must("bind");
+        let socket = open(to);
+        socket.connect(to).must("connect");
+        socket.send(b"marco").must("send");
+        assert_eq!(server.receive_from().map(|(bytes, _)| bytes), Ok(b"marco".to_vec()));
+    }
 }
 
 #[test]
@@ -309,9 +318,14 @@ fn an_application_that_sends_to_a_source_token_or_to_the_service_itself() {
     let socket = open(&scene.client, to);
     socket.send_to(to, b"marco").must("send");
     let (service, token) = post.takes(to);
-    // Another application gets nowhere with the flow's address: it is no service.
+    // Another application can send there, as to every socket of this host, but not in the
+    // destination's name: it is no service.
     let intruder = open(&scene.client, to);
-    let _anything = intruder.send_to(token, b"false");
+    intruder.send_to(token, b"false").must("send");
+    let (bytes, from) = socket.receive_from().must("receive");
+    assert_eq!(bytes, b"false");
+    assert_eq!(from.port(), intruder.local().must("ask for the port").port());
+    assert!(from.ip().is_loopback(), "{from}");
     service.send_to(token, b"polo").must("answer");
     assert_eq!(socket.receive_from(), Ok((b"polo".to_vec(), to)));
     // What it sends to the service itself is no flow: there is nothing to ask about it.

@@ -16,7 +16,7 @@ const RAW: i32 = 3;
 const SEQUENTIAL: i32 = 5;
 
 /// Sockets that pass the hooks by.
-const UNSEEN: [(Family, Kind); 9] = [
+const UNSEEN: [(Family, Kind); 11] = [
     (Family::V4, Kind::Other(RAW, libc::IPPROTO_ICMP)),
     (Family::V4, Kind::Other(RAW, libc::IPPROTO_TCP)),
     (Family::V4, Kind::Other(RAW, libc::IPPROTO_UDP)),
@@ -26,6 +26,8 @@ const UNSEEN: [(Family, Kind); 9] = [
     (Family::V6, Kind::Other(RAW, libc::IPPROTO_RAW)),
     (Family::V4, Kind::Other(DATAGRAM, libc::IPPROTO_ICMP)),
     (Family::V6, Kind::Other(DATAGRAM, libc::IPPROTO_ICMPV6)),
+    (Family::V4, Kind::UdpLite),
+    (Family::V6, Kind::UdpLite),
 ];
 
 /// Sockets of protocols that not every kernel has.
@@ -37,7 +39,7 @@ const WHERE_PRESENT: [(Family, Kind); 4] = [
 ];
 
 /// Sockets that the hooks see.
-const SEEN: [Kind; 4] = [Kind::Tcp, Kind::Multipath, Kind::Udp, Kind::UdpLite];
+const SEEN: [Kind; 3] = [Kind::Tcp, Kind::Multipath, Kind::Udp];
 
 /// A lab that refuses unseen sockets, or not, in which everybody may make sockets as `ping` does.
 #[track_caller]

@@ -31,9 +31,9 @@ pub(crate) struct Arguments {
     udp_idle: u64,
 
     /// Refuse the cgroup's processes to make sockets that connect past Carnet: raw sockets, ping,
-    /// SCTP
+    /// UDP-Lite, SCTP
     ///
-    /// That is all internet sockets but those of TCP, Multipath TCP, UDP and UDP-Lite. Packet
+    /// That is all internet sockets but those of TCP, Multipath TCP and UDP. Packet
     /// sockets are none; they take CAP_NET_RAW, which `carnet run` then withholds. The services in
     /// the cgroup are refused them too. `carnet trace` shows who tried.
     #[arg(long)]
