@@ -50,6 +50,8 @@ pub enum Order {
         family: Family,
         /// Its type and protocol.
         kind: Kind,
+        /// Made by an io_uring (`IORING_OP_SOCKET`) instead.
+        ring: Option<Ring>,
     },
     /// `accept(2)` on a listener, as the number `socket`.
     Accept {
@@ -269,7 +271,18 @@ impl Puppet {
     #[track_caller]
     pub fn open(&self, family: Family, kind: Kind) -> Result<Hand<'_>> {
         let socket = self.number();
-        self.order(&Order::Open { socket, family, kind })?;
+        self.order(&Order::Open { socket, family, kind, ring: None })?;
+        Ok(Hand { puppet: self, socket })
+    }
+
+    /// Has it open a socket by an io_uring.
+    ///
+    /// # Errors
+    /// The call's errno.
+    #[track_caller]
+    pub fn ring_open(&self, family: Family, kind: Kind, ring: Ring) -> Result<Hand<'_>> {
+        let socket = self.number();
+        self.order(&Order::Open { socket, family, kind, ring: Some(ring) })?;
         Ok(Hand { puppet: self, socket })
     }
 
@@ -282,7 +295,7 @@ impl Puppet {
         let socket = self.number();
         let in_thread = |order| self.order(&Order::InThread(Box::new(order))).map(drop);
         let (family, kind) = (Family::of(to), Kind::Tcp);
-        in_thread(Order::Open { socket, family, kind }).must("open a TCP socket");
+        in_thread(Order::Open { socket, family, kind, ring: None }).must("open a TCP socket");
         let hand = Hand { puppet: self, socket };
         in_thread(Order::On { socket, call: Call::Connect(to) }).map(|()| hand)
     }
@@ -620,7 +633,7 @@ fn carry_out(order: Order, desk: &mut Desk) -> io::Result<Answer> {
         Order::Take { socket } => {
             sockets.insert(socket, take(mailbox.as_ref().ok_or_else(unknown)?)?.into());
         }
-        Order::Open { socket, family, kind } => {
+        Order::Open { socket, family, kind, ring } => {
             let domain = match family {
                 Family::V4 => Domain::IPV4,
                 Family::V6 => Domain::IPV6,
@@ -634,7 +647,10 @@ fn carry_out(order: Order, desk: &mut Desk) -> io::Result<Answer> {
                 Kind::UdpLite => (Type::DGRAM, Some(Protocol::from(libc::IPPROTO_UDPLITE))),
                 Kind::Other(kind, protocol) => (Type::from(kind), Some(Protocol::from(protocol))),
             };
-            let new = Socket::new(domain, kind, protocol)?;
+            let new = match ring {
+                None => Socket::new(domain, kind, protocol)?,
+                Some(ring) => sys::ring_socket(domain, kind, protocol, ring, CALL_LIMIT)?,
+            };
             limit(&new)?;
             sockets.insert(socket, new);
         }

@@ -4,12 +4,12 @@
 
 use std::{
     io::{self, IoSlice},
-    os::fd::{AsFd, AsRawFd as _},
+    os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
     time::Duration,
 };
 
 use io_uring::{IoUring, opcode, squeue, types};
-use socket2::{SockAddr, Socket};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::puppet::Ring;
 
@@ -81,6 +81,25 @@ unsafe fn through_ring(entry: squeue::Entry, ring: Ring, limit: Duration) -> io:
         error @ ..0 => Err(io::Error::from_raw_os_error(-error)),
         result => Ok(result),
     }
+}
+
+/// Makes a socket by an io_uring (since Linux 5.19).
+///
+/// # Errors
+/// As for [`ring_connect`].
+pub fn ring_socket(
+    domain: Domain,
+    kind: Type,
+    protocol: Option<Protocol>,
+    ring: Ring,
+    limit: Duration,
+) -> io::Result<Socket> {
+    let kind = i32::from(kind) | libc::SOCK_CLOEXEC;
+    let entry = opcode::Socket::new(domain.into(), kind, protocol.map_or(0, i32::from));
+    // SAFETY: the request points to nothing.
+    let descriptor = unsafe { through_ring(entry.build(), ring, limit) }?;
+    // SAFETY: the kernel gave a new descriptor, which nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) }.into())
 }
 
 /// Connects by an io_uring.

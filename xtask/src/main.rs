@@ -6,6 +6,7 @@
 //! | [`bpf`] | builds the kernel engine, reproducibly, and checks the committed object against it |
 //! | [`test`](mod@test) | runs everything that runs on the local kernel |
 //! | [`contract`] | Windows' contract, clause by clause: tests and table |
+//! | [`evasion`] | every way to open a flow, and what becomes of it |
 //! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`vm`] | boots other kernels, and tests there |
@@ -18,6 +19,7 @@ mod bpf;
 mod cargo;
 mod ci;
 mod contract;
+mod evasion;
 mod host;
 mod process;
 mod test;
@@ -51,6 +53,8 @@ enum Command {
     },
     /// Run the contract suite and print a line per clause of Windows' documentation
     Contract(contract::Options),
+    /// Try every way to open a flow, and print what becomes of each
+    Evasion(evasion::Options),
     /// Build and install the C library carnet-winsock, or check it thoroughly
     Winsock(winsock::Options),
     /// Build what runs on Windows, and run its tests under Wine
@@ -82,6 +86,7 @@ fn run(command: Command) -> Result<()> {
         Command::Bpf(options) => bpf::run(options),
         Command::Test { arguments } => test::run(&arguments),
         Command::Contract(options) => contract::run(&options),
+        Command::Evasion(options) => evasion::run(&options),
         Command::Winsock(options) => winsock::run(&options),
         Command::Windows(options) => windows::run(&options),
         Command::Vm(options) => vm::run(&options),

@@ -139,7 +139,7 @@ fn multipath_tcp_with_fast_open() {
 #[track_caller]
 fn by_ring(ring: Ring) {
     Scene::new().redirects(|client, to| {
-        let socket = client.tcp(to);
+        let socket = client.ring_open(Family::of(to), Kind::Tcp, ring).must("open");
         socket.ring_connect(to, ring).must("connect");
         socket
     });
@@ -206,5 +206,23 @@ fn a_socket_that_was_made_before_the_engine_came_up() {
     for (socket, to) in sockets.iter().chain(&made_without).zip(destinations.iter().cycle()) {
         socket.connect(*to).must("connect");
         scene.arrived(socket, *to);
+    }
+}
+
+/// `0.0.0.0` and `::` stand for this host, as a destination too.
+#[test]
+fn the_unspecified_address() {
+    let scene = Scene::with(Conditions {
+        destinations: ["127.0.0.1", "::1"].map(|ip| ip.parse().expect("an address")).into(),
+        ..Conditions::default()
+    });
+    let resolver = scene.lab.puppet();
+    for (on, to) in [("127.0.0.1", "0.0.0.0"), ("127.0.0.1", "::ffff:0.0.0.0"), ("::1", "::")] {
+        let listener = resolver.listen(SocketAddr::new(on.parse().expect("an address"), 0));
+        let port = listener.local().must("ask for the port").port();
+        let to = SocketAddr::new(to.parse().expect("an address"), port);
+        let connection = scene.client.connect(to).must("connect");
+        let report = scene.report_of(connection.local().must("ask for the local address"));
+        assert_eq!(report.original.port(), port, "{report:#?}");
     }
 }

@@ -260,6 +260,30 @@ fn a_socket_that_was_made_before_the_engine_came_up() {
     }
 }
 
+/// `0.0.0.0` and `::` stand for this host, as a destination too.
+#[test]
+fn the_unspecified_address() {
+    let scene = Scene::with(Conditions {
+        destinations: ["127.0.0.1", "::1"].map(|ip| ip.parse().expect("an address")).into(),
+        ..Conditions::default()
+    });
+    let post = scene.post();
+    for (to, meant) in [
+        ("0.0.0.0:53", "127.0.0.1:53"),
+        ("[::]:53", "[::1]:53"),
+        ("[::ffff:0.0.0.0]:53", "[::ffff:127.0.0.1]:53"),
+    ] {
+        let [to, meant]: [SocketAddr; 2] = [to, meant].map(|text| text.parse().expect("one"));
+        let socket = open(&scene.client, to);
+        socket.send_to(to, b"marco").must("send");
+        post.exchanges(&socket, meant);
+        let socket = open(&scene.client, to);
+        socket.connect(to).must("connect");
+        socket.send(b"marco").must("send");
+        post.exchanges(&socket, meant);
+    }
+}
+
 /// Services are not to be had for it: what filters redirect follows the failure policy. But only
 /// sendto is seen, the kernel runs no hook for its connect.
 #[test]

@@ -7,7 +7,7 @@ use carnet_core::{
 use carnet_engine::UpOptions;
 use carnet_tests::{
     Lab, Must as _,
-    puppet::{Errno, Family, Kind, Puppet},
+    puppet::{Errno, Family, Kind, Puppet, Ring},
 };
 
 const STREAM: i32 = 1;
@@ -58,6 +58,10 @@ fn refused(puppet: &Puppet) {
     for (family, kind) in UNSEEN {
         let made = puppet.open(family, kind).map(drop);
         assert_eq!(made, Err(Errno(libc::EPERM)), "{family:?} {kind:?}");
+        for ring in [Ring::Plain, Ring::Async, Ring::Polled] {
+            let made = puppet.ring_open(family, kind, ring).map(drop);
+            assert_eq!(made, Err(Errno(libc::EPERM)), "{family:?} {kind:?} by {ring:?}");
+        }
     }
     for (family, kind) in WHERE_PRESENT {
         let absent = [libc::EPERM, libc::EPROTONOSUPPORT, libc::ESOCKTNOSUPPORT];
