@@ -160,7 +160,13 @@ impl Lab {
     pub fn up(&self) {
         let mut options = UpOptions::new(self.scope.path());
         options.udp_idle = self.udp_idle;
-        let engine = Engine::up(&self.location, &options).must("bring the engine up");
+        self.up_with(&options);
+    }
+
+    /// Brings the engine up, with an empty policy and these options.
+    #[track_caller]
+    pub fn up_with(&self, options: &UpOptions) {
+        let engine = Engine::up(&self.location, options).must("bring the engine up");
         *self.own_engine() = Some(engine);
     }
 

@@ -7,21 +7,27 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    io::{self, BufRead as _, BufReader, IoSlice, IoSliceMut, Read as _, Write as _},
+    mem::MaybeUninit,
     net::SocketAddr,
     os::{
         fd::{AsFd as _, OwnedFd},
-        unix::net::UnixStream,
+        unix::net::{UnixDatagram, UnixStream},
     },
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Mutex, PoisonError},
+    thread,
     time::Duration,
 };
 
 use carnet_testbed::{Cgroup, NetworkNamespace, run_as};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
-    net::{RecvAncillaryBuffer, RecvFlags},
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    },
 };
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -44,6 +50,8 @@ pub enum Order {
         family: Family,
         /// Its type and protocol.
         kind: Kind,
+        /// Made by an io_uring (`IORING_OP_SOCKET`) instead.
+        ring: Option<Ring>,
     },
     /// `accept(2)` on a listener, as the number `socket`.
     Accept {
@@ -61,6 +69,22 @@ pub enum Order {
     },
     /// Become an ordinary user without capabilities.
     BecomeUser(u32),
+    /// Another order, carried out by a thread that is not the process's first.
+    InThread(Box<Self>),
+    /// Have sockets that are passed to this path put in a mailbox.
+    Mailbox(PathBuf),
+    /// Pass a socket to a mailbox, with `SCM_RIGHTS`.
+    Pass {
+        /// The socket.
+        socket: u32,
+        /// The mailbox.
+        to: PathBuf,
+    },
+    /// Take a socket out of the own mailbox, as the number `socket`.
+    Take {
+        /// The socket's number from now on.
+        socket: u32,
+    },
 }
 
 /// A call on one socket.
@@ -84,6 +108,10 @@ pub enum Call {
     ConnectNonblocking(SocketAddr),
     /// `sendto(2)` with `MSG_FASTOPEN`.
     FastOpen(SocketAddr, Vec<u8>),
+    /// `IORING_OP_CONNECT`.
+    RingConnect(SocketAddr, Ring),
+    /// `IORING_OP_SENDMSG` to an address.
+    RingSend(SocketAddr, Vec<u8>, Ring),
     /// `getpeername(2)`.
     Peer,
     /// `getsockname(2)`.
@@ -96,6 +124,8 @@ pub enum Call {
     Send(Vec<u8>),
     /// Receive this many bytes, or fewer if the stream ends before.
     Receive(usize),
+    /// `sendmmsg(2)`: all of these to an address, with one call.
+    SendMany(SocketAddr, Vec<Vec<u8>>),
     /// End the sending half.
     EndSending,
     /// `sendto(2)`: one datagram.
@@ -117,6 +147,8 @@ pub enum Family {
     V6,
     /// `AF_UNIX`.
     Unix,
+    /// Another one, by Linux's number.
+    Other(i32),
 }
 
 /// The type and protocol of a socket.
@@ -128,6 +160,21 @@ pub enum Kind {
     Multipath,
     /// A UDP socket; for `AF_UNIX` datagrams.
     Udp,
+    /// A UDP-Lite socket.
+    UdpLite,
+    /// Another one: type and protocol by Linux's numbers.
+    Other(i32, i32),
+}
+
+/// How an io_uring is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ring {
+    /// Submitted by the process, carried out at once where that is possible.
+    Plain,
+    /// Left to a worker of the kernel (`IOSQE_ASYNC`).
+    Async,
+    /// Submitted by a thread of the kernel (`IORING_SETUP_SQPOLL`).
+    Polled,
 }
 
 /// The system call that receives a datagram.
@@ -197,9 +244,19 @@ impl Puppet {
     /// Starts one in a cgroup and a network namespace, as root or as another user.
     #[track_caller]
     pub fn start(namespace: &NetworkNamespace, cgroup: &Cgroup, user: Option<u32>) -> Self {
+        Self::start_by(Command::new(program("test-puppet")), namespace, cgroup, user)
+    }
+
+    /// Starts one by a command that runs `test-puppet`, on its own standard input, in the end.
+    #[track_caller]
+    pub fn start_by(
+        mut command: Command,
+        namespace: &NetworkNamespace,
+        cgroup: &Cgroup,
+        user: Option<u32>,
+    ) -> Self {
         let (ours, theirs) = UnixStream::pair().must("make a socket pair");
         ours.set_read_timeout(Some(ANSWER_LIMIT)).must("limit the wait for answers");
-        let mut command = Command::new(program("test-puppet"));
         command.stdin(Stdio::from(OwnedFd::from(theirs)));
         cgroup.enter_command(&mut command).must("enter the cgroup");
         namespace.enter_command(&mut command).must("enter the namespace");
@@ -229,8 +286,44 @@ impl Puppet {
     #[track_caller]
     pub fn open(&self, family: Family, kind: Kind) -> Result<Hand<'_>> {
         let socket = self.number();
-        self.order(&Order::Open { socket, family, kind })?;
+        self.order(&Order::Open { socket, family, kind, ring: None })?;
         Ok(Hand { puppet: self, socket })
+    }
+
+    /// Has it open a socket by an io_uring.
+    ///
+    /// # Errors
+    /// The call's errno.
+    #[track_caller]
+    pub fn ring_open(&self, family: Family, kind: Kind, ring: Ring) -> Result<Hand<'_>> {
+        let socket = self.number();
+        self.order(&Order::Open { socket, family, kind, ring: Some(ring) })?;
+        Ok(Hand { puppet: self, socket })
+    }
+
+    /// Has a thread that is not its first open a TCP socket and connect it.
+    ///
+    /// # Errors
+    /// The errno of the connect.
+    #[track_caller]
+    pub fn connect_in_thread(&self, to: SocketAddr) -> Result<Hand<'_>> {
+        let socket = self.number();
+        let in_thread = |order| self.order(&Order::InThread(Box::new(order))).map(drop);
+        let (family, kind) = (Family::of(to), Kind::Tcp);
+        in_thread(Order::Open { socket, family, kind, ring: None }).must("open a TCP socket");
+        let hand = Hand { puppet: self, socket };
+        in_thread(Order::On { socket, call: Call::Connect(to) }).map(|()| hand)
+    }
+
+    /// Has it pass a socket to another puppet, which has a mailbox at `path` from then on.
+    #[track_caller]
+    pub fn pass<'a>(&self, hand: &Hand<'_>, other: &'a Self, path: &Path) -> Hand<'a> {
+        other.order(&Order::Mailbox(path.to_owned())).must("make a mailbox");
+        let pass = Order::Pass { socket: hand.socket, to: path.to_owned() };
+        self.order(&pass).must("pass a socket");
+        let socket = other.number();
+        other.order(&Order::Take { socket }).must("take a socket");
+        Hand { puppet: other, socket }
     }
 
     /// Has it open a TCP socket of the family of an address.
@@ -402,6 +495,25 @@ impl Hand<'_> {
         self.done(Call::FastOpen(to, data.into()))
     }
 
+    /// Connects it by an io_uring.
+    #[track_caller]
+    pub fn ring_connect(&self, to: SocketAddr, ring: Ring) -> Result<()> {
+        self.done(Call::RingConnect(to, ring))
+    }
+
+    /// Sends a datagram to an address, by an io_uring.
+    #[track_caller]
+    pub fn ring_send(&self, to: SocketAddr, bytes: &[u8], ring: Ring) -> Result<()> {
+        self.done(Call::RingSend(to, bytes.into(), ring))
+    }
+
+    /// Sends datagrams to an address with one call.
+    #[track_caller]
+    pub fn send_many(&self, to: SocketAddr, datagrams: &[&[u8]]) -> Result<()> {
+        let datagrams = datagrams.iter().map(|bytes| bytes.to_vec()).collect();
+        self.done(Call::SendMany(to, datagrams))
+    }
+
     /// Dissolves its connection, so that it can be connected anew.
     #[track_caller]
     pub fn disconnect(&self) -> Result<()> {
@@ -519,10 +631,10 @@ impl Family {
 pub fn obey() -> io::Result<()> {
     let strings = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut answers = strings.try_clone()?;
-    let mut sockets = BTreeMap::new();
+    let mut desk = Desk::default();
     for line in BufReader::new(strings).lines() {
         let order = serde_json::from_str(&line?)?;
-        let answer = carry_out(order, &mut sockets)
+        let answer = carry_out(order, &mut desk)
             .unwrap_or_else(|error| Answer::Failed(error.raw_os_error().unwrap_or(libc::EPROTO)));
         let mut line = serde_json::to_string(&answer)?;
         line.push('\n');
@@ -531,21 +643,48 @@ pub fn obey() -> io::Result<()> {
     Ok(())
 }
 
-fn carry_out(order: Order, sockets: &mut BTreeMap<u32, Socket>) -> io::Result<Answer> {
+/// What a puppet has at hand.
+#[derive(Default)]
+struct Desk {
+    sockets: BTreeMap<u32, Socket>,
+    mailbox: Option<UnixDatagram>,
+}
+
+fn carry_out(order: Order, desk: &mut Desk) -> io::Result<Answer> {
     let unknown = || io::Error::from_raw_os_error(libc::EBADF);
+    let Desk { sockets, mailbox } = desk;
     match order {
-        Order::Open { socket, family, kind } => {
+        Order::InThread(order) => {
+            let done = thread::scope(|scope| scope.spawn(|| carry_out(*order, desk)).join());
+            return done.unwrap_or_else(|_| Err(io::Error::from_raw_os_error(libc::EPROTO)));
+        }
+        Order::Mailbox(path) => {
+            let bound = UnixDatagram::bind(path)?;
+            bound.set_read_timeout(Some(CALL_LIMIT))?;
+            *mailbox = Some(bound);
+        }
+        Order::Pass { socket, to } => pass(sockets.get(&socket).ok_or_else(unknown)?, &to)?,
+        Order::Take { socket } => {
+            sockets.insert(socket, take(mailbox.as_ref().ok_or_else(unknown)?)?.into());
+        }
+        Order::Open { socket, family, kind, ring } => {
             let domain = match family {
                 Family::V4 => Domain::IPV4,
                 Family::V6 => Domain::IPV6,
                 Family::Unix => Domain::UNIX,
+                Family::Other(number) => Domain::from(number),
             };
             let (kind, protocol) = match kind {
                 Kind::Tcp => (Type::STREAM, None),
                 Kind::Multipath => (Type::STREAM, Some(Protocol::MPTCP)),
                 Kind::Udp => (Type::DGRAM, None),
+                Kind::UdpLite => (Type::DGRAM, Some(Protocol::from(libc::IPPROTO_UDPLITE))),
+                Kind::Other(kind, protocol) => (Type::from(kind), Some(Protocol::from(protocol))),
             };
-            let new = Socket::new(domain, kind, protocol)?;
+            let new = match ring {
+                None => Socket::new(domain, kind, protocol)?,
+                Some(ring) => sys::ring_socket(domain, kind, protocol, ring, CALL_LIMIT)?,
+            };
             limit(&new)?;
             sockets.insert(socket, new);
         }
@@ -568,6 +707,33 @@ fn carry_out(order: Order, sockets: &mut BTreeMap<u32, Socket>) -> io::Result<An
         }
     }
     Ok(Answer::Done)
+}
+
+/// Passes a socket to a mailbox.
+fn pass(socket: &Socket, to: &Path) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let sockets = [socket.as_fd()];
+    control.push(SendAncillaryMessage::ScmRights(&sockets));
+    let to = SocketAddrUnix::new(to)?;
+    let sender = UnixDatagram::unbound()?;
+    let content = [IoSlice::new(b"s")];
+    rustix::net::sendmsg_addr(&sender, &to, &content, &mut control, SendFlags::empty())?;
+    Ok(())
+}
+
+/// Takes a socket out of a mailbox.
+fn take(mailbox: &UnixDatagram) -> io::Result<OwnedFd> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut content = [0];
+    let mut content = [IoSliceMut::new(&mut content)];
+    rustix::net::recvmsg(mailbox, &mut content, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let received = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut sockets) => sockets.next(),
+        _ => None,
+    });
+    received.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
 }
 
 /// Bounds every blocking call.
@@ -603,6 +769,15 @@ fn call_on(mut socket: &Socket, call: Call) -> io::Result<Answer> {
             if sent != data.len() {
                 return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
             }
+        }
+        Call::RingConnect(address, ring) => {
+            sys::ring_connect(socket, &address.into(), ring, CALL_LIMIT)?;
+        }
+        Call::RingSend(address, data, ring) => {
+            sys::ring_send(socket, &address.into(), &data, ring, CALL_LIMIT)?;
+        }
+        Call::SendMany(address, datagrams) => {
+            sys::send_many(socket, &address.into(), &datagrams)?;
         }
         Call::Peer => {
             let address = socket.peer_addr()?.as_socket().ok_or_else(no_address)?;

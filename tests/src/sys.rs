@@ -1,11 +1,17 @@
 //! The two calls of the control interface, raw: the tests check the errno values themselves, which
-//! the library `carnet` translates.
-#![expect(unsafe_code, reason = "no safe library has getsockopt and setsockopt of any option")]
+//! the library `carnet` translates. And the ways to open a flow that no safe library has.
+#![expect(unsafe_code, reason = "socket options of any number, io_uring, sendmmsg")]
 
 use std::{
-    io,
-    os::fd::{AsFd, AsRawFd as _},
+    io::{self, IoSlice},
+    os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
+    time::Duration,
 };
+
+use io_uring::{IoUring, opcode, squeue, types};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use crate::puppet::Ring;
 
 /// `getsockopt(2)` with a buffer of `length` bytes; gives what the kernel says it wrote.
 ///
@@ -52,4 +58,107 @@ pub fn set_option(socket: impl AsFd, level: i32, option: i32, value: &[u8]) -> i
         libc::setsockopt(socket.as_fd().as_raw_fd(), level, option, value.as_ptr().cast(), length)
     };
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Carries out one request by an io_uring of its own, within `limit`.
+///
+/// # Safety
+/// All that the request points to must live until this returns, and be as the operation wants it.
+unsafe fn through_ring(entry: squeue::Entry, ring: Ring, limit: Duration) -> io::Result<i32> {
+    let mut builder = IoUring::builder();
+    if ring == Ring::Polled {
+        builder.setup_sqpoll(1000);
+    }
+    let mut uring: IoUring = builder.build(2)?;
+    let entry = if ring == Ring::Async { entry.flags(squeue::Flags::ASYNC) } else { entry };
+    // SAFETY: the caller answers for what the entry points to. The ring is gone when this returns,
+    // and no request of a ring that is gone goes on.
+    unsafe { uring.submission().push(&entry) }.map_err(io::Error::other)?;
+    let time = types::Timespec::from(limit);
+    uring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&time))?;
+    let completed = uring.completion().next();
+    match completed.ok_or_else(|| io::Error::from_raw_os_error(libc::ETIMEDOUT))?.result() {
+        error @ ..0 => Err(io::Error::from_raw_os_error(-error)),
+        result => Ok(result),
+    }
+}
+
+/// Makes a socket by an io_uring (since Linux 5.19).
+///
+/// # Errors
+/// As for [`ring_connect`].
+pub fn ring_socket(
+    domain: Domain,
+    kind: Type,
+    protocol: Option<Protocol>,
+    ring: Ring,
+    limit: Duration,
+) -> io::Result<Socket> {
+    let kind = i32::from(kind) | libc::SOCK_CLOEXEC;
+    let entry = opcode::Socket::new(domain.into(), kind, protocol.map_or(0, i32::from));
+    // SAFETY: the request points to nothing.
+    let descriptor = unsafe { through_ring(entry.build(), ring, limit) }?;
+    // SAFETY: the kernel gave a new descriptor, which nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) }.into())
+}
+
+/// Connects by an io_uring.
+///
+/// # Errors
+/// What the kernel says; `ETIMEDOUT` after `limit`.
+pub fn ring_connect(socket: &Socket, to: &SockAddr, ring: Ring, limit: Duration) -> io::Result<()> {
+    let entry = opcode::Connect::new(types::Fd(socket.as_raw_fd()), to.as_ptr().cast(), to.len());
+    // SAFETY: socket and address outlive the call; the length is the address's.
+    unsafe { through_ring(entry.build(), ring, limit) }.map(drop)
+}
+
+/// Sends a datagram by an io_uring.
+///
+/// # Errors
+/// As for [`ring_connect`].
+pub fn ring_send(
+    socket: &Socket,
+    to: &SockAddr,
+    data: &[u8],
+    ring: Ring,
+    limit: Duration,
+) -> io::Result<()> {
+    let mut parts = [IoSlice::new(data)];
+    let message = message(to, &mut parts);
+    let entry = opcode::SendMsg::new(types::Fd(socket.as_raw_fd()), &raw const message);
+    // SAFETY: socket, message and all that it points to outlive the call.
+    unsafe { through_ring(entry.build(), ring, limit) }.map(drop)
+}
+
+/// A message to an address. It points to both arguments.
+fn message(to: &SockAddr, parts: &mut [IoSlice<'_>]) -> libc::msghdr {
+    // SAFETY: all zero is a value of this structure of numbers and pointers.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_name = to.as_ptr().cast_mut().cast();
+    message.msg_namelen = to.len();
+    // An `IoSlice` is laid out as `struct iovec`.
+    message.msg_iov = parts.as_mut_ptr().cast();
+    message.msg_iovlen = parts.len() as _;
+    message
+}
+
+/// `sendmmsg(2)`: sends every datagram to the address, with one call.
+///
+/// # Errors
+/// What the kernel says; `EMSGSIZE` if it took fewer than all.
+pub fn send_many(socket: &Socket, to: &SockAddr, datagrams: &[Vec<u8>]) -> io::Result<()> {
+    let mut parts: Vec<_> = datagrams.iter().map(|data| [IoSlice::new(data)]).collect();
+    let mut messages: Vec<_> = parts
+        .iter_mut()
+        .map(|parts| libc::mmsghdr { msg_hdr: message(to, parts), msg_len: 0 })
+        .collect();
+    // SAFETY: the messages and all that they point to outlive the call; the number is theirs.
+    let sent = unsafe {
+        libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr(), messages.len() as u32, 0)
+    };
+    match usize::try_from(sent) {
+        Err(_) => Err(io::Error::last_os_error()),
+        Ok(sent) if sent == messages.len() => Ok(()),
+        Ok(_) => Err(io::Error::from_raw_os_error(libc::EMSGSIZE)),
+    }
 }

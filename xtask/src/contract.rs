@@ -36,7 +36,7 @@ const COMPILATIONS: [(&str, Compilation); 2] = [
 const DEBIANS_RUST: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 const DEBIANS_LIBRARY: &str = "/usr/lib/rustlib/src/rust/library";
 /// The package whose test programs run the rows.
-const TESTS: &str = "carnet-tests";
+pub(crate) const TESTS: &str = "carnet-tests";
 
 /// Compiles the service of the checkout at this path.
 type Compilation = fn(&Path) -> Result<()>;
@@ -216,7 +216,7 @@ struct Contract {
 
 /// What became of each test and row.
 #[derive(Debug, Default)]
-struct Results(BTreeMap<String, bool>);
+pub(crate) struct Results(pub(crate) BTreeMap<String, bool>);
 
 /// The numbers of all clauses, in order.
 fn numbers() -> Vec<String> {
@@ -463,7 +463,7 @@ fn rows_program(programs: &[Built]) -> Result<&Built> {
 }
 
 /// Runs a test program, prints what it says, and notes what became of tests and rows.
-fn hear(
+pub(crate) fn hear(
     command: &mut Command,
     program: &Built,
     arguments: &[&str],
@@ -482,7 +482,7 @@ fn hear(
 impl Results {
     /// Takes what a line of a test program says: `contract: PROGRAM/ROW passed` of a row,
     /// `test NAME ... ok` of a test. What failed once has failed: a row may be run twice.
-    fn note(&mut self, package: &str, line: &str) {
+    pub(crate) fn note(&mut self, package: &str, line: &str) {
         let told = if let Some(row) = line.strip_prefix("contract: ") {
             row.split_once(' ').map(|(row, result)| (row.to_owned(), result == "passed"))
         } else if let Some(test) = line.strip_prefix("test ") {

@@ -7,6 +7,7 @@
 //! | [`test`](mod@test) | runs everything that runs on the local kernel |
 //! | [`contract`] | Windows' contract, clause by clause: tests and table |
 //! | [`conformance`] | prints the matrix of all ways to open a flow |
+//! | [`evasion`] | every way to open a flow, and what becomes of it |
 //! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`vm`] | boots other kernels, and tests there |
@@ -20,6 +21,7 @@ mod cargo;
 mod ci;
 mod conformance;
 mod contract;
+mod evasion;
 mod host;
 mod process;
 mod test;
@@ -55,6 +57,8 @@ enum Command {
     Contract(contract::Options),
     /// Run the conformance matrix and print it: families, protocols, binds, destinations, services
     Conformance,
+    /// Try every way to open a flow, and print what becomes of each
+    Evasion(evasion::Options),
     /// Build and install the C library carnet-winsock, or check it thoroughly
     Winsock(winsock::Options),
     /// Build what runs on Windows, and run its tests under Wine
@@ -87,6 +91,7 @@ fn run(command: Command) -> Result<()> {
         Command::Test { arguments } => test::run(&arguments),
         Command::Contract(options) => contract::run(&options),
         Command::Conformance => conformance::run(),
+        Command::Evasion(options) => evasion::run(&options),
         Command::Winsock(options) => winsock::run(&options),
         Command::Windows(options) => windows::run(&options),
         Command::Vm(options) => vm::run(&options),

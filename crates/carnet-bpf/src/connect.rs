@@ -69,7 +69,7 @@ pub fn carnet_connect6(ctx: SockAddrContext) -> i32 {
 
 /// Both hooks. `rewrite` sends the connection elsewhere.
 #[inline(always)]
-fn connect(ctx: *mut bpf_sock_addr, destination: Endpoint, rewrite: impl Fn(&Endpoint)) -> i32 {
+fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(&Endpoint)) -> i32 {
     let protocol = load32!(ctx, 36);
     if protocol != TCP && !is_datagram(protocol) {
         return PASS;
@@ -77,6 +77,9 @@ fn connect(ctx: *mut bpf_sock_addr, destination: Endpoint, rewrite: impl Fn(&End
     let Some(socket) = Socket::new(load64!(ctx, 64) as *mut _) else {
         return PASS;
     };
+    if destination.is_unspecified() {
+        destination = destination.meant(&socket.local());
+    }
     let record = if protocol == TCP {
         // The common case. What an earlier connect left on the socket stays there: at the SYN it is
         // found to be stale.

@@ -108,6 +108,9 @@ fn send(
     // There is no room for the destination twice.
     let mut request = Request::new(protocol, destination);
     request.destination.family = socket.family();
+    if request.destination.is_unspecified() {
+        mean(socket, &mut request.destination);
+    }
     if socket.state() == ESTABLISHED {
         if is_connected_to(socket, &request.destination) {
             return PASS;
@@ -183,6 +186,13 @@ fn send(
 #[inline(never)]
 fn is_connected_to(socket: Socket, destination: &Endpoint) -> bool {
     same(&socket.remote(), destination)
+}
+
+/// Puts the address that an unspecified destination stands for in its place.
+// Not inlined: the stack of the hook is all but full.
+#[inline(never)]
+fn mean(socket: Socket, destination: &mut Endpoint) {
+    *destination = destination.meant(&socket.local());
 }
 
 /// The record that is set on the socket, which its connection, if it has one, may have lengthened.

@@ -11,6 +11,7 @@
 //! | [`getsockopt`] | `cgroup/getsockopt` | the control interface, questions; `SO_ORIGINAL_DST` |
 //! | [`setsockopt`] | `cgroup/setsockopt` | the control interface: set a record, register |
 //! | [`getpeername`] | `cgroup/getpeername4`, `6` | the application sees whom it asked for |
+//! | [`sock_create`] | `cgroup/sock_create` | refuse sockets whose flows no hook sees |
 //! | [`iter`] | `iter/bpf_sk_storage_map`, `iter/task_file` | list live flows; identify a file |
 //!
 //! Beside them: [`maps`] (all state), [`bank`] (core's tables over the maps),
@@ -43,6 +44,7 @@ mod recvmsg;
 mod release;
 mod report;
 mod setsockopt;
+mod sock_create;
 mod socket;
 mod sockops;
 mod source;

@@ -15,6 +15,7 @@ use carnet_core::{
     address::{AF_INET, AF_INET6, Endpoint},
     flow::LegState,
     record::Record,
+    socket::SocketKind,
 };
 
 use crate::{
@@ -73,6 +74,16 @@ impl Socket {
     #[inline(always)]
     pub(crate) fn protocol(self) -> u32 {
         load32!(self.0, 12)
+    }
+
+    /// What the socket was made as.
+    #[inline(always)]
+    pub(crate) fn kind(self) -> SocketKind {
+        SocketKind {
+            family: self.family(),
+            kind: load32!(self.0, 8) as u16,
+            protocol: self.protocol() as u16,
+        }
     }
 
     /// The TCP state.

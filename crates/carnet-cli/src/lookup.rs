@@ -203,15 +203,8 @@ impl Pid {
 
     /// What filters can test of it. A thread of the kernel, for example, has no executable.
     pub(crate) fn describe(self, engine: &Engine) -> Result<Process, Failure> {
-        let status = self.read("status")?;
-        let effective =
-            |line: &str| line.strip_prefix("Uid:")?.split_whitespace().nth(1)?.parse().ok();
-        Ok(Process {
-            user: status.lines().find_map(effective),
-            cgroups: Some(self.cgroup()?.lineage()?),
-            executable: engine.resolve_executable(&self.entry("exe")?).ok(),
-            network_namespace: Some(NetworkNamespace::Of(self).cookie()?),
-        })
+        self.check()?;
+        Ok(engine.describe_process(self.0)?)
     }
 }
 

@@ -525,6 +525,127 @@ fn bash() -> PathBuf {
     fs::canonicalize(found.into_iter().find(|path| path.is_file()).unwrap()).unwrap()
 }
 
+/// A program that tries to make the sockets that its arguments name (family, type, protocol), and
+/// says of each `made` or the number of the error.
+const SOCKETS: &str = "import socket, sys\n\
+    for name in sys.argv[1:]:\n\
+    \x20   try: socket.socket(*map(int, name.split(','))); print('made')\n\
+    \x20   except OSError as error: print(error.errno)";
+/// A raw socket and a packet socket, for that program.
+const RAW: &str = "2,3,1";
+const PACKET: &str = "17,3,0";
+
+#[test]
+fn sockets_that_nobody_would_see_are_refused() {
+    let world = World::new("unseen");
+    let scope = world.cgroup.path().to_str().unwrap();
+    let run = ["run", "--", "python3", "-I", "-c", SOCKETS, RAW, PACKET, "2,1,0", "10,2,0"];
+    world.succeeds(&["up", "--cgroup", scope]);
+    assert_eq!(world.json(&["status"])["refuse_unseen"], false);
+    assert_eq!(world.succeeds(&run), "made\nmade\nmade\nmade");
+    world.succeeds(&["down"]);
+
+    world.succeeds(&["up", "--cgroup", scope, "--refuse-unseen"]);
+    assert_eq!(world.json(&["status"])["refuse_unseen"], true);
+    assert!(
+        world.succeeds(&["status"]).contains("sockets that connect past the hooks are refused")
+    );
+    let mut trace = world.trace(&["--count", "1"]);
+    // Refused by the hook; packet sockets do not come there.
+    let mut command = Command::new("python3");
+    command.args(["-I", "-c", SOCKETS, RAW, PACKET, "2,1,0"]);
+    world.cgroup.enter_command(&mut command).unwrap();
+    let output = command.output().unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "1\nmade\nmade\n");
+    trace.wait(PATIENCE).unwrap();
+    let told = trace.lines().join("\n");
+    assert!(told.contains("raw IPv4 socket of protocol 1 refused"), "{told}");
+    assert!(told.contains("python3"), "{told}");
+    let counted = world.json(&["status"])["counters"].clone();
+    let refused = counted.as_array().unwrap().iter().find(|c| c["name"] == "sockets_refused");
+    assert_eq!(refused.unwrap()["value"], 1);
+
+    // A command that is run has not the capability for either.
+    assert_eq!(world.succeeds(&run), "1\n1\nmade\nmade");
+    assert_eq!(world.json(&["upgrade"])["defunct"], 0);
+    assert_eq!(world.json(&["status"])["refuse_unseen"], true);
+    assert_eq!(world.succeeds(&run), "1\n1\nmade\nmade");
+    world.succeeds(&["down"]);
+}
+
+#[test]
+fn a_block_ends_connections_that_are_there_if_it_is_told_to() {
+    let world = World::up("end-existing");
+    world.succeeds(&["provider", "add", "acme"]);
+    world.succeeds(&["sublayer", "add", "rules", "--provider", "acme"]);
+    let (server, other) = (echo(), echo());
+    let clients = [&server, &server, &other].map(|to| {
+        let client = world.client(to.address().port());
+        client.wait_for_line("the answer", PATIENCE, |line| line == "hello").unwrap();
+        client
+    });
+    let port = server.address().port().to_string();
+    let block = ["filter", "add", "--sublayer", "rules", "--block", "--port", &port];
+    let plain = world.json(&block);
+    assert!(plain.get("ended").is_none(), "{plain}");
+    assert_eq!(plain["sublayer"], "rules");
+    world.succeeds(&["filter", "rm", &plain["id"].to_string()]);
+
+    let added = world.json(&[&block[..], &["--end-existing"]].concat());
+    assert_eq!(added["ended"], json!({ "connections": 2, "flows": 0 }), "{added}");
+    assert_eq!(added["action"], plain["action"]);
+    for connection in server.wait_for_finished(2, PATIENCE).unwrap() {
+        assert_ne!(connection.state, carnet_testbed::ConnectionState::Open);
+    }
+    assert!(other.connections()[0].state == carnet_testbed::ConnectionState::Open);
+    world.succeeds(&["filter", "rm", &added["id"].to_string()]);
+    let said = world.succeeds(&[&block[..], &["--end-existing", "--name", "again"]].concat());
+    assert_eq!(said, "filter again added, 0 connections ended, of 0 redirected flows");
+    drop(clients);
+    world.succeeds(&["down"]);
+}
+
+#[test]
+fn the_doctor_finds_sockets_that_pass_by() {
+    let world = World::up("doctor-sockets");
+    let finding = |name: &str| {
+        let (_, out, _) = world.run(&["--json", "doctor"]);
+        let findings: Value = serde_json::from_str(&out).unwrap();
+        let found = findings.as_array().unwrap().iter().find(|finding| finding["name"] == name);
+        found.unwrap().clone()
+    };
+    for name in ["unseen sockets", "sockets from elsewhere"] {
+        assert_eq!(finding(name)["state"], "ok", "{}", finding(name));
+    }
+    let server = echo();
+    let port = server.address().port();
+    let script = format!(
+        "import socket, sys\n\
+         held = [socket.socket(2, 3, 1), socket.socket(17, 3, 0)]\n\
+         held.append(socket.create_connection(('127.0.0.1', {port})))\n\
+         print('ready', flush=True)\n\
+         sys.stdin.read()"
+    );
+    let mut command = Command::new("python3");
+    let stray = Process::spawn(command.args(["-I", "-c", &script])).unwrap();
+    stray.wait_for_line("readiness", PATIENCE, |line| line == "ready").unwrap();
+    world.cgroup.add_process(stray.id()).unwrap();
+
+    let unseen = finding("unseen sockets");
+    assert_eq!(unseen["state"], "warning");
+    let detail = unseen["detail"].as_str().unwrap();
+    let who = format!("python3[{}] has a ", stray.id());
+    assert!(detail.contains(&format!("{who}raw IPv4 socket of protocol 1")), "{detail}");
+    assert!(detail.contains(&format!("{who}packet socket (AF_PACKET)")), "{detail}");
+    assert!(unseen["advice"].as_str().unwrap().contains("--refuse-unseen"));
+    let foreign = finding("sockets from elsewhere");
+    let detail = foreign["detail"].as_str().unwrap();
+    assert!(detail.contains(&format!("{who}TCP IPv4 socket at 127.0.0.1:")), "{detail}");
+    assert!(detail.contains(&format!("to 127.0.0.1:{port}")), "{detail}");
+    drop(stray);
+    world.succeeds(&["down"]);
+}
+
 #[test]
 fn the_doctor_examines_this_machine() {
     let world = World::up("doctor");

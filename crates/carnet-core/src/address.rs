@@ -78,6 +78,24 @@ impl Endpoint {
         }
     }
 
+    /// Where a flow to this destination goes. An unspecified address stands for this host: for the
+    /// address that the socket is bound to, as the kernel has it, or for a loopback address.
+    #[inline(always)]
+    pub const fn meant(self, bound_to: &Self) -> Self {
+        if !self.is_unspecified() {
+            return self;
+        }
+        let bound_to_ipv4 = bound_to.is_ipv4() && !bound_to.is_unspecified();
+        let address = if self.is_ipv4() && bound_to_ipv4 {
+            bound_to.address
+        } else if self.is_ipv4() || bound_to_ipv4 {
+            [0, 0, MAPPED_WORD.to_be(), 0x7f00_0001_u32.to_be()]
+        } else {
+            [0, 0, 0, 1_u32.to_be()]
+        };
+        Self { address, ..self }
+    }
+
     /// The address as a number, most significant bit first, for range conditions.
     #[inline(always)]
     pub const fn value(&self) -> Wide {
@@ -241,6 +259,25 @@ mod tests {
                 group,
                 "{text}"
             );
+        }
+    }
+
+    #[test]
+    fn an_unspecified_destination_is_this_host() {
+        for (destination, bound_to, meant) in [
+            ("0.0.0.0:1", "0.0.0.0:2", "127.0.0.1:1"),
+            ("0.0.0.0:1", "192.0.2.1:2", "192.0.2.1:1"),
+            ("[::]:1", "[::]:2", "[::1]:1"),
+            ("[::]:1", "[2001:db8::1]:2", "[::1]:1"),
+            ("[::]:1", "[::ffff:192.0.2.1]:2", "[::ffff:127.0.0.1]:1"),
+            ("[::ffff:0.0.0.0]:1", "[::]:2", "[::ffff:127.0.0.1]:1"),
+            ("[::ffff:0.0.0.0]:1", "[::ffff:192.0.2.1]:2", "[::ffff:192.0.2.1]:1"),
+            ("192.0.2.2:1", "192.0.2.1:2", "192.0.2.2:1"),
+            ("[2001:db8::2]:1", "[::]:2", "[2001:db8::2]:1"),
+        ] {
+            let endpoint = |text: &str| Endpoint::from(text.parse::<SocketAddr>().unwrap());
+            let found = SocketAddr::from(endpoint(destination).meant(&endpoint(bound_to)));
+            assert_eq!(found, meant.parse().unwrap(), "{destination} from {bound_to}");
         }
     }
 

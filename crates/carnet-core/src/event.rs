@@ -23,6 +23,8 @@ pub enum EventKind {
     RecordRefused = 6,
     /// A service registered a listener.
     ListenerRegistered = 7,
+    /// A socket was not made, since no hook would see its flows.
+    SocketRefused = 8,
 }
 
 impl EventKind {
@@ -36,6 +38,7 @@ impl EventKind {
             5 => Self::Closed,
             6 => Self::RecordRefused,
             7 => Self::ListenerRegistered,
+            8 => Self::SocketRefused,
             _ => return None,
         })
     }
@@ -52,7 +55,8 @@ pub struct Event {
     /// An [`EventKind`] as number.
     pub kind: u32,
     /// Why: a [`Reason`](crate::classify::Reason) as number; for a refused record a
-    /// [`RecordError`](crate::record::RecordError) as number.
+    /// [`RecordError`](crate::record::RecordError) as number; for a refused socket a
+    /// [`SocketKind`](crate::socket::SocketKind) as number.
     pub reason: u32,
     /// The flow; 0 for a connection that belongs to none.
     pub flow: u64,
@@ -134,11 +138,13 @@ pub enum Counter {
     OutOfMemory = 16,
     /// Redirected connections whose leg could not be handed over to the accepting side.
     HandoverFailed = 17,
+    /// Sockets that were not made, since no hook would see their flows.
+    SocketsRefused = 18,
 }
 
 impl Counter {
     /// Number of counters.
-    pub const COUNT: usize = 18;
+    pub const COUNT: usize = 19;
 
     /// All counters with the names under which they are shown.
     pub const ALL: [(Self, &'static str); Self::COUNT] = [
@@ -160,5 +166,6 @@ impl Counter {
         (Self::EventsLost, "events_lost"),
         (Self::OutOfMemory, "out_of_memory"),
         (Self::HandoverFailed, "handover_failed"),
+        (Self::SocketsRefused, "sockets_refused"),
     ];
 }

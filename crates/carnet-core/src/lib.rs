@@ -14,10 +14,12 @@
 //! | [`arbitration`] | how permits, blocks and redirects of several sublayers combine |
 //! | [`classify`](mod@classify) | the decision function |
 //! | [`flow`] | what the kernel keeps for a redirected connection |
+//! | [`socket`] | which sockets the hooks see |
 //! | [`event`] | what the kernel tells of decisions |
 //! | `object` (feature `host`) | the administrator's objects |
 //! | `compile` (feature `host`) | objects to tables |
 //! | `explain` (feature `host`) | the legs that a flow would make, and why |
+//! | `existing` (feature `host`) | which connections that are there a new block ends |
 //!
 //! The crate is `no_std`, has no I/O, no clock and no unsafe code; it is compiled unchanged for the
 //! host and for BPF.
@@ -42,12 +44,15 @@ pub mod classify;
 pub mod compile;
 pub mod event;
 #[cfg(feature = "host")]
+pub mod existing;
+#[cfg(feature = "host")]
 pub mod explain;
 pub mod flow;
 #[cfg(feature = "host")]
 pub mod object;
 pub mod record;
 pub mod siphash;
+pub mod socket;
 pub mod table;
 
 pub use classify::{Decision, classify};

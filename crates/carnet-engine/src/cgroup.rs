@@ -13,6 +13,7 @@ use carnet_core::object::CgroupRef;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::statfs,
+    thread::CapabilitySet,
 };
 
 use crate::{Error, mounts::mount_points, sys};
@@ -180,6 +181,13 @@ impl Cgroup {
             }
         }
     }
+}
+
+/// Makes the process of `command`, and all that it starts, live without `CAP_NET_RAW`: no packet
+/// sockets and no raw ones, whoever they become. (In a user namespace that they make they may have
+/// it, for network namespaces that are made there.)
+pub fn without_raw_sockets(command: &mut Command) {
+    sys::drop_capability_before_exec(command, CapabilitySet::NET_RAW);
 }
 
 fn remove_tree(cgroup: &Path) -> io::Result<()> {

@@ -1,6 +1,11 @@
 //! Whether Carnet can work here, what is missing, and who else is at work.
 
-use std::{fs, os::fd::AsFd as _, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    os::fd::AsFd as _,
+    path::Path,
+};
 
 use aya::{
     maps::MapType,
@@ -12,8 +17,11 @@ use crate::{
     cgroup::{Place, mount_point},
     engine::check_privileges,
     kernel::{self, KernelTypes},
+    listeners::socket_kind,
+    members::{Member, Members, sockets_of},
     mounts::mount_points,
     object::{self, Hook, hooks},
+    sockets::{Listed, PROTOCOLS},
     sys,
 };
 
@@ -69,6 +77,9 @@ impl Finding {
 
 /// Examines this machine and, if one is given, a cgroup: that of an instance, or where one is to
 /// be brought up. Changes nothing; what it loads to try is gone when it returns.
+///
+/// Of a cgroup also the processes in it are examined: what sockets they have whose flows pass
+/// unseen, and which were made elsewhere.
 pub fn examine(cgroup: Option<&Path>) -> Vec<Finding> {
     let mut findings = vec![
         Finding::from("kernel", kernel::check_version().map(|()| kernel::release())),
@@ -84,6 +95,7 @@ pub fn examine(cgroup: Option<&Path>) -> Vec<Finding> {
     findings.extend([program_types(), map_types(), helpers(), engine(), unseen_protocols()]);
     if let Some(path) = cgroup {
         findings.push(neighbours(path));
+        findings.extend(members(path));
     }
     findings
 }
@@ -124,6 +136,7 @@ fn program_types() -> Finding {
     let types = [
         ("cgroup_sock_addr", ProgramType::CgroupSockAddr),
         ("cgroup_sockopt", ProgramType::CgroupSockopt),
+        ("cgroup_sock", ProgramType::CgroupSock),
         ("sock_ops", ProgramType::SockOps),
     ];
     let there = |program| is_program_supported(program).unwrap_or(false);
@@ -192,36 +205,175 @@ fn multipath_tcp(types: &KernelTypes) -> Finding {
     Finding::ok("Multipath TCP", detail)
 }
 
+/// Protocols whose connections no hook sees, as `/proc/net/protocols` and the aliases of their
+/// modules call them.
+const UNSEEN: [(&str, &str); 5] = [
+    ("SCTP", "net-pf-2-proto-132"),
+    ("DCCP", "net-pf-2-proto-33"),
+    ("SMC", "net-pf-43"),
+    ("TIPC", "net-pf-30"),
+    ("RDS", "net-pf-21"),
+];
+
 /// Ways to the network that no connect hook sees.
 fn unseen_protocols() -> Finding {
     const NAME: &str = "unseen protocols";
     const TABLE: &str = "/proc/net/protocols";
     let table = fs::read_to_string(TABLE).unwrap_or_default();
-    let unseen = unseen_in(&table);
-    if unseen.is_empty() {
+    let aliases = Path::new("/lib/modules").join(kernel::release()).join("modules.alias");
+    let aliases = fs::read_to_string(aliases).unwrap_or_default();
+    let (there, loadable) = unseen_in(&table, &aliases);
+    if there.is_empty() && loadable.is_empty() {
         return Finding::ok(
             NAME,
-            "no SCTP, DCCP or SMC; raw and packet sockets, which take CAP_NET_RAW, are not \
-             redirected",
+            "no SCTP, DCCP, SMC, TIPC or RDS; raw, packet and XDP sockets, which take \
+             CAP_NET_RAW, are not redirected",
         );
+    }
+    let mut found = Vec::new();
+    if !there.is_empty() {
+        found.push(format!("{} connections pass unseen", there.join(", ")));
+    }
+    if !loadable.is_empty() {
+        found.push(format!("so would {}, whose modules can be loaded", loadable.join(", ")));
     }
     Finding::new(
         State::Warning,
         NAME,
-        format!("{} connections pass unseen", unseen.join(", ")),
-        "unless they are needed, keep their modules from being loaded (modprobe.d)",
+        found.join("; "),
+        "carnet up --refuse-unseen refuses sockets of SCTP and DCCP; keep the modules of the \
+         others from being loaded unless they are needed (modprobe.d)",
     )
 }
 
-/// The protocols of `/proc/net/protocols` whose connections are not seen.
-fn unseen_in(table: &str) -> Vec<&'static str> {
-    let has = |name: &&str| {
-        table.lines().filter_map(|line| line.split_whitespace().next()).any(|protocol| {
-            protocol == *name
-                || protocol.strip_suffix("v6").or(protocol.strip_suffix('6')) == Some(*name)
+/// The protocols whose connections are not seen: those of `/proc/net/protocols`, and those whose
+/// modules the kernel would load on demand.
+fn unseen_in(table: &str, aliases: &str) -> (Vec<&'static str>, Vec<&'static str>) {
+    let protocols: BTreeSet<&str> =
+        table.lines().filter_map(|line| line.split_whitespace().next()).collect();
+    let has = |name: &str| {
+        ["", "6", "v6"].iter().any(|suffix| protocols.contains(&*format!("{name}{suffix}")))
+    };
+    let there = UNSEEN.iter().map(|(name, _)| *name).filter(|name| has(name)).collect();
+    let can_load = |alias: &str| {
+        aliases.lines().any(|line| {
+            let found = line.split_whitespace().nth(1).unwrap_or_default();
+            found.strip_prefix(alias).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
         })
     };
-    ["SCTP", "DCCP", "SMC"].into_iter().filter(has).collect()
+    let loadable = UNSEEN.iter().filter(|(name, alias)| !has(name) && can_load(alias));
+    (there, loadable.map(|(name, _)| *name).collect())
+}
+
+/// Most sockets that are named in a finding.
+const NAMED: usize = 5;
+/// Most sockets that are examined.
+const EXAMINED: usize = 16_384;
+
+/// The sockets of the processes in a cgroup: those whose flows are not seen, and those that were
+/// made outside it, whose flows are not its.
+fn members(path: &Path) -> Vec<Finding> {
+    const UNSEEN: &str = "unseen sockets";
+    const FOREIGN: &str = "sockets from elsewhere";
+    let found = Members::below(path).and_then(|members| Held::by(&members));
+    let held = match found {
+        Ok(held) => held,
+        Err(error) => {
+            let advice = "run this as root, in the initial pid namespace";
+            return vec![Finding::new(State::Warning, UNSEEN, error, advice)];
+        }
+    };
+    let cut = if held.cut { ", and more that was not examined" } else { "" };
+    let finding = |name: &str, sockets: &[String], ok: &str, what: &str, advice: &str| {
+        if sockets.is_empty() {
+            return Finding::ok(name, format!("{ok}{cut}"));
+        }
+        let rest = sockets.len().saturating_sub(NAMED);
+        let mut list = sockets.iter().take(NAMED).cloned().collect::<Vec<_>>().join("; ");
+        if rest > 0 {
+            list += &format!("; and {rest} more");
+        }
+        Finding::new(State::Warning, name, format!("{what}: {list}{cut}"), advice)
+    };
+    vec![
+        finding(
+            UNSEEN,
+            &held.unseen,
+            "none in the processes of the cgroup",
+            "processes of the cgroup have sockets whose flows no hook sees",
+            "end them, then carnet up --refuse-unseen keeps them from making others; packet and \
+             XDP sockets take CAP_NET_RAW, so start the processes without it (carnet run does, \
+             systemd: CapabilityBoundingSet=~CAP_NET_RAW)",
+        ),
+        finding(
+            FOREIGN,
+            &held.foreign,
+            "none in the processes of the cgroup",
+            "processes of the cgroup have sockets that were made outside it, and whose flows are \
+             not redirected",
+            "start the processes in the cgroup instead of moving them there (carnet run), or \
+             redirect a cgroup that also has those in which the sockets were made",
+        ),
+    ]
+}
+
+/// What sockets the processes of a cgroup have that deserve a word.
+#[derive(Debug, Default)]
+struct Held {
+    unseen: Vec<String>,
+    foreign: Vec<String>,
+    cut: bool,
+}
+
+impl Held {
+    fn by(members: &Members) -> Result<Self, crate::Error> {
+        let mut held = Self { cut: members.cut, ..Self::default() };
+        // The cgroups of internet sockets, by inode.
+        let mut cgroups = BTreeMap::new();
+        for namespace in members.namespaces()? {
+            for protocol in PROTOCOLS {
+                let listed = namespace.diagnosis.list(protocol);
+                let listed = listed.map_err(crate::Error::io("list", "sockets"))?;
+                cgroups.extend(listed.into_iter().map(|socket| (socket.inode, socket)));
+            }
+        }
+        let mut seen = BTreeSet::new();
+        for Member { pid } in &members.processes {
+            for (descriptor, inode) in sockets_of(*pid) {
+                if !seen.insert(inode) {
+                    continue;
+                }
+                if seen.len() > EXAMINED {
+                    held.cut = true;
+                    return Ok(held);
+                }
+                held.examine(*pid, descriptor, cgroups.get(&inode), members);
+            }
+        }
+        Ok(held)
+    }
+
+    fn examine(&mut self, pid: u32, descriptor: i32, listed: Option<&Listed>, members: &Members) {
+        // It may have been closed meanwhile.
+        let Some(kind) = socket_kind(pid, descriptor) else { return };
+        let who = command_of(pid);
+        if kind.is_unseen() {
+            self.unseen.push(format!("{who} has a {kind}"));
+        } else if let Some(socket) = listed
+            && socket.cgroup != 0
+            && !members.cgroups.contains_key(&socket.cgroup)
+        {
+            let peer = socket.peer();
+            let to = if peer.port() == 0 { String::new() } else { format!(" to {peer}") };
+            self.foreign.push(format!("{who} has a {kind} at {}{to}", socket.local()));
+        }
+    }
+}
+
+/// How a process is shown.
+fn command_of(pid: u32) -> String {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    format!("{}[{pid}]", name.trim_end())
 }
 
 /// Other programs at the hooks of a cgroup: each sees what those before it made of an address.
@@ -278,8 +430,12 @@ mod tests {
     #[test]
     fn unseen_protocols_are_found_in_the_kernels_table() {
         let table = "protocol  size sockets\nSCTPv6 1\nTCP 2\nSMC6 1\nPACKET 1\n";
-        assert_eq!(unseen_in(table), ["SCTP", "SMC"]);
-        assert!(unseen_in("protocol size\nTCPv6 1\n").is_empty());
+        assert_eq!(unseen_in(table, ""), (vec!["SCTP", "SMC"], vec![]));
+        assert_eq!(unseen_in("protocol size\nTCPv6 1\n", ""), (vec![], vec![]));
+        let aliases = "# Aliases\nalias net-pf-2-proto-132 sctp\nalias net-pf-10-proto-33 x\n\
+                       alias net-pf-2-proto-33-type-6 dccp_ipv4\nalias net-pf-430 x\n";
+        assert_eq!(unseen_in(table, aliases), (vec!["SCTP", "SMC"], vec!["DCCP"]));
+        assert_eq!(unseen_in("", aliases), (vec![], vec!["SCTP", "DCCP"]));
     }
 
     #[test]

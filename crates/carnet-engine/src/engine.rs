@@ -40,6 +40,11 @@ pub struct UpOptions {
     /// socket sends to the same destination after that begins a new flow, which the policy of that
     /// time decides about. At least a millisecond.
     pub udp_idle: Duration,
+    /// Refuse the scope's processes to make internet sockets whose flows no hook sees: raw ones,
+    /// those of `ping`, UDP-Lite, SCTP and the like ([`SocketKind::is_unseen`]).
+    ///
+    /// [`SocketKind::is_unseen`]: carnet_core::socket::SocketKind::is_unseen
+    pub refuse_unseen: bool,
 }
 
 impl UpOptions {
@@ -54,6 +59,7 @@ impl UpOptions {
             cgroup: cgroup.into(),
             max_filters: Self::DEFAULT_MAX_FILTERS,
             udp_idle: Self::DEFAULT_UDP_IDLE,
+            refuse_unseen: false,
         }
     }
 }
@@ -238,6 +244,14 @@ impl Engine {
         &self.scope
     }
 
+    /// Whether the scope's processes are refused sockets whose flows no hook sees.
+    ///
+    /// # Errors
+    /// [`Error::UnknownLayout`].
+    pub fn refuses_unseen(&self) -> Result<bool, Error> {
+        Ok(self.instance()?.refuse_unseen)
+    }
+
     /// The policy that is in force.
     ///
     /// # Errors
@@ -344,6 +358,7 @@ fn build(
     let instance = Instance {
         max_filters: options.max_filters,
         build: BuildId::own(),
+        refuse_unseen: options.refuse_unseen,
         scope_id: scope.id,
         scope: scope.path.clone(),
     };

@@ -253,6 +253,13 @@ pub enum Error {
         instance: String,
     },
 
+    /// The kernel cannot end connections.
+    #[error(
+        "this kernel cannot end connections that are there (it was built without \
+         CONFIG_INET_DIAG_DESTROY): leave that out, and have the processes started anew"
+    )]
+    CannotEnd,
+
     /// There is no such service.
     #[error("there is no service {name:?}: add it first (carnet service add)")]
     NoService {

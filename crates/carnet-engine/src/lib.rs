@@ -29,6 +29,8 @@
 //! | `object` | the kernel engine as it was built, and how it is loaded |
 //! | `kernel` | where things lie in the running kernel's structures |
 //! | `flows`, `events`, `listeners`, `status` | what is going on |
+//! | `existing` | ending connections that a new filter refuses |
+//! | `members`, `sockets` | whose flows pass the hooks: cgroups, processes, sockets |
 //! | `files`, `namespace`, [`cgroup`] | names of the kernel for what people name |
 //! | [`doctor`] | whether Carnet can work here |
 //! | `sys` | system calls for which there is no safe library |
@@ -39,15 +41,18 @@ pub mod doctor;
 mod engine;
 mod error;
 mod events;
+mod existing;
 mod files;
 mod flows;
 mod kernel;
 mod links;
 mod listeners;
 mod location;
+mod members;
 mod mounts;
 mod namespace;
 mod object;
+mod sockets;
 mod status;
 mod sys;
 mod tables;
@@ -56,6 +61,7 @@ mod transaction;
 pub use engine::{Engine, UpOptions, UpgradeReport};
 pub use error::Error;
 pub use events::EventReader;
+pub use existing::Ended;
 pub use flows::{Flow, FlowApp, FlowHop, LegKind};
 pub use listeners::Listener;
 pub use location::Location;

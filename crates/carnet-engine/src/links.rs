@@ -22,7 +22,7 @@ use carnet_core::object::{CgroupRef, Policy, Service};
 use crate::{
     Error,
     cgroup::{Place, below_root},
-    object::{Hook, SCOPE_HOOKS, SERVICE_HOOKS},
+    object::{Hook, REFUSE_UNSEEN, SCOPE_HOOKS, SERVICE_HOOKS},
     sys,
     tables::Instance,
 };
@@ -47,7 +47,8 @@ pub(crate) fn plan(instance: &Instance, policy: &Policy) -> Result<Plan, Error> 
     let mut plan = Plan::new();
     let whole_scope =
         CgroupRef { path: scope.to_string_lossy().into_owned(), id: instance.scope_id };
-    let hooks = SCOPE_HOOKS.iter().collect();
+    let mut hooks: Vec<_> = SCOPE_HOOKS.iter().collect();
+    hooks.extend(instance.refuse_unseen.then_some(&REFUSE_UNSEEN));
     plan.insert(instance.scope_id, Wanted { cgroup: whole_scope, service: None, hooks });
     for (service, path) in policy.services().iter().zip(&paths) {
         if scope.starts_with(path) && scope != path {
@@ -262,7 +263,13 @@ mod tests {
 
     fn instance(scope: &str) -> Instance {
         let build = BuildId([0; 32]);
-        Instance { max_filters: 1, build, scope_id: SCOPE, scope: scope.into() }
+        Instance {
+            max_filters: 1,
+            build,
+            refuse_unseen: false,
+            scope_id: SCOPE,
+            scope: scope.into(),
+        }
     }
 
     /// The hooks of each cgroup, by number of those for the scope and for services.
@@ -303,6 +310,27 @@ mod tests {
         assert_eq!(scope_itself, [(SCOPE, 10, 2)]);
         let everything = planned("", &[(1, "/a"), (2, "/b")]).unwrap();
         assert_eq!(everything, [(1, 0, 2), (2, 0, 2), (SCOPE, 10, 0)]);
+    }
+
+    #[test]
+    fn only_the_scope_refuses_unseen_sockets_and_only_if_asked_to() {
+        let mut policy = Policy::new();
+        let hooks = |instance: &Instance, policy: &Policy| {
+            let plan = plan(instance, policy).unwrap();
+            let with = |(id, wanted): (&u64, &Wanted)| {
+                wanted.hooks.iter().any(|hook| hook.name == REFUSE_UNSEEN.name).then_some(*id)
+            };
+            plan.iter().filter_map(with).collect::<Vec<_>>()
+        };
+        policy.add_provider("p", "").unwrap();
+        let cgroup = CgroupRef { path: "/elsewhere".into(), id: 1 };
+        let (name, provider) = ("s".into(), "p".into());
+        let (on_failure, trust) = (FailurePolicy::Block, Trust::None);
+        policy.add_service(NewService { name, provider, cgroup, on_failure, trust }).unwrap();
+        let mut instance = instance("a");
+        assert!(hooks(&instance, &policy).is_empty());
+        instance.refuse_unseen = true;
+        assert_eq!(hooks(&instance, &policy), [SCOPE]);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
 };
 
-use carnet_core::abi;
+use carnet_core::{abi, socket::SocketKind};
 use rustix::process::{ForeignRawFd, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use socket2::{Domain, Protocol, SockRef, Type};
 
@@ -124,6 +124,20 @@ fn listening_at(socket: &OwnedFd) -> Option<SocketAddr> {
     };
     let local = view.local_addr().ok()?.as_socket()?;
     (listens && local.port() != 0).then_some(local)
+}
+
+/// What a process's socket was made as; `None` if it is gone.
+pub(crate) fn socket_kind(pid: u32, descriptor: i32) -> Option<SocketKind> {
+    let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
+    let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    let socket = pidfd_getfd(&process, descriptor, PidfdGetfdFlags::empty()).ok()?;
+    let view = SockRef::from(&socket);
+    let number = |number: i32| u16::try_from(number).ok();
+    Some(SocketKind {
+        family: number(view.domain().ok()?.into())?,
+        kind: number(view.r#type().ok()?.into())?,
+        protocol: number(view.protocol().ok()?.map_or(0, i32::from))?,
+    })
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What people name by a path, and the kernel engine by a number: cgroups and network namespaces.
 
-use std::{fs::File, os::fd::AsFd as _, path::Path, thread};
+use std::{fs::File, io, os::fd::AsFd as _, path::Path, thread};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Socket, Type};
@@ -25,19 +25,28 @@ impl Engine {
     /// # Errors
     /// [`Error::Io`] if there is none, or if it cannot be entered (needs `CAP_SYS_ADMIN`).
     pub fn resolve_netns(path: &Path) -> Result<u64, Error> {
-        let failed = |operation| Error::io::<std::io::Error>(operation, path.display());
+        let failed = |operation| Error::io::<io::Error>(operation, path.display());
         let namespace = File::open(path).map_err(failed("open"))?;
-        // A thread of its own, so that nobody else finds itself in another namespace.
-        let asked = thread::scope(|scope| {
-            let asking = scope.spawn(|| {
-                let network = Some(LinkNameSpaceType::Network);
-                move_into_link_name_space(namespace.as_fd(), network)?;
-                sys::netns_cookie(Socket::new(Domain::UNIX, Type::DGRAM, None)?.as_fd())
-            });
-            asking.join().map_err(|_| std::io::Error::other("the thread that asks panicked"))
-        });
-        asked.and_then(|cookie| cookie).map_err(failed("ask for the cookie of"))
+        let ask = || sys::netns_cookie(Socket::new(Domain::UNIX, Type::DGRAM, None)?.as_fd());
+        inside(&namespace, ask).map_err(failed("ask for the cookie of"))
     }
+}
+
+/// Does something in a network namespace: in a thread of its own, so that nobody else finds itself
+/// there.
+pub(crate) fn inside<T: Send>(
+    namespace: &File,
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    thread::scope(|scope| {
+        let working = scope.spawn(|| {
+            let network = Some(LinkNameSpaceType::Network);
+            move_into_link_name_space(namespace.as_fd(), network)?;
+            work()
+        });
+        let panicked = |_| Err(io::Error::other("the thread that asks panicked"));
+        working.join().unwrap_or_else(panicked)
+    })
 }
 
 #[cfg(test)]

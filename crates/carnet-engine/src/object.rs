@@ -67,13 +67,17 @@ pub(crate) static SERVICE_HOOKS: [Hook; 2] = [
     hook("carnet_setsockopt", "setsockopt", bpf_attach_type::BPF_CGROUP_SETSOCKOPT),
 ];
 
+/// What runs for every socket of the scope that is made, where the operator asks for it.
+pub(crate) static REFUSE_UNSEEN: Hook =
+    hook("carnet_socket", "sock_create", bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE);
+
 const fn hook(program: &'static str, name: &'static str, attach_type: bpf_attach_type) -> Hook {
     Hook { program, name, attach_type }
 }
 
 /// All hooks.
 pub(crate) fn hooks() -> impl Iterator<Item = &'static Hook> {
-    SCOPE_HOOKS.iter().chain(&SERVICE_HOOKS)
+    SCOPE_HOOKS.iter().chain(&SERVICE_HOOKS).chain([&REFUSE_UNSEEN])
 }
 
 /// The iterator over flows.
@@ -143,8 +147,8 @@ pub(crate) fn load(maps: Option<&Path>, capacities: Option<&Capacities>) -> Resu
 fn load_program(name: &str, program: &mut Program, btf: &Btf) -> Result<(), ProgramError> {
     match program {
         Program::CgroupSockAddr(program) => program.load(),
-        Program::CgroupSock(program) => program.load(),
         Program::CgroupSockopt(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::Iter(program) if name == FLOWS => program.load("bpf_sk_storage_map", btf),
         Program::Iter(program) => program.load("task_file", btf),
@@ -156,8 +160,8 @@ fn load_program(name: &str, program: &mut Program, btf: &Btf) -> Result<(), Prog
 pub(crate) fn program<'a>(loaded: &'a Ebpf, name: &str) -> Result<&'a ProgramFd, Error> {
     let found = match loaded.program(name) {
         Some(Program::CgroupSockAddr(program)) => program.fd(),
-        Some(Program::CgroupSock(program)) => program.fd(),
         Some(Program::CgroupSockopt(program)) => program.fd(),
+        Some(Program::CgroupSock(program)) => program.fd(),
         Some(Program::SockOps(program)) => program.fd(),
         Some(Program::Iter(program)) => program.fd(),
         _ => Err(ProgramError::NotLoaded),

@@ -34,6 +34,8 @@ pub struct Status {
     pub build: BuildId,
     /// The build that is part of this library. If it is another one, `carnet upgrade` brings it in.
     pub own_build: BuildId,
+    /// Whether the scope is refused sockets whose flows no hook sees.
+    pub refuse_unseen: bool,
     /// How many filters there is room for.
     pub max_filters: u32,
     /// How long a UDP flow of an unconnected socket lives without a datagram.
@@ -132,6 +134,7 @@ impl Engine {
             layout: LAYOUT,
             build: instance.build,
             own_build: BuildId::own(),
+            refuse_unseen: instance.refuse_unseen,
             max_filters: instance.max_filters,
             udp_idle,
             programs: self.programs()?,

@@ -16,6 +16,9 @@ use std::{
 
 use aya::maps::{MapData, MapError};
 use aya_obj::generated::{bpf_attach_type, bpf_cmd, bpf_map_type};
+use rustix::thread::{
+    CapabilitySet, capabilities, remove_capability_from_bounding_set, set_capabilities,
+};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// A value that maps hold: plain bytes without padding. It makes core's layouts acceptable to aya.
@@ -503,6 +506,20 @@ pub(crate) fn enter_before_exec(command: &mut Command, processes: OwnedFd) {
     // SAFETY: between fork and exec only what is async-signal-safe may be done: this is a write(2)
     // to a descriptor that was opened before, without allocation or locks.
     unsafe { command.pre_exec(enter) };
+}
+
+/// Makes the process of `command` give up a capability for good before it runs the program: exec
+/// gives none that the bounding set has not, and the inheritable ones lie apart.
+pub(crate) fn drop_capability_before_exec(command: &mut Command, capability: CapabilitySet) {
+    let drop_it = move || {
+        let mut sets = capabilities(None)?;
+        sets.inheritable.remove(capability);
+        set_capabilities(None, sets)?;
+        remove_capability_from_bounding_set(capability).map_err(io::Error::from)
+    };
+    // SAFETY: as above: three system calls on the process's own capabilities, without allocation or
+    // locks.
+    unsafe { command.pre_exec(drop_it) };
 }
 
 /// Attaching without a link, for tests.

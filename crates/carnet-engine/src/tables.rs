@@ -14,7 +14,7 @@ use carnet_core::{
     abi::MAX_CONTEXT,
     compile::{CompiledPolicy, max_candidates, max_nodes},
     event::Counter,
-    flow::{DatagramLeg, ListenerEntry, ListenerKey, TokenKey},
+    flow::{Correspondent, CorrespondentKey, DatagramLeg, ListenerEntry, ListenerKey, TokenKey},
     object::Policy,
     table::{HeaderRow, MAX_CANDIDATES},
 };
@@ -166,6 +166,7 @@ struct InstanceRow {
     layout: u32,
     max_filters: u32,
     build: [u8; 32],
+    refuse_unseen: u64,
     scope_id: u64,
     scope_length: u64,
     scope: [u8; MAX_SCOPE],
@@ -178,6 +179,8 @@ pub(crate) struct Instance {
     pub(crate) max_filters: u32,
     /// The build of its programs.
     pub(crate) build: BuildId,
+    /// Whether its scope is refused sockets whose flows no hook sees.
+    pub(crate) refuse_unseen: bool,
     /// The id of its scope's cgroup.
     pub(crate) scope_id: u64,
     /// The path of its scope below the hierarchy's root, without a slash before it.
@@ -283,6 +286,35 @@ impl Tables {
         Ok(legs.iter().filter_map(Result::ok).map(|(_, Wire(timed))| timed.held).collect())
     }
 
+    /// What was decided for the flows of unconnected UDP sockets.
+    pub(crate) fn correspondents(&self) -> Result<Vec<(CorrespondentKey, Correspondent)>, Error> {
+        let known = self.known_correspondents()?;
+        // One that goes while the others are read is missed.
+        Ok(known.iter().filter_map(Result::ok).map(|(Wire(k), Wire(v))| (k, v)).collect())
+    }
+
+    /// Forgets what was decided for such a flow, so that its next datagram is decided anew; `false`
+    /// if it had gone by itself.
+    pub(crate) fn forget_correspondent(&self, key: &CorrespondentKey) -> Result<bool, Error> {
+        match self.known_correspondents()?.remove(&Wire(*key)) {
+            Ok(()) => Ok(true),
+            Err(MapError::KeyNotFound) => Ok(false),
+            Err(MapError::SyscallError(error))
+                if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(Error::map("CORRESPONDENTS")(error)),
+        }
+    }
+
+    fn known_correspondents(
+        &self,
+    ) -> Result<HashMap<MapData, Wire<CorrespondentKey>, Wire<Correspondent>>, Error> {
+        const NAME: &str = "CORRESPONDENTS";
+        Map::LruHashMap(self.open(NAME)?).try_into().map_err(Error::map::<MapError>(NAME))
+    }
+
     /// Makes and writes `INSTANCE`.
     pub(crate) fn create_instance(&self, instance: &Instance) -> Result<(), Error> {
         const NAME: &str = "INSTANCE";
@@ -304,6 +336,7 @@ impl Tables {
         row.layout = LAYOUT;
         row.max_filters = instance.max_filters;
         row.build = instance.build.0;
+        row.refuse_unseen = instance.refuse_unseen.into();
         row.scope_id = instance.scope_id;
         row.scope_length = path.len() as u64;
         row.scope.iter_mut().zip(path).for_each(|(to, from)| *to = *from);
@@ -329,6 +362,7 @@ impl Tables {
         Ok(Ok(Instance {
             max_filters: row.max_filters,
             build: BuildId(row.build),
+            refuse_unseen: row.refuse_unseen != 0,
             scope_id: row.scope_id,
             scope: OsStr::from_bytes(path).into(),
         }))

@@ -74,32 +74,6 @@ fn so_original_dst_has_the_size_of_its_address() {
     }
 }
 
-#[test]
-fn a_client_bound_to_an_address_or_a_device_arrives() {
-    let lab = Lab::new();
-    lab.service("alpha", 1);
-    let service = lab.start("alpha");
-    let client = lab.puppet();
-    for (to, own) in [
-        (lab.v4(), SocketAddr::new(Topology::CLIENT_V4.into(), 0)),
-        (lab.v6(), SocketAddr::new(Topology::CLIENT_V6.into(), 0)),
-    ] {
-        let bound = client.tcp(to);
-        bound.bind(own).must("bind");
-        bound.connect(to).must("connect");
-        echoes(&bound);
-        assert_eq!(bound.local().map(|local| local.ip()), Ok(own.ip()));
-        assert_eq!(bound.peer(), Ok(to));
-
-        let bound = client.tcp(to);
-        bound.bind_device(Topology::LINK).must("bind to a device");
-        bound.connect(to).must("connect");
-        echoes(&bound);
-        assert_eq!(bound.peer(), Ok(to));
-    }
-    assert_eq!(service.reports(4).len(), 4);
-}
-
 /// Sends a word and gets it back.
 #[track_caller]
 fn echoes(connection: &Hand<'_>) {
@@ -114,32 +88,6 @@ fn scene(conditions: Conditions) -> (Lab, carnet_tests::Running, Puppet) {
     let service = lab.start("alpha");
     let client = lab.puppet();
     (lab, service, client)
-}
-
-#[test]
-fn connects_that_do_not_block_are_redirected() {
-    let (lab, service, client) = scene(Conditions::default());
-    for to in [lab.v4(), lab.v6()] {
-        let connection = client.tcp(to);
-        connection.connect_nonblocking(to).must("connect");
-        assert_eq!(connection.peer(), Ok(to));
-        echoes(&connection);
-    }
-    assert_eq!(service.reports(2).len(), 2);
-}
-
-#[test]
-fn fast_open_is_redirected() {
-    let (lab, service, client) = scene(Conditions::default());
-    for to in [lab.v4(), lab.v6()] {
-        let connection = client.tcp(to);
-        connection.fast_open(to, b"early").must("connect with data");
-        assert_eq!(connection.receive(5), Ok(b"early".to_vec()));
-        assert_eq!(connection.peer(), Ok(to));
-        echoes(&connection);
-    }
-    let originals: Vec<_> = service.reports(2).iter().map(|report| report.original).collect();
-    assert_eq!(originals, [lab.v4(), lab.v6()]);
 }
 
 #[test]

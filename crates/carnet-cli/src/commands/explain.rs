@@ -5,6 +5,7 @@
 use std::{fmt, net::SocketAddr, path::PathBuf};
 
 use carnet_core::{
+    address::Endpoint,
     arbitration::Verdict,
     chain::RedirectState,
     classify::{Decision, Outcome, Reason},
@@ -161,7 +162,7 @@ pub(super) fn run(arguments: Arguments, session: &mut Session<'_>) -> Result<u8,
     let process = process(&arguments, &engine)?;
     let connection = HostConnection {
         protocol: arguments.protocol.0,
-        destination: addresses[0].into(),
+        destination: Endpoint::from(addresses[0]).meant(&Endpoint::default()),
         process,
         original_executable: None,
     };

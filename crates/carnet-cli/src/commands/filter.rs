@@ -1,12 +1,13 @@
 //! `carnet filter`: what happens to which connections.
 
-use std::{fmt::Write as _, path::PathBuf};
+use std::{collections::BTreeSet, fmt::Write as _, path::PathBuf};
 
 use carnet_core::object::{
     Conditions, Context, Filter, FilterAction, NewFilter, Policy, PolicyError, PortRange, Prefix,
     Protocol, UserRange, Weight,
 };
-use carnet_engine::Engine;
+use carnet_engine::{Ended, Engine};
+use serde::Serialize;
 
 use super::DONE;
 use crate::{
@@ -14,6 +15,7 @@ use crate::{
     console::plain,
     failure::Failure,
     lookup::{self, Cgroup, NetworkNamespace},
+    privileges,
     session::Session,
     table::Table,
 };
@@ -97,6 +99,14 @@ struct Details {
     /// With --block: even if a heavier sublayer has permitted it for good
     #[arg(long, requires = "block", conflicts_with_all = ["soft", "redirect", "permit"])]
     veto: bool,
+
+    /// With --block: also end the connections that are there and that it refuses
+    ///
+    /// Otherwise a new filter is for connections that begin after it. Looked at are the network
+    /// namespaces in which processes of the instance are. Who holds such a connection finds it
+    /// broken.
+    #[arg(long, requires = "block", conflicts_with_all = ["redirect", "permit"])]
+    end_existing: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -144,7 +154,7 @@ fn parse_context(text: &str) -> Result<Context, PolicyError> {
 
 impl Action {
     fn resolve(self, details: Details) -> FilterAction {
-        let Details { context, hard, soft, veto } = details;
+        let Details { context, hard, soft, veto, end_existing: _ } = details;
         match self.redirect {
             Some(service) => FilterAction::Redirect { service, context },
             None if self.permit => FilterAction::Permit { hard },
@@ -179,12 +189,42 @@ impl ConditionArguments {
     }
 }
 
+/// JSON of a filter that was added.
+#[derive(Serialize)]
+struct Added<'a> {
+    #[serde(flatten)]
+    filter: &'a Filter,
+    /// With `--end-existing`: what was ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ended: Option<EndedCount>,
+}
+
+#[derive(Serialize)]
+struct EndedCount {
+    /// Number of connections.
+    connections: usize,
+    /// Number of redirected flows that they belonged to.
+    flows: usize,
+}
+
+impl EndedCount {
+    fn of(ended: &[Ended]) -> Self {
+        let flows: BTreeSet<u64> = ended.iter().filter_map(|ended| ended.flow).collect();
+        Self { connections: ended.len(), flows: flows.len() }
+    }
+}
+
 /// JSON: the filter that was added or removed; for `ls` an array of them
 /// ([`carnet_core::object::Filter`]).
 pub(super) fn run(command: Command, session: &mut Session<'_>) -> Result<u8, Failure> {
     let mut engine = session.engine()?;
     match command {
         Command::Add(add) => {
+            let end_existing = add.details.end_existing;
+            if end_existing {
+                privileges::examine_processes()?;
+                Engine::check_ending()?;
+            }
             let new = NewFilter {
                 name: add.name,
                 sublayer: add.sublayer,
@@ -193,7 +233,18 @@ pub(super) fn run(command: Command, session: &mut Session<'_>) -> Result<u8, Fai
                 action: add.action.resolve(add.details),
             };
             let added = session.change(&mut engine, |p| p.add_filter(new).cloned())?;
-            session.changed(&added, format_args!("filter {} added", name_or_id(&added)))?;
+            let name = name_or_id(&added);
+            let ended = end_existing.then(|| engine.end_existing(added.id)).transpose();
+            let ended = ended.map_err(|error| {
+                let what = format_args!("filter {name} is added, but not all was ended");
+                Failure::because(what, &error)
+            })?;
+            let ended = ended.map(|ended| EndedCount::of(&ended));
+            let mut line = format!("filter {name} added");
+            if let Some(EndedCount { connections, flows }) = ended {
+                line += &format!(", {connections} connections ended, of {flows} redirected flows");
+            }
+            session.changed(&Added { filter: &added, ended }, line)?;
         }
         Command::Ls => {
             let policy = engine.policy()?;

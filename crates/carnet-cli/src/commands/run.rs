@@ -33,6 +33,9 @@ use crate::{
 /// it. If the instance is up, its filters decide. If it is not, an instance is brought up for the
 /// command alone, with `carnet inspect` as its only service; what that sees is printed on the
 /// standard error. The command's exit status is passed on.
+///
+/// Where the instance refuses unseen sockets (`carnet up --refuse-unseen`), the command and all that
+/// it starts are without CAP_NET_RAW, so that they cannot make packet sockets either.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Make the command's cgroup below this one; by default below the one that is redirected, or
@@ -76,6 +79,9 @@ fn within(
         .with_hint("leave --cgroup out, or name a cgroup below that"));
     }
     let own = cgroup::Cgroup::create_under(&parent, &unique_name())?;
+    if engine.refuses_unseen()? {
+        cgroup::without_raw_sockets(&mut command);
+    }
     let result =
         own.enter_command(&mut command).map_err(Failure::from).and_then(|()| runner.run(command));
     own.remove()?;

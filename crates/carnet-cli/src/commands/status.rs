@@ -32,6 +32,8 @@ struct Status {
     cgroup: Cgroup,
     /// The instance's epoch, in hexadecimal: records of another one are refused.
     epoch: String,
+    /// Whether sockets are refused there whose flows would pass unseen.
+    refuse_unseen: bool,
     /// Number of the last change of the policy; 0 if there was none.
     generation: u64,
     /// Number of flows that have begun.
@@ -144,6 +146,7 @@ impl From<engine::Status> for Status {
             directory: status.directory,
             cgroup: Cgroup { path: status.scope, id: status.scope_id, alive: status.scope_alive },
             epoch: format!("{:016x}", status.epoch),
+            refuse_unseen: status.refuse_unseen,
             generation: status.generation,
             flows_begun: status.flows_begun,
             layout: status.layout,
@@ -186,6 +189,8 @@ impl fmt::Display for Status {
         writeln!(f, "cgroup       {}", plain(path.display()))?;
         writeln!(f, "pins         {}", plain(self.directory.display()))?;
         writeln!(f, "build        {:.12}, {build}", self.build)?;
+        let unseen = if self.refuse_unseen { "refused" } else { "not refused" };
+        writeln!(f, "unseen       sockets that connect past the hooks are {unseen}")?;
         writeln!(f, "policy       changed {} times", self.generation)?;
         writeln!(f, "flows begun  {}", self.flows_begun)?;
 

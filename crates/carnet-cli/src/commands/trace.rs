@@ -11,6 +11,7 @@ use carnet_core::{
     event::{Event, EventKind},
     object::{Policy, Protocol},
     record::RecordError,
+    socket::SocketKind,
 };
 use carnet_engine::Engine;
 use serde::Serialize;
@@ -50,13 +51,16 @@ fn duration(text: &str) -> Result<Duration, humantime::DurationError> {
 struct Traced {
     /// When, RFC 3339, UTC.
     time: String,
-    /// `redirected`, `onward`, `blocked`, `record_forgotten`, `closed`, `record_refused` or
-    /// `listener_registered`.
+    /// `redirected`, `onward`, `blocked`, `record_forgotten`, `closed`, `record_refused`,
+    /// `listener_registered` or `socket_refused`.
     event: &'static str,
     /// Why a connection was blocked (`filter`, `service_unavailable`, `loop`), or a record refused
     /// (`malformed`, `forged`, `foreign`, `expired`).
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<&'static str>,
+    /// What socket was refused, in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    socket: Option<String>,
     /// The flow.
     #[serde(skip_serializing_if = "Option::is_none")]
     flow: Option<u64>,
@@ -162,6 +166,7 @@ impl Traced {
                 Some(EventKind::Closed) => "closed",
                 Some(EventKind::RecordRefused) => "record_refused",
                 Some(EventKind::ListenerRegistered) => "listener_registered",
+                Some(EventKind::SocketRefused) => "socket_refused",
                 None => "unknown",
             },
             reason: match kind {
@@ -169,6 +174,8 @@ impl Traced {
                 Some(EventKind::RecordRefused) => Some(refusal(event.reason)),
                 _ => None,
             },
+            socket: (kind == Some(EventKind::SocketRefused))
+                .then(|| SocketKind::from_number(event.reason).to_string()),
             flow: set(event.flow),
             service: set(event.handle).map(|handle| service_name(policy, handle)),
             filter: set(event.filter).map(|id| filter_name(policy, id)),
@@ -258,6 +265,10 @@ impl Traced {
             }),
             Some(EventKind::ListenerRegistered) => {
                 (Style::new(), format!("service {service} registered a listener"))
+            }
+            Some(EventKind::SocketRefused) => {
+                let socket = self.socket.as_deref().unwrap_or("socket");
+                (BAD, format!("{socket} refused: its connections would pass unseen"))
             }
             None => (WARNING, "an event that this version does not know".into()),
         }
@@ -372,6 +383,11 @@ mod tests {
         assert_eq!(
             told(&Event { reason: forged, ..event(EventKind::RecordRefused) }),
             "flow 7 curl[42]: record refused, which tls set: forged"
+        );
+        let raw = SocketKind { family: 2, kind: 3, protocol: 1 }.to_number();
+        assert_eq!(
+            told(&Event { reason: raw, flow: 0, ..event(EventKind::SocketRefused) }),
+            "curl[42]: raw IPv4 socket of protocol 1 refused: its connections would pass unseen"
         );
     }
 

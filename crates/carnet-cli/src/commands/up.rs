@@ -29,6 +29,15 @@ pub(crate) struct Arguments {
     /// End a UDP flow of a socket that is not connected after so many seconds without a datagram
     #[arg(long, value_name = "SECONDS", default_value_t = UpOptions::DEFAULT_UDP_IDLE.as_secs(), value_parser = clap::value_parser!(u64).range(1..=86_400))]
     udp_idle: u64,
+
+    /// Refuse the cgroup's processes to make sockets that connect past Carnet: raw sockets, ping,
+    /// UDP-Lite, SCTP
+    ///
+    /// That is all internet sockets but those of TCP, Multipath TCP and UDP. Packet
+    /// sockets are none; they take CAP_NET_RAW, which `carnet run` then withholds. The services in
+    /// the cgroup are refused them too. `carnet trace` shows who tried.
+    #[arg(long)]
+    refuse_unseen: bool,
 }
 
 /// JSON of `up`.
@@ -50,6 +59,7 @@ pub(super) fn run(arguments: Arguments, session: &mut Session<'_>) -> Result<u8,
         cgroup: cgroup.clone(),
         max_filters: arguments.max_filters,
         udp_idle: Duration::from_secs(arguments.udp_idle),
+        refuse_unseen: arguments.refuse_unseen,
     };
     let engine = Engine::up(&location, &options)?;
     let instance = engine.location().instance();
