@@ -817,7 +817,7 @@ fn receive_datagram(socket: &Socket, how: Receiving, length: usize) -> io::Resul
             (length, source)
         }
         Receiving::Message => {
-            let parts = &mut [io::IoSliceMut::new(&mut bytes)];
+            let parts = &mut [IoSliceMut::new(&mut bytes)];
             let mut control = RecvAncillaryBuffer::default();
             let received = rustix::net::recvmsg(socket, parts, &mut control, RecvFlags::empty())?;
             (received.bytes, received.address)

@@ -24,6 +24,7 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use carnet_core::{
+    abi::errno,
     address::Endpoint,
     event::Counter,
     flow::{
@@ -163,8 +164,14 @@ fn send(
     }
     let mut token = [0; 4];
     let attempt = Attempt { ctx, socket, record, request: &request };
-    let error = carry_out(&attempt, &mut token);
+    let mut error = carry_out(&attempt, &mut token);
+    if error == errno::ENOMEM && idle::sweep() {
+        error = carry_out(&attempt, &mut token);
+    }
     if error != 0 {
+        if error == errno::ENOMEM {
+            give_up(&attempt);
+        }
         return refuse(error);
     }
     remember(ctx, &request.destination, &token);
@@ -246,15 +253,21 @@ fn cookie_of(ctx: *mut bpf_sock_addr) -> u64 {
     unsafe { bpf_get_socket_cookie(ctx.cast()) }
 }
 
+/// Counts and reports that there is no memory for the flow.
+#[inline(never)]
+fn give_up(attempt: &Attempt<'_>) {
+    attempt.out_of_memory();
+}
+
 /// Does what was decided: gives 0, or the errno with which the call is refused. A flow that goes to a
-/// service gets its `token`.
+/// service gets its `token`; without memory for it nothing is reported yet.
 #[inline(never)]
 fn carry_out(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> i32 {
     let decision = &attempt.request.decision;
     attempt.report_forgetful();
     if decision.redirects() {
         let Some(timed) = begin(attempt, token) else {
-            return attempt.out_of_memory();
+            return errno::ENOMEM;
         };
         attempt.unbind_device();
         remember_token(attempt.socket, token);

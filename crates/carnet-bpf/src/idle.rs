@@ -1,14 +1,15 @@
 //! The end of a UDP flow of an unconnected socket: idle for too long, or without its service.
 //!
 //! The kernel's timers of BPF programs (since Linux 5.15) lie in the flow's own map entry and go with
-//! it.
+//! it. Linux 6.18 makes them of memory that it may not wait for, so that some flows have none.
 
 use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::{bpf_sock_addr, bpf_timer},
     helpers::generated::{
-        bpf_map_delete_elem, bpf_timer_init, bpf_timer_set_callback, bpf_timer_start,
+        bpf_for_each_map_elem, bpf_map_delete_elem, bpf_timer_init, bpf_timer_set_callback,
+        bpf_timer_start,
     },
 };
 use carnet_core::flow::{DATAGRAM_IDLE_NS, TokenKey};
@@ -29,17 +30,19 @@ pub(crate) fn limit() -> u64 {
     CONFIG.get(0).map_or(DATAGRAM_IDLE_NS, |config| config.datagram_idle_ns)
 }
 
-/// Sets the timer of a new flow. Gives `false` when out of memory.
+/// Sets the timer of a new flow. Without memory for it the flow ends with its socket, or in a [`sweep`].
 #[inline(always)]
-pub(crate) fn start(timed: &mut TimedLeg) -> bool {
+pub(crate) fn start(timed: &mut TimedLeg) {
     let timer = &raw mut timed.timer;
     let callback: extern "C" fn(*mut c_void, *mut TokenKey, *mut TimedLeg) -> i64 = ring;
     // SAFETY: the timer lies in an entry of this map; the callback is of the kind that the helper
     // calls, with the map, the key and the entry.
     unsafe {
-        bpf_timer_init(timer, (&raw const DATAGRAM_LEGS).cast_mut().cast(), BOOT_TIME) == 0
+        if bpf_timer_init(timer, (&raw const DATAGRAM_LEGS).cast_mut().cast(), BOOT_TIME) == 0
             && bpf_timer_set_callback(timer, callback as *mut c_void) == 0
-            && bpf_timer_start(timer, limit(), 0) == 0
+        {
+            bpf_timer_start(timer, limit(), 0);
+        }
     }
 }
 
@@ -56,6 +59,56 @@ extern "C" fn ring(map: *mut c_void, key: *mut TokenKey, timed: *mut TimedLeg) -
     datagrams_end(&mut timed.held.leg);
     // SAFETY: map and key are those that the kernel passed.
     unsafe { bpf_map_delete_elem(map, key.cast()) };
+    0
+}
+
+/// Ends the idle flows that have no timer, to make room. Done at most once a second, since it looks at
+/// all flows; gives whether it was.
+#[inline(never)]
+pub(crate) fn sweep() -> bool {
+    const SECOND: u64 = 1_000_000_000;
+    let Some(config) = CONFIG.get_ptr_mut(0) else {
+        return false;
+    };
+    let now = now();
+    // SAFETY: the map's only element lives as long as the map; if two sweep at the same time, nothing is
+    // lost.
+    unsafe {
+        if now.wrapping_sub((*config).swept_ns) < SECOND {
+            return false;
+        }
+        (*config).swept_ns = now;
+    }
+    let callback: extern "C" fn(*mut c_void, *mut TokenKey, *mut TimedLeg, *mut c_void) -> i64 =
+        end_if_idle;
+    let mut unused = 0_u64;
+    // SAFETY: the callback is of the kind that the helper calls, with the map, the key, the entry and
+    // what is given here.
+    unsafe {
+        bpf_for_each_map_elem(
+            (&raw const DATAGRAM_LEGS).cast_mut().cast(),
+            callback as *mut c_void,
+            (&raw mut unused).cast(),
+            0,
+        );
+    }
+    true
+}
+
+extern "C" fn end_if_idle(
+    map: *mut c_void,
+    key: *mut TokenKey,
+    timed: *mut TimedLeg,
+    _unused: *mut c_void,
+) -> i64 {
+    // SAFETY: the kernel passes an entry of the map, which stays allocated meanwhile.
+    let timed = unsafe { &mut *timed };
+    // One that has no kind yet is being made.
+    if timed.held.leg.kind != 0 && now().wrapping_sub(timed.held.seen_ns) > limit() {
+        datagrams_end(&mut timed.held.leg);
+        // SAFETY: map and key are those that the kernel passed.
+        unsafe { bpf_map_delete_elem(map, key.cast()) };
+    }
     0
 }
 

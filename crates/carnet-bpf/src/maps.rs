@@ -32,9 +32,11 @@ pub(crate) struct Config {
     pub(crate) flows: i64,
     /// How long a UDP flow of an unconnected socket lives without a datagram, in nanoseconds.
     pub(crate) datagram_idle_ns: u64,
+    /// When the idle ones were last looked for: nanoseconds of the boot-time clock.
+    pub(crate) swept_ns: u64,
 }
 
-/// Writer: `up`; flows: the hooks. Reader: all hooks.
+/// Writer: `up`; flows, swept: the hooks. Reader: all hooks.
 #[btf_map]
 pub(crate) static CONFIG: Array<Config, 1> = Array::new();
 

@@ -377,7 +377,7 @@ fn a_service_runs_in_a_cgroup_of_its_own() {
     world.succeeds(&["provider", "add", "acme"]);
     let mut service = world.inspector("web", &[]);
     world.redirect("web", port);
-    assert_eq!(world.json(&["service", "ls"])[0]["listeners"].as_array().unwrap().len(), 1);
+    assert_eq!(world.json(&["service", "ls"])[0]["listeners"].as_array().unwrap().len(), 2);
     world.fails(&["service", "run", "web", "--", "true"], &["running already"]);
 
     let mut trace = world.trace(&["--json", "--count", "2"]);

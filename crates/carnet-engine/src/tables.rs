@@ -35,6 +35,7 @@ struct Config {
     epoch: u64,
     flows: u64,
     datagram_idle_ns: u64,
+    swept_ns: u64,
 }
 
 /// A key of `SLOTS`.

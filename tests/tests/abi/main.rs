@@ -150,7 +150,7 @@ impl Errors {
     }
 }
 
-const NAMES: [(&str, i32); 13] = [
+const NAMES: [(&str, i32); 14] = [
     ("ENOPROTOOPT", libc::ENOPROTOOPT),
     ("EOPNOTSUPP", libc::EOPNOTSUPP),
     ("EINVAL", libc::EINVAL),
@@ -164,6 +164,7 @@ const NAMES: [(&str, i32); 13] = [
     ("ECONNREFUSED", libc::ECONNREFUSED),
     ("ELOOP", libc::ELOOP),
     ("EADDRINUSE", libc::EADDRINUSE),
+    ("EADDRNOTAVAIL", libc::EADDRNOTAVAIL),
 ];
 
 /// The errors that a table of the document names.
@@ -239,8 +240,9 @@ fn the_errors_of_the_options() {
     assert!(named.iter().map(String::as_str).eq(errors.0.iter().copied()), "{named:?}");
 }
 
-/// What a UDP client gets that shares the address of another for the same service.
-fn error_of_a_shared_port() -> String {
+/// What UDP clients get of which the kernel cannot tell apart whose they are: one that shares the address
+/// of another for the same service, and one that sends from a source token.
+fn errors_of_dubious_addresses() -> [String; 2] {
     let lab = Lab::new();
     lab.service("alpha", 1);
     let (service, client) = (lab.puppet_of("alpha"), lab.puppet());
@@ -248,13 +250,20 @@ fn error_of_a_shared_port() -> String {
     let registered = service.open(Family::V4, Kind::Udp).must("open");
     registered.bind(loopback).must("bind");
     registered.register(&[]).must("register");
-    let [first, second] = [(); 2].map(|()| client.open(Family::V4, Kind::Udp).must("open"));
+    let [first, second, third] = [(); 3].map(|()| client.open(Family::V4, Kind::Udp).must("open"));
+    first.share_port().must("set SO_REUSEPORT");
+    second.share_port().must("set SO_REUSEPORT");
     first.bind(loopback).must("bind");
     second.bind(first.local().must("ask for the address")).must("share the port");
+    third.bind("127.64.0.1:0".parse().expect("an address")).must("bind to a token");
     first.connect(lab.v4()).must("connect");
-    let Err(errno) = second.connect(lab.v4()) else { panic!("two clients are one") };
-    let name = NAMES.iter().find(|(_, number)| *number == errno.0);
-    name.expect("an errno of the table").0.to_owned()
+    let of_token = third.send_to(lab.v4(), b"from a token");
+    assert_eq!(third.connect(lab.v4()), of_token);
+    [second.connect(lab.v4()), of_token].map(|result| {
+        let Err(errno) = result else { panic!("a dubious address is taken") };
+        let name = NAMES.iter().find(|(_, number)| *number == errno.0);
+        name.expect("an errno of the table").0.to_owned()
+    })
 }
 
 #[test]
@@ -293,7 +302,7 @@ fn the_errors_of_connect() {
         |errno: i32| NAMES.iter().find(|(_, number)| *number == errno).map(|(name, _)| *name);
     seen.extend(ends.filter_map(name).map(str::to_owned));
 
-    seen.insert(error_of_a_shared_port());
+    seen.extend(errors_of_dubious_addresses());
 
     let mut named = named("`connect()` of an application");
     assert!(named.remove("ENOMEM"), "which no test can have");
