@@ -15,7 +15,7 @@ const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
 /// The real programs that the end-to-end tests put at both ends of a connection, and the Debian
 /// package of each.
-pub(crate) const PROGRAMS: [(&str, &str); 9] = [
+pub(crate) const PROGRAMS: [(&str, &str); 10] = [
     ("cc", "gcc"),
     ("curl", "curl"),
     ("dig", "bind9-dnsutils"),
@@ -25,6 +25,7 @@ pub(crate) const PROGRAMS: [(&str, &str); 9] = [
     ("ntpdig", "ntpsec-ntpdig"),
     ("python3", "python3"),
     ("socat", "socat"),
+    ("unshare", "util-linux"),
 ];
 
 /// What is installed where it may be, and else left out: without Go its service is not tested.

@@ -34,8 +34,11 @@ const LIBRARIES: [&str; 3] = ["libc6", "libc6-dev", "libgcc-s1"];
 /// The programs, as `cargo build` is told.
 const PACKAGES: [&str; 4] = ["carnet-cli", "carnet-inspect", "carnet-testbed", "carnet-tests"];
 /// The suites that are run, and what they are given besides: the matrix is to show itself.
-const SUITES: [(&str, &str, &str); 2] =
-    [("carnet-tests", "e2e", ""), (conformance::SUITE.0, conformance::SUITE.1, "--nocapture")];
+const SUITES: [(&str, &str, &str); 3] = [
+    ("carnet-tests", "e2e", ""),
+    ("carnet-tests", "evasion", ""),
+    (conformance::SUITE.0, conformance::SUITE.1, "--nocapture"),
+];
 /// No boot takes as long, even on a busy machine under emulation.
 const LIMIT: Duration = Duration::from_secs(45 * 60);
 

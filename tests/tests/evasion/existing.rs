@@ -104,6 +104,20 @@ fn a_block_ends_the_tcp_connections_that_it_refuses() {
 }
 
 #[test]
+fn a_block_ends_multipath_connections() {
+    let scene = Scene::new();
+    let connection = scene.client.open(Family::V4, Kind::Multipath).must("open");
+    connection.connect(scene.lab.v4()).must("connect");
+    scene.arrived(&connection, scene.lab.v4());
+    let filter = block(&scene.lab, "all", Conditions::default());
+    let gone = scene.lab.engine().end_existing(filter).must("end connections");
+    assert!(gone.iter().any(|ended| ended.flow.is_some()), "{gone:#?}");
+    // However the end shows: nothing is echoed any more.
+    let _sent = connection.send(b"marco");
+    assert_ne!(connection.receive(5), Ok(b"marco".to_vec()));
+}
+
+#[test]
 fn a_block_ends_connections_by_who_made_them() {
     let scene = Scene::new();
     let lab = &scene.lab;

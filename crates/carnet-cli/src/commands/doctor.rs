@@ -18,8 +18,8 @@ use crate::{
 /// The exit status is 1 if anything is missing that Carnet cannot do without.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Look at what else is attached to this cgroup; by default at that of the instance, if it is
-    /// up
+    /// Look at what else is attached to this cgroup, and at the sockets of its processes; by default
+    /// at that of the instance, if it is up
     #[arg(long, value_name = "PATH")]
     cgroup: Option<PathBuf>,
 }
