@@ -16,6 +16,7 @@ use aya::{
 use crate::{
     cgroup::{Place, mount_point},
     engine::check_privileges,
+    existing::unlisted,
     kernel::{self, KernelTypes},
     listeners::socket_kind,
     members::{Member, Members, sockets_of},
@@ -279,8 +280,9 @@ fn members(path: &Path) -> Vec<Finding> {
     let held = match found {
         Ok(held) => held,
         Err(error) => {
-            let advice = "run this as root, in the initial pid namespace";
-            return vec![Finding::new(State::Warning, UNSEEN, error, advice)];
+            let unknown =
+                Finding { state: State::Warning, ..Finding::from(UNSEEN, Err::<&str, _>(error)) };
+            return vec![unknown];
         }
     };
     let cut = if held.cut { ", and more that was not examined" } else { "" };
@@ -295,7 +297,7 @@ fn members(path: &Path) -> Vec<Finding> {
         }
         Finding::new(State::Warning, name, format!("{what}: {list}{cut}"), advice)
     };
-    vec![
+    let mut findings = vec![
         finding(
             UNSEEN,
             &held.unseen,
@@ -314,7 +316,13 @@ fn members(path: &Path) -> Vec<Finding> {
             "start the processes in the cgroup instead of moving them there (carnet run), or \
              redirect a cgroup that also has those in which the sockets were made",
         ),
-    ]
+    ];
+    if let Some(error) = held.unlisted {
+        findings.pop();
+        let unknown = Finding::from(FOREIGN, Err::<&str, _>(error));
+        findings.push(Finding { state: State::Warning, ..unknown });
+    }
+    findings
 }
 
 /// What sockets the processes of a cgroup have that deserve a word.
@@ -322,6 +330,8 @@ fn members(path: &Path) -> Vec<Finding> {
 struct Held {
     unseen: Vec<String>,
     foreign: Vec<String>,
+    /// Why it is not known which are foreign.
+    unlisted: Option<crate::Error>,
     cut: bool,
 }
 
@@ -332,9 +342,12 @@ impl Held {
         let mut cgroups = BTreeMap::new();
         for namespace in members.namespaces()? {
             for protocol in PROTOCOLS {
-                let listed = namespace.diagnosis.list(protocol);
-                let listed = listed.map_err(crate::Error::io("list", "sockets"))?;
-                cgroups.extend(listed.into_iter().map(|socket| (socket.inode, socket)));
+                match namespace.diagnosis.list(protocol) {
+                    Ok(listed) => {
+                        cgroups.extend(listed.into_iter().map(|socket| (socket.inode, socket)));
+                    }
+                    Err(error) => held.unlisted = Some(unlisted(error)),
+                }
             }
         }
         let mut seen = BTreeSet::new();

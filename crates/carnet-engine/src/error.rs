@@ -260,6 +260,13 @@ pub enum Error {
     )]
     CannotEnd,
 
+    /// The kernel does not list sockets.
+    #[error(
+        "this kernel does not list sockets: it takes CONFIG_INET_DIAG and CONFIG_INET_UDP_DIAG \
+         (modules tcp_diag and udp_diag)"
+    )]
+    NoSocketList,
+
     /// There is no such service.
     #[error("there is no service {name:?}: add it first (carnet service add)")]
     NoService {

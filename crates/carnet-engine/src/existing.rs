@@ -12,6 +12,7 @@
 use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},
+    io,
     net::SocketAddr,
 };
 
@@ -63,14 +64,13 @@ impl Engine {
     /// Refuses to go on where the kernel cannot end connections.
     ///
     /// # Errors
-    /// [`Error::CannotEnd`]; [`Error::Io`] if the kernel does not list sockets at all.
+    /// [`Error::CannotEnd`]; [`Error::NoSocketList`].
     pub fn check_ending() -> Result<(), Error> {
-        let failed = || Error::io("list", "the sockets of this network namespace");
-        let diagnosis = Diagnosis::open().map_err(failed())?;
+        let diagnosis = Diagnosis::open().map_err(unlisted)?;
         match diagnosis.can_destroy() {
             Ok(true) => Ok(()),
             Ok(false) => Err(Error::CannotEnd),
-            Err(error) => Err(failed()(error)),
+            Err(error) => Err(unlisted(error)),
         }
     }
 
@@ -230,8 +230,7 @@ struct Round<'a> {
 impl Round<'_> {
     /// Goes through the sockets of a protocol in a network namespace.
     fn go_through(&mut self, diagnosis: &Diagnosis, netns: u64, protocol: u8) -> Result<(), Error> {
-        let failed = |operation| Error::io(operation, "the sockets of the instance");
-        let sockets = diagnosis.list(protocol).map_err(failed("list"))?;
+        let sockets = diagnosis.list(protocol).map_err(unlisted)?;
         let listening = |socket: &&Listed| protocol == TCP && socket.state == LISTEN;
         let listening: BTreeSet<u16> =
             sockets.iter().filter(listening).map(|socket| socket.local().port()).collect();
@@ -251,7 +250,8 @@ impl Round<'_> {
                 None => (None, socket.peer()),
             };
             let cookie = socket.cookie();
-            if end && diagnosis.destroy(socket).map_err(failed("end"))? {
+            let failed = || Error::io("end", socket.local());
+            if end && diagnosis.destroy(socket).map_err(failed())? {
                 self.ended.insert(Ended { protocol, destination, flow, cookie, netns });
             }
             for key in self.correspondents.get(&cookie).into_iter().flatten() {
@@ -283,6 +283,14 @@ impl Round<'_> {
         let holders = self.holders.get(&socket.inode);
         members.cgroups.contains_key(&socket.cgroup)
             && self.inquiry.ends_passed(socket, netns, destination, holders)
+    }
+}
+
+/// Why the sockets cannot be listed.
+pub(crate) fn unlisted(error: io::Error) -> Error {
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => Error::NoSocketList,
+        _ => Error::io("list", "the sockets of a network namespace")(error),
     }
 }
 

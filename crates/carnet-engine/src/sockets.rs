@@ -212,9 +212,13 @@ impl Diagnosis {
     }
 
     /// Whether this kernel can end sockets: asks for the end of one that there cannot be.
+    ///
+    /// # Errors
+    /// `ENOENT` from a kernel that does not even list them.
     pub(crate) fn can_destroy(&self) -> io::Result<bool> {
-        // Without this the next answer would mean that the kernel knows nothing of such sockets.
-        self.list(PROTOCOLS[0])?;
+        for protocol in PROTOCOLS {
+            self.list(protocol)?;
+        }
         let mut id = Id::new_zeroed();
         id.cookie = [1, u32::MAX];
         let [family, protocol] = [libc::AF_INET as u8, PROTOCOLS[0]];

@@ -9,8 +9,9 @@ use anyhow::{Context, Result, bail};
 use crate::process;
 
 /// The modules that the tests need beside what is built in, below `kernel/` of the modules'
-/// directory. They are loaded in this order, and what they need themselves is built in.
-const MODULES: [&str; 1] = ["drivers/net/veth"];
+/// directory. They are loaded in the order of their names, and what they need besides is built in.
+const MODULES: [&str; 4] =
+    ["net/ipv4/inet_diag", "net/ipv4/tcp_diag", "net/ipv4/udp_diag", "drivers/net/veth"];
 
 /// A kernel that can be booted.
 #[derive(Debug)]
