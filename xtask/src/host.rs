@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::cargo;
 use crate::process::{self, Privilege, announce, find_program, is_root};
 
 /// The oldest kernel that Carnet supports.
@@ -30,6 +31,12 @@ pub(crate) const PROGRAMS: [(&str, &str); 10] = [
 
 /// What is installed where it may be, and else left out: without Go its service is not tested.
 const WELCOME: (&str, &str) = ("go", "golang-go");
+
+/// A QUIC library for Python, which no release of Debian's has had so far: it is put into an
+/// environment of its own below `target`, where Python's registry can be reached, and else left out.
+const QUIC_LIBRARY: &str = "aioquic==1.7.2";
+/// Where that environment is, below the target directory. The tests look there.
+const QUIC_ENVIRONMENT: &str = "tools/quic";
 
 /// Checks all that the tests need of the machine, says all that is missing at once, and installs
 /// the missing programs where it may. Gives the way to become root.
@@ -74,10 +81,35 @@ pub(crate) fn prepare() -> Result<Privilege> {
             eprintln!("    without {program} (Debian: {package}) its service is not tested");
         }
     }
+    if missing.is_empty()
+        && let Err(error) = prepare_quic()
+    {
+        eprintln!("    without {QUIC_LIBRARY} no QUIC client is tested: {error:#}");
+    }
     if !missing.is_empty() {
         bail!("the tests cannot run on this machine:\n  - {}", missing.join("\n  - "));
     }
     privilege
+}
+
+/// Puts the QUIC library where the tests look for it, unless it is there.
+fn prepare_quic() -> Result<()> {
+    let root = cargo::workspace_root()?;
+    let directory = cargo::target_directory(&root).join(QUIC_ENVIRONMENT);
+    let python = directory.join("bin/python3");
+    let is_there =
+        |python: &Path| process::read(Command::new(python).args(["-c", "import aioquic"])).is_ok();
+    if is_there(&python) {
+        return Ok(());
+    }
+    if is_debian() && is_root() {
+        install_packages(&["python3-venv".to_owned()])?;
+    }
+    let python3 = find_program("python3").context("python3 is not installed")?;
+    process::run(Command::new(python3).args(["-m", "venv", "--clear"]).arg(&directory))?;
+    let mut install = Command::new(&python);
+    install.args(["-m", "pip", "--disable-pip-version-check", "install", "--quiet"]);
+    process::run(install.arg(QUIC_LIBRARY))
 }
 
 /// A fact to print, or what is missing, in words.

@@ -1,22 +1,24 @@
 //! Real programs over UDP: resolvers and others that ask, and proxies that know nothing of Carnet.
 
 use std::{
+    fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    process::Command,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use carnet_core::object::Conditions;
 use carnet_testbed::{DatagramServer, Process, Topology, answer_of};
 use carnet_tests::{
-    Lab, Must as _, Plan, Running,
+    Lab, Must as _, PATIENCE, Plan, Running,
     dns::{ANSWER, answer},
     puppet::Hand,
     service::Behaviour,
     until,
 };
 
-use crate::programs::{installed, run, run_inside};
+use crate::programs::{Directory, end, inspect_with, installed, run, run_inside};
 
 /// Where distributions have their own resolver.
 const LOOPBACK_RESOLVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 53)), 53);
@@ -227,4 +229,64 @@ fn socat_works_unmodified() {
             answers(&socket, (ip, PORT).into(), at, ip.to_string().as_bytes());
         }
     }
+}
+
+/// Python with a QUIC library, where the set-up could get it.
+fn python_with_quic() -> Option<PathBuf> {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the target directory");
+    let python = target.join("tools/quic/bin/python3");
+    let imported =
+        Command::new(&python).args(["-c", "import aioquic"]).stderr(Stdio::null()).status();
+    if !imported.is_ok_and(|status| status.success()) {
+        println!("skipped: there is no aioquic in {}: see `cargo xtask test`", python.display());
+        return None;
+    }
+    Some(python)
+}
+
+#[test]
+fn a_quic_client_whose_quic_is_refused_falls_back_to_tcp() {
+    let Some(python) = python_with_quic() else {
+        return;
+    };
+    let lab = Lab::new();
+    let directory = Directory::new("quic");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs/quic.py");
+    let (address, port) = (Topology::DESTINATION_V4.to_string(), "4433");
+    let mut server = Command::new(&python);
+    server.arg(&script).args(["serve", &address, port]);
+    let destination = &lab.network().topology.destination;
+    destination.enter_command(&mut server).must("enter the namespace");
+    let server = Process::spawn(&mut server).must("start a server");
+    server.wait_for_line("ready", PATIENCE, |line| line == "ready").must("see it ready");
+
+    let rules = directory.0.join("rules.toml");
+    let text = "[[rule]]\nname = \"no QUIC there\"\naction = \"refuse\"\nprotocol = \"quic\"\n\
+                host = \"refused.example\"\n";
+    fs::write(&rules, text).must("write rules");
+    lab.service("alpha", 1);
+    let log = directory.0.join("alpha.log");
+    let rules = rules.to_str().expect("a path");
+    let alpha = inspect_with(&lab, "alpha", &log, &["--udp-idle", "1s", "--rules", rules]);
+    for (name, how) in [("www.example", "quic hello"), ("refused.example", "tcp hello")] {
+        let mut client = Command::new(&python);
+        client.arg(&script).args(["ask", &address, port, name]);
+        assert_eq!(run_inside(&lab, &mut client).1, how, "{name}");
+    }
+    let lines = end(alpha, &log);
+    let mut told: Vec<_> = lines
+        .iter()
+        .map(|line| ["transport", "protocol", "host", "verdict"].map(|key| line[key].as_str()))
+        .collect();
+    told.sort_unstable();
+    let refused = Some("refused.example");
+    assert_eq!(
+        told,
+        [
+            [Some("tcp"), Some("tls"), refused, Some("allow")],
+            [Some("udp"), Some("quic"), refused, Some("refuse")],
+            [Some("udp"), Some("quic"), Some("www.example"), Some("allow")],
+        ],
+        "{lines:#?}"
+    );
 }

@@ -13,11 +13,11 @@ use carnet_testbed::{Process, Topology};
 use carnet_tests::{Lab, Must as _, PATIENCE, program, until};
 
 /// A directory that is gone afterwards.
-struct Directory(PathBuf);
+pub(crate) struct Directory(pub(crate) PathBuf);
 
 impl Directory {
     #[track_caller]
-    fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let path = env::temp_dir().join(format!("carnet-e2e-{}-{name}", std::process::id()));
         fs::create_dir(&path).must("make a directory");
         Self(path)
@@ -100,7 +100,7 @@ fn inspect(lab: &Lab, name: &str, log: &Path) -> Process {
 
 /// Carnet's own service with more arguments.
 #[track_caller]
-fn inspect_with(lab: &Lab, name: &str, log: &Path, arguments: &[&str]) -> Process {
+pub(crate) fn inspect_with(lab: &Lab, name: &str, log: &Path, arguments: &[&str]) -> Process {
     let mut command = Command::new(program("carnet-inspect"));
     command.args(arguments);
     command.args(["--name", name, "--log", "json", "--ready-fd", "1", "--user", "65534"]);
@@ -115,7 +115,7 @@ fn inspect_with(lab: &Lab, name: &str, log: &Path, arguments: &[&str]) -> Proces
 
 /// Ends a service in order, and gives the lines of its log.
 #[track_caller]
-fn end(mut service: Process, log: &Path) -> Vec<serde_json::Value> {
+pub(crate) fn end(mut service: Process, log: &Path) -> Vec<serde_json::Value> {
     service.terminate().must("end the service");
     service.wait(PATIENCE).must("wait for the service's end");
     let text = fs::read_to_string(log).must("read the log");

@@ -1,18 +1,21 @@
 //! The redirect services of `docs/languages.md`, in C, Python and Go, on plain socket options: each
 //! serves real connections, alone and in a chain with the others, and stands in the document as it
-//! was run.
+//! was run. And a client in Go, which has its own resolver.
 
 use std::{
     fs,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use carnet_core::event::Counter;
-use carnet_testbed::Process;
+use carnet_testbed::{DatagramServer, Process};
 use carnet_tests::{
     Lab, Must as _, PATIENCE,
     contract::{Link, Program, Scratch},
+    dns,
+    service::Behaviour,
 };
 
 /// Where the workspace is.
@@ -48,24 +51,29 @@ fn python() -> Option<Service> {
 
 /// `None` where there is no Go.
 fn go() -> Option<Service> {
+    compile_go(&source("service.go"))
+}
+
+/// A program in Go, without shared libraries.
+fn compile_go(source: &Path) -> Option<Service> {
     // Go compiles its own library, too: what it keeps of that is worth keeping.
     let cache = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let scratch = Scratch::new();
-    let program = scratch.path().join("service");
+    let program = scratch.path().join("program");
     let mut build = Command::new("go");
-    build.args(["build", "-o"]).arg(&program).arg(source("service.go"));
+    build.args(["build", "-o"]).arg(&program).arg(source);
     build.env("GOCACHE", cache.join("go-cache")).env("GOPATH", cache.join("go"));
     build.env("GOTOOLCHAIN", "local").env("GOPROXY", "off").env("CGO_ENABLED", "0");
     build.env("GO111MODULE", "off");
     match build.output() {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            println!("skipped: the service in Go, as there is no Go on this machine");
+            println!("skipped: there is no Go on this machine for {}", source.display());
             return None;
         }
         output => {
             let output = output.must("start go");
             let said = String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success(), "the service in Go does not compile:\n{said}");
+            assert!(output.status.success(), "{} does not compile:\n{said}", source.display());
         }
     }
     scratch.open_to_all(&program);
@@ -117,7 +125,7 @@ fn pass_through(services: Vec<Service>) {
     assert_eq!(lab.network().echo().connections().len(), 8);
     // A destination that refuses: the client is told by the end of its connection, and the service
     // goes on.
-    let nobody = std::net::SocketAddr::new(lab.v4().ip(), 1);
+    let nobody = SocketAddr::new(lab.v4().ip(), 1);
     let reports = lab.client(nobody).run().must("run a client");
     assert!(!reports[0].ok, "{reports:#?}");
     lab.exchange(lab.v4());
@@ -143,6 +151,34 @@ fn the_service_in_go() {
 #[test]
 fn all_three_in_a_chain() {
     pass_through([c(), python(), go()].into_iter().flatten().collect());
+}
+
+/// Go programs do not ask the C library for names.
+#[test]
+fn a_go_program_with_its_own_resolver() {
+    let resolver = root().join("tests/languages/resolver.go");
+    let Some(Service { mut command, _files }) = compile_go(&resolver) else {
+        return;
+    };
+    let lab = Lab::new();
+    let loopback = SocketAddr::from(([127, 0, 0, 53], 53));
+    let client = &lab.network().topology.client;
+    let server = DatagramServer::start_with(client, [loopback], dns::answer);
+    let server = server.must("start a resolver");
+    lab.service("alpha", 1);
+    let service = lab.start_with("alpha", &Behaviour::with_datagrams());
+    command.arg(loopback.to_string());
+    lab.apps().enter_command(&mut command).must("enter the cgroup");
+    client.enter_command(&mut command).must("enter the namespace");
+    let output = command.output().must("run the program");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), format!("[{}]\n", dns::ANSWER));
+    let reports = service.finish();
+    assert!(reports.iter().all(|report| report.original == loopback), "{reports:#?}");
+    let onward: Vec<_> = reports.iter().filter_map(|report| report.onward.ok()).collect();
+    let questions = server.datagrams();
+    assert!(!questions.is_empty() && questions.iter().all(|q| onward.contains(&q.peer)));
 }
 
 #[test]

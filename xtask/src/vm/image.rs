@@ -101,9 +101,16 @@ impl Contents<'_> {
                 .map(|kind| format!("--no-{kind}")),
         );
         let said = process::read(depends.args(&self.packages))?;
-        // Packages begin a line, virtual ones in brackets; what they depend on is indented.
-        let packages: BTreeSet<&str> =
-            said.lines().filter(|line| !line.starts_with([' ', '|', '<'])).collect();
+        // Packages begin a line, virtual ones in brackets; what they depend on is indented. Those that
+        // could stand in for an installed one are among them.
+        let format = "-f=${db:Status-Status} ${Package}\n";
+        let known = process::read(Command::new("dpkg-query").args(["-W", format]))?;
+        let installed: BTreeSet<&str> =
+            known.lines().filter_map(|line| line.strip_prefix("installed ")).collect();
+        let packages: BTreeSet<&str> = said
+            .lines()
+            .filter(|line| !line.starts_with([' ', '|', '<']) && installed.contains(line))
+            .collect();
         let files = process::read(Command::new("dpkg-query").arg("--listfiles").args(packages))?;
 
         let mut paths = BTreeSet::new();
