@@ -181,14 +181,14 @@ fn curl_and_python_through_two_inspecting_services() {
 const UDP_CLIENT: &str = r"
 import socket, sys
 port = int(sys.argv[1])
-for address in sys.argv[2:4]:
+for address in sys.argv[2:5]:
     family = socket.AF_INET6 if ':' in address else socket.AF_INET
     for connected in (True, False):
         s = socket.socket(family, socket.SOCK_DGRAM)
         s.settimeout(100)
         if connected:
             s.connect((address, port))
-        for datagram in map(bytes.fromhex, sys.argv[4:]):
+        for datagram in map(bytes.fromhex, sys.argv[5:]):
             s.send(datagram) if connected else s.sendto(datagram, (address, port))
             answer, source = s.recvfrom(65535)
             assert source[:2] == (address, port), source
@@ -253,7 +253,8 @@ fn dns_and_quic_through_two_inspecting_services() {
         .collect();
     let mut command = Command::new(installed("python3"));
     command.args(["-I", "-c", UDP_CLIENT, &port.to_string()]);
-    command.args([Topology::DESTINATION_V4.to_string(), Topology::DESTINATION_V6.to_string()]);
+    let (v4, v6) = (Topology::DESTINATION_V4, Topology::DESTINATION_V6);
+    command.args([v4.to_string(), format!("::ffff:{v4}"), v6.to_string()]);
     command.args([&hex(&good), &hex(&bad), &hex(&good), &quic]);
     let (pid, output) = run_inside(&lab, &mut command);
 
@@ -266,12 +267,12 @@ fn dns_and_quic_through_two_inspecting_services() {
         // CONNECTION_REFUSED, in a server's Initial packet.
         assert!(four[3].starts_with('c') && four[3][2..10] == *"00000001", "{}", four[3]);
     }
-    assert_eq!(answers.len(), 16);
-    assert_eq!(*asked.lock().expect("no panic"), vec![good; 8]);
+    assert_eq!(answers.len(), 24);
+    assert_eq!(*asked.lock().expect("no panic"), vec![good; 12]);
 
     for (place, (service, log)) in services.into_iter().zip(&logs).enumerate() {
         let lines = end(service, log);
-        assert_eq!(lines.len(), 4, "{lines:#?}");
+        assert_eq!(lines.len(), 6, "{lines:#?}");
         for line in &lines {
             assert_eq!(
                 (&line["service"], &line["hops"]),
