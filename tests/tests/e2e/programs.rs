@@ -304,6 +304,60 @@ fn dns_and_quic_through_two_inspecting_services() {
 }
 
 #[test]
+fn a_udp_socket_that_is_connected_elsewhere_is_served_by_the_other_server() {
+    const TURNS: usize = 50;
+    // Sockets one after the other at one port, each connected to one server after the other.
+    const CLIENT: &str = r"
+import socket, sys
+address, ports, turns = sys.argv[1], sys.argv[2:4], int(sys.argv[4])
+own = 0
+for sockets in range(turns):
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.settimeout(100)
+    s.bind(('0.0.0.0', own))
+    own = s.getsockname()[1]
+    for port in ports:
+        s.connect((address, int(port)))
+        s.send(b'who?')
+        answer = s.recv(100).decode()
+        assert answer == port, (answer, port)
+    s.close()
+    ports.reverse()
+";
+    let lab = Lab::new();
+    let directory = Directory::new("elsewhere");
+    let address = Topology::DESTINATION_V4;
+    let ports = [(); 2].map(|()| {
+        let destination = &lab.network().topology.destination;
+        let socket = destination.run(|| UdpSocket::bind((address, 0))).must("enter the namespace");
+        let socket = socket.must("bind a socket");
+        let port = socket.local_addr().must("name a socket").port().to_string();
+        let name = port.clone();
+        // It ends with the test's process.
+        thread::spawn(move || {
+            while let Ok((_, from)) = socket.recv_from(&mut [0; 100]) {
+                socket.send_to(name.as_bytes(), from).must("answer");
+            }
+        });
+        port
+    });
+    lab.service("alpha", 1);
+    let log = directory.0.join("alpha.log");
+    let service = inspect_with(&lab, "alpha", &log, &["--udp-idle", "1s"]);
+    let mut command = Command::new(installed("python3"));
+    command.args(["-I", "-c", CLIENT, &address.to_string(), &ports[0], &ports[1]]);
+    command.arg(TURNS.to_string());
+    run_inside(&lab, &mut command);
+    let lines = end(service, &log);
+    for port in ports {
+        let there = format!("{address}:{port}");
+        let its = lines.iter().filter(|line| line["destination"] == there);
+        let up: u64 = its.map(|line| line["datagrams"]["up"].as_u64().expect("a number")).sum();
+        assert_eq!(up, TURNS as u64, "{lines:#?}");
+    }
+}
+
+#[test]
 fn a_static_program_cannot_slip_by() {
     let lab = Lab::new();
     let directory = Directory::new("static");
