@@ -9,7 +9,7 @@ use std::{
     thread,
 };
 
-use carnet_testbed::{Process, Topology};
+use carnet_testbed::{DatagramClients, DatagramServer, Process, Topology, datagrams::DatagramPlan};
 use carnet_tests::{Lab, Must as _, PATIENCE, program, until};
 
 /// A directory that is gone afterwards.
@@ -354,6 +354,50 @@ for sockets in range(turns):
         let its = lines.iter().filter(|line| line["destination"] == there);
         let up: u64 = its.map(|line| line["datagrams"]["up"].as_u64().expect("a number")).sum();
         assert_eq!(up, TURNS as u64, "{lines:#?}");
+    }
+}
+
+#[test]
+fn many_udp_clients_through_two_inspecting_services() {
+    const CLIENTS: u32 = 200;
+    const ROUNDS: u32 = 20;
+    let lab = Lab::new();
+    let directory = Directory::new("many");
+    let topology = &lab.network().topology;
+    let servers: Vec<_> = (0..3)
+        .map(|_| {
+            let address = (Topology::DESTINATION_V4, 0).into();
+            DatagramServer::start_in(&topology.destination, [address]).must("start a server")
+        })
+        .collect();
+    let names = ["alpha", "bravo"];
+    names.iter().zip([2, 1]).for_each(|(name, weight)| lab.service(name, weight));
+    let logs = names.map(|name| directory.0.join(format!("{name}.log")));
+    let services = [0, 1].map(|n| inspect_with(&lab, names[n], &logs[n], &["--udp-idle", "5s"]));
+    let mut due = 0;
+    for connected in [false, true] {
+        let plan = DatagramPlan {
+            to: servers.iter().map(DatagramServer::address).collect(),
+            clients: CLIENTS,
+            rounds: ROUNDS,
+            window: 256,
+            connected,
+            timeout: PATIENCE,
+        };
+        let clients = DatagramClients::start(&plan, Some(&topology.client), Some(lab.apps()));
+        let report = clients.must("start clients").finish(PATIENCE).must("run clients");
+        assert!(report.is_perfect(), "{report:#?}");
+        assert_eq!(report.answered, u64::from(3 * CLIENTS * ROUNDS));
+        due += report.answered;
+    }
+    for (service, log) in services.into_iter().zip(&logs) {
+        let lines = end(service, log);
+        let sum = |count: &str| -> u64 {
+            let counts = lines.iter().map(|line| &line["datagrams"][count]);
+            counts.map(|count| count.as_u64().expect("a number")).sum()
+        };
+        assert_eq!((sum("up"), sum("down"), sum("lost")), (due, due, 0));
+        assert!(lines.len() >= 6 * CLIENTS as usize, "{} flows", lines.len());
     }
 }
 
