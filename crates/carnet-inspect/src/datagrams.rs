@@ -76,14 +76,25 @@ struct Flow {
     incoming: Arc<UdpSocket>,
     /// When its last datagram came, in either direction, in milliseconds.
     last: AtomicU64,
-    /// Its number, if it is known.
-    id: Option<FlowId>,
+    /// What it is, as far as it could be asked.
+    identity: Identity,
     /// When it was last certain that the peer stands for it, in milliseconds.
     certain: AtomicU64,
     /// Tells its task that there is something new.
     changed: Notify,
     traffic: Traffic,
     state: Mutex<State>,
+}
+
+/// What a flow is.
+#[derive(Clone, Copy, Debug)]
+enum Identity {
+    /// A flow with a number.
+    Numbered(FlowId),
+    /// One without.
+    Nameless,
+    /// None that was redirected; or its client was gone before it could be asked.
+    Stranger,
 }
 
 /// Datagrams of a flow, counted as they are relayed.
@@ -217,12 +228,16 @@ impl Relay {
         }
         let state = self.begin(key.1);
         let entry = &state.judge.entry;
-        let id = entry.flow.zip(entry.hops).map(|(id, hops)| FlowId { id, hops });
+        let identity = match (entry.destination, entry.flow, entry.hops) {
+            (None, ..) => Identity::Stranger,
+            (_, Some(id), Some(hops)) => Identity::Numbered(FlowId { id, hops }),
+            _ => Identity::Nameless,
+        };
         let flow = Arc::new(Flow {
             key,
             incoming: Arc::clone(socket),
             last: AtomicU64::new(self.now()),
-            id,
+            identity,
             certain: AtomicU64::new(self.now()),
             changed: Notify::new(),
             traffic: Traffic::default(),
@@ -246,7 +261,12 @@ impl Relay {
         if certain && !self.may_ask(now) {
             return true;
         }
-        let current = flow.id.is_none_or(|id| self.context.source.is_current(flow.key.1, id));
+        let (source, peer) = (&self.context.source, flow.key.1);
+        let current = match flow.identity {
+            Identity::Numbered(id) => source.is_current(peer, id),
+            Identity::Nameless => true,
+            Identity::Stranger => source.datagram_origin(peer).is_err(),
+        };
         if current {
             flow.certain.store(now, Ordering::Relaxed);
         }

@@ -357,7 +357,13 @@ async fn who_was_not_redirected_gets_nothing() {
     let (client, server) = bed.pair().await;
     round(&client, &server, b"something", b"an answer").await;
     assert_eq!(stranger.try_recv(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+    // Its address may be that of a flow later.
+    let told = (stranger.local_addr().unwrap(), server.local_addr().unwrap());
+    bed.source.0.lock().unwrap().extend([told]);
+    stranger.connect(bed.address).await.unwrap();
+    round(&stranger, &server, b"something", b"an answer").await;
     let lines = bed.stop().await;
+    assert_eq!(lines.len(), 3);
     let line = lines.iter().find(|line| line["destination"].is_null()).unwrap();
     assert_eq!(line["verdict"], "refuse");
     assert!(line["ended"].as_str().unwrap().contains("not redirected"), "{line}");
