@@ -13,7 +13,7 @@ use crate::flow::{Context, describe};
 use crate::gate::{Gate, Step};
 use crate::inspect::{Protocol, Seen, refusal};
 use crate::log::{Datagrams as Counted, Entry};
-use crate::origin::Route;
+use crate::origin::{FlowId, Route};
 use crate::rules::{Action, Decision, Facts, Rules, Transport, Verdict};
 use crate::service::{Control, DatagramLimits, Phase};
 use socket2::SockRef;
@@ -37,6 +37,11 @@ const BATCH: usize = 64;
 /// How long a flow stays that needs it no longer: its questions are answered, its onward socket
 /// could not be made, or the service is to end.
 const SHORT: Duration = Duration::from_secs(5);
+/// How many times in a millisecond it is asked whether an address still stands for a flow. While there
+/// are no more datagrams, each of them is certain to be of its flow.
+const ASKED: u64 = 16;
+/// With more datagrams than that: for how many milliseconds an answer holds.
+const CERTAIN: u64 = 10;
 /// How long receiving rests after an error.
 const REST: Duration = Duration::from_millis(50);
 
@@ -55,6 +60,8 @@ pub(crate) struct Relay {
     table: Mutex<HashMap<Key, Arc<Flow>>>,
     /// How many flows there are, those included that only have their line to write.
     live: watch::Sender<usize>,
+    /// The present millisecond, and how many times it was asked in it, in the lowest byte.
+    asked: AtomicU64,
     /// Whether it has been said that flows are turned away.
     said: AtomicBool,
 }
@@ -69,10 +76,25 @@ struct Flow {
     incoming: Arc<UdpSocket>,
     /// When its last datagram came, in either direction, in milliseconds.
     last: AtomicU64,
+    /// What it is, as far as it could be asked.
+    identity: Identity,
+    /// When it was last certain that the peer stands for it, in milliseconds.
+    certain: AtomicU64,
     /// Tells its task that there is something new.
     changed: Notify,
     traffic: Traffic,
     state: Mutex<State>,
+}
+
+/// What a flow is.
+#[derive(Clone, Copy, Debug)]
+enum Identity {
+    /// A flow with a number.
+    Numbered(FlowId),
+    /// One without.
+    Nameless,
+    /// None that was redirected; or its client was gone before it could be asked.
+    Stranger,
 }
 
 /// Datagrams of a flow, counted as they are relayed.
@@ -120,6 +142,7 @@ impl Relay {
             epoch: Instant::now(),
             table: Mutex::new(HashMap::new()),
             live: watch::Sender::new(0),
+            asked: AtomicU64::new(0),
             said: AtomicBool::new(false),
         }
     }
@@ -181,9 +204,16 @@ impl Relay {
     /// The flow that a datagram belongs to, which may begin with it. None if there are too many.
     fn flow(self: &Arc<Self>, socket: &Arc<UdpSocket>, key: Key) -> Option<Arc<Flow>> {
         // The lock is not held while a flow begins: nobody else begins this one.
-        if let Some(flow) = lock(&self.table).get(&key) {
+        let known = lock(&self.table).get(&key).map(|flow| {
             flow.last.store(self.now(), Ordering::Relaxed);
-            return Some(Arc::clone(flow));
+            Arc::clone(flow)
+        });
+        if let Some(flow) = known {
+            if self.is_current(&flow) {
+                return Some(flow);
+            }
+            lock(&self.table).remove(&key);
+            flow.end(TAKEN);
         }
         let most = self.limits.flows.get() as usize;
         // Those that gave way have their lines to write; if that takes long, nobody else begins.
@@ -196,13 +226,22 @@ impl Relay {
             }
             return None;
         }
+        let state = self.begin(key.1);
+        let entry = &state.judge.entry;
+        let identity = match (entry.destination, entry.flow, entry.hops) {
+            (None, ..) => Identity::Stranger,
+            (_, Some(id), Some(hops)) => Identity::Numbered(FlowId { id, hops }),
+            _ => Identity::Nameless,
+        };
         let flow = Arc::new(Flow {
             key,
             incoming: Arc::clone(socket),
             last: AtomicU64::new(self.now()),
+            identity,
+            certain: AtomicU64::new(self.now()),
             changed: Notify::new(),
             traffic: Traffic::default(),
-            state: Mutex::new(self.begin(key.1)),
+            state: Mutex::new(state),
         });
         let mut table = lock(&self.table);
         if table.len() >= most {
@@ -213,6 +252,35 @@ impl Relay {
         self.live.send_modify(|live| *live += 1);
         tokio::spawn(Arc::clone(self).serve(Arc::clone(&flow)));
         Some(flow)
+    }
+
+    /// Whether the peer of a flow still stands for it.
+    fn is_current(&self, flow: &Flow) -> bool {
+        let now = self.now();
+        let certain = now.saturating_sub(flow.certain.load(Ordering::Relaxed)) < CERTAIN;
+        if certain && !self.may_ask(now) {
+            return true;
+        }
+        let (source, peer) = (&self.context.source, flow.key.1);
+        let current = match flow.identity {
+            Identity::Numbered(id) => source.is_current(peer, id),
+            Identity::Nameless => true,
+            Identity::Stranger => source.datagram_origin(peer).is_err(),
+        };
+        if current {
+            flow.certain.store(now, Ordering::Relaxed);
+        }
+        current
+    }
+
+    /// Whether it was not asked too often in this millisecond. That threads miscount does no harm.
+    fn may_ask(&self, now: u64) -> bool {
+        let asked = self.asked.load(Ordering::Relaxed);
+        let times = if asked >> 8 == now { asked & 0xff } else { 0 };
+        if times < ASKED {
+            self.asked.store(now << 8 | (times + 1), Ordering::Relaxed);
+        }
+        times < ASKED
     }
 
     /// What is known of a flow that begins.
@@ -355,6 +423,11 @@ impl Relay {
                 match onward.try_recv(buffer) {
                     Ok(length) => {
                         flow.last.store(self.now(), Ordering::Relaxed);
+                        if !self.is_current(flow) {
+                            flow.traffic.lost.fetch_add(1, Ordering::Relaxed);
+                            flow.end(TAKEN);
+                            break;
+                        }
                         match flow.reply(buffer.get(..length).unwrap_or_default()) {
                             Ok(()) => {
                                 flow.traffic.bytes_down.fetch_add(length as u64, Ordering::Relaxed);
@@ -429,16 +502,23 @@ fn make_room(table: &mut HashMap<Key, Arc<Flow>>) {
     }
     for (_, key) in ages.iter().take(count) {
         if let Some(flow) = table.remove(key) {
-            let mut state = lock(&flow.state);
-            state.over = true;
-            let ended = &mut state.judge.entry.ended;
-            ended.get_or_insert_with(|| "it gave way to another flow".to_owned());
-            flow.changed.notify_one();
+            flow.end("it gave way to another flow");
         }
     }
 }
 
+/// Why a flow ends whose client is gone.
+const TAKEN: &str = "its client closed its socket, or connected it elsewhere";
+
 impl Flow {
+    /// Ends it.
+    fn end(&self, reason: &str) {
+        let mut state = lock(&self.state);
+        state.over = true;
+        state.judge.entry.ended.get_or_insert_with(|| reason.to_owned());
+        self.changed.notify_one();
+    }
+
     /// Sends a datagram onwards.
     fn pass(&self, state: &mut State, datagram: &[u8]) {
         if let Some(route) = state.route.take() {

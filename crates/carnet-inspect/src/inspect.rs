@@ -1,5 +1,5 @@
-//! What a client's bytes tell: HTTP/1 and TLS in a stream, DNS and QUIC in datagrams, or something
-//! unknown.
+//! What a client's bytes tell: HTTP/1, TLS and DNS in a stream, DNS and QUIC in datagrams, or
+//! something unknown.
 //!
 //! Nothing here does I/O. [`Inspector`] is fed with the first bytes of a stream as they come, in
 //! segments of any sizes; what it sees does not depend on how they were cut. It keeps at most
@@ -27,7 +27,7 @@ pub enum Protocol {
     Http,
     /// TLS, begun with a ClientHello.
     Tls,
-    /// DNS in datagrams: a query.
+    /// DNS, begun with a query.
     Dns,
     /// QUIC, of any version that is known as one.
     Quic,
@@ -131,6 +131,11 @@ fn look(bytes: &[u8]) -> Look {
     match bytes.first() {
         None => Look::More { so_far: Seen::default(), least: 1 },
         Some(&tls::HANDSHAKE) => tls::look(bytes),
+        Some(&first) if first <= dns::LONGEST => match dns::look_in_stream(bytes) {
+            // It can be a request after empty lines.
+            Look::Settled(seen) if seen == Seen::default() => http::look(bytes),
+            look => look,
+        },
         Some(_) => http::look(bytes),
     }
 }
@@ -415,6 +420,9 @@ pub(crate) mod tests {
             b"PRI * HTTP/2.0\r",
             b"\0\0\0\x08",
             b"\x80\x2e\x01",
+            b"\x02\x00\x12\x34\x81",
+            b"\x10\x20\x00\x04MQTT",
+            b"\x03\x00\x00\x13\x0e\xe0\x00\x00",
             b"\x16\x04",
             b"\x15\x03\x01",
             b"\x16\x03\x01\0\0",
@@ -488,7 +496,26 @@ pub(crate) mod tests {
             let padding = vec![b'p'; length];
             [b"GET /x HTTP/1.1\r\nX: ", padding.as_slice(), b"\r\n", &head].concat()
         });
-        prop_oneof![head, hello, changed, long, prop::collection::vec(any::<u8>(), 0..200)]
+        let query =
+            (prop::collection::vec("[a-z]{1,9}", 0..5), prop::collection::vec(any::<u8>(), 0..40))
+                .prop_map(|(labels, tail)| {
+                    [test_datagrams::query_in_stream(&labels.join(".")), tail].concat()
+                });
+        let odd_query = (query.clone(), any::<prop::sample::Index>(), any::<u8>()).prop_map(
+            |(mut bytes, index, value)| {
+                *index.get_mut(&mut bytes) = value;
+                bytes
+            },
+        );
+        prop_oneof![
+            head,
+            hello,
+            changed,
+            long,
+            query,
+            odd_query,
+            prop::collection::vec(any::<u8>(), 0..200)
+        ]
     }
 
     #[test]

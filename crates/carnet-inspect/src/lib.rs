@@ -27,7 +27,7 @@
 //! they are held back only if a rule about hosts or protocols concerns the flow, and then until
 //! the message is complete enough to decide, [`inspect::LIMIT`] bytes are there, or the time for
 //! it has passed: what could not be recognised counts as unknown. Only the first request of an
-//! HTTP connection is looked at.
+//! HTTP connection is looked at, and only the first question of a DNS connection.
 //!
 //! # What it does with datagrams
 //!

@@ -24,6 +24,12 @@ pub trait FlowSource: Send + Sync + 'static {
     fn datagram_origin(&self, _peer: SocketAddr) -> Result<Origin, Error> {
         Err(Error::Unsupported { operation: Operation::OriginalDestination })
     }
+
+    /// Whether datagrams from `peer` still belong to this flow. Those of a connected client come from
+    /// its own address and port, which another socket can have after it. It does not block.
+    fn is_current(&self, _peer: SocketAddr, _flow: FlowId) -> bool {
+        true
+    }
 }
 
 /// What is known of a redirected connection, or of a flow of datagrams.
@@ -134,6 +140,29 @@ impl FlowSource for CarnetSource {
     fn datagram_origin(&self, peer: SocketAddr) -> Result<Origin, Error> {
         self.origin_of(&DatagramFlow::of(peer)?)
     }
+
+    fn is_current(&self, peer: SocketAddr, flow: FlowId) -> bool {
+        if is_token(peer.ip().to_canonical()) {
+            return true;
+        }
+        match DatagramFlow::of(peer).and_then(|asked| carnet::flow(&asked)) {
+            Ok(now) => now.id == flow.id,
+            Err(Error::NotRedirected { .. }) => false,
+            // It cannot be told: descriptors are short, for example.
+            Err(_) => true,
+        }
+    }
+}
+
+/// Whether this is a source token (`docs/abi.md`), which stands for one flow only.
+fn is_token(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => {
+            let [first, second, ..] = address.octets();
+            first == 127 && second & 0xc0 == 64
+        }
+        IpAddr::V6(address) => address.segments()[..4] == [0xfd43, 0x6172, 0x6e65, 0x74],
+    }
 }
 
 impl CarnetSource {
@@ -172,6 +201,23 @@ fn if_supported<T>(answer: Result<T, Error>) -> Result<Option<T>, Error> {
 mod tests {
     use super::*;
     use tokio::net::TcpListener;
+
+    #[test]
+    fn tokens_are_told_from_addresses() {
+        for (address, expected) in [
+            ("127.64.0.0", true),
+            ("127.127.255.255", true),
+            ("127.63.255.255", false),
+            ("127.128.0.0", false),
+            ("127.0.0.1", false),
+            ("10.64.0.0", false),
+            ("fd43:6172:6e65:74:1:2:3:4", true),
+            ("fd43:6172:6e65:75::", false),
+            ("::1", false),
+        ] {
+            assert_eq!(is_token(address.parse().unwrap()), expected, "{address}");
+        }
+    }
 
     #[tokio::test]
     async fn a_plain_route_of_datagrams_reaches_a_mapped_address_over_ipv4() {

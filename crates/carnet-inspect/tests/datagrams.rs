@@ -24,7 +24,8 @@ const LONG: Duration = Duration::from_secs(30);
 /// An idle time that a test waits for.
 const BRIEF: Duration = Duration::from_millis(300);
 
-/// Tells where the flows of these peers were going. Others were not redirected.
+/// Tells where the flows of these peers were going. Others were not redirected. The number of a flow
+/// is the port that it goes to.
 #[derive(Default)]
 struct Told(Mutex<HashMap<SocketAddr, SocketAddr>>);
 
@@ -45,9 +46,14 @@ impl FlowSource for Told {
                 executable: Some("/usr/bin/dig".into()),
                 command: "dig".into(),
             }),
-            flow: Some(FlowId { id: 17, hops: 1 }),
+            flow: Some(FlowId { id: destination.port().into(), hops: 1 }),
             route: Route::Plain(destination),
         })
+    }
+
+    fn is_current(&self, peer: SocketAddr, flow: FlowId) -> bool {
+        let told = self.0.lock().unwrap();
+        told.get(&peer).is_some_and(|destination| u64::from(destination.port()) == flow.id)
     }
 }
 
@@ -189,7 +195,7 @@ async fn datagrams_are_relayed_as_they_are_and_logged() {
     let line = bed.line().await;
     for (key, expected) in [
         ("service", Value::from("test")),
-        ("flow", 17.into()),
+        ("flow", server.local_addr().unwrap().port().into()),
         ("hops", 1.into()),
         ("pid", 4242.into()),
         ("executable", "/usr/bin/dig".into()),
@@ -351,7 +357,13 @@ async fn who_was_not_redirected_gets_nothing() {
     let (client, server) = bed.pair().await;
     round(&client, &server, b"something", b"an answer").await;
     assert_eq!(stranger.try_recv(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+    // Its address may be that of a flow later.
+    let told = (stranger.local_addr().unwrap(), server.local_addr().unwrap());
+    bed.source.0.lock().unwrap().extend([told]);
+    stranger.connect(bed.address).await.unwrap();
+    round(&stranger, &server, b"something", b"an answer").await;
     let lines = bed.stop().await;
+    assert_eq!(lines.len(), 3);
     let line = lines.iter().find(|line| line["destination"].is_null()).unwrap();
     assert_eq!(line["verdict"], "refuse");
     assert!(line["ended"].as_str().unwrap().contains("not redirected"), "{line}");
@@ -413,6 +425,33 @@ async fn a_flow_that_was_idle_begins_anew() {
         assert_eq!(bed.line().await["datagrams"]["up"], n);
     }
     assert_eq!(bed.stop().await, Vec::<Value>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_another_flow_has_taken_over_is_its() {
+    let mut bed = Bed::new("").await;
+    let (client, server) = bed.pair().await;
+    client.send(b"first").await.unwrap();
+    let (_, old_onward) = receive(&server).await;
+    // Its address and port go to another destination from now on.
+    let other = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let (peer, destination) = (client.local_addr().unwrap(), other.local_addr().unwrap());
+    bed.source.0.lock().unwrap().insert(peer, destination);
+    server.send_to(b"late", old_onward).await.unwrap();
+    let line = bed.line().await;
+    assert_eq!(line["destination"], server.local_addr().unwrap().to_string());
+    assert_eq!(
+        line["datagrams"],
+        serde_json::json!({ "up": 1, "down": 0, "refused": 0, "lost": 1 })
+    );
+    round(&client, &other, b"second", b"answer").await;
+    // And back again, told by the client's datagram.
+    bed.source.0.lock().unwrap().insert(peer, server.local_addr().unwrap());
+    round(&client, &server, b"third", b"answer").await;
+    let line = bed.line().await;
+    assert_eq!(line["destination"], destination.to_string());
+    assert!(line["ended"].as_str().unwrap().contains("connected it elsewhere"), "{line}");
+    assert_eq!(bed.stop().await.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

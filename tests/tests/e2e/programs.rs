@@ -9,7 +9,7 @@ use std::{
     thread,
 };
 
-use carnet_testbed::{Process, Topology};
+use carnet_testbed::{DatagramClients, DatagramServer, Process, Topology, datagrams::DatagramPlan};
 use carnet_tests::{Lab, Must as _, PATIENCE, program, until};
 
 /// A directory that is gone afterwards.
@@ -181,14 +181,14 @@ fn curl_and_python_through_two_inspecting_services() {
 const UDP_CLIENT: &str = r"
 import socket, sys
 port = int(sys.argv[1])
-for address in sys.argv[2:4]:
+for address in sys.argv[2:5]:
     family = socket.AF_INET6 if ':' in address else socket.AF_INET
     for connected in (True, False):
         s = socket.socket(family, socket.SOCK_DGRAM)
         s.settimeout(100)
         if connected:
             s.connect((address, port))
-        for datagram in map(bytes.fromhex, sys.argv[4:]):
+        for datagram in map(bytes.fromhex, sys.argv[5:]):
             s.send(datagram) if connected else s.sendto(datagram, (address, port))
             answer, source = s.recvfrom(65535)
             assert source[:2] == (address, port), source
@@ -253,7 +253,8 @@ fn dns_and_quic_through_two_inspecting_services() {
         .collect();
     let mut command = Command::new(installed("python3"));
     command.args(["-I", "-c", UDP_CLIENT, &port.to_string()]);
-    command.args([Topology::DESTINATION_V4.to_string(), Topology::DESTINATION_V6.to_string()]);
+    let (v4, v6) = (Topology::DESTINATION_V4, Topology::DESTINATION_V6);
+    command.args([v4.to_string(), format!("::ffff:{v4}"), v6.to_string()]);
     command.args([&hex(&good), &hex(&bad), &hex(&good), &quic]);
     let (pid, output) = run_inside(&lab, &mut command);
 
@@ -266,12 +267,12 @@ fn dns_and_quic_through_two_inspecting_services() {
         // CONNECTION_REFUSED, in a server's Initial packet.
         assert!(four[3].starts_with('c') && four[3][2..10] == *"00000001", "{}", four[3]);
     }
-    assert_eq!(answers.len(), 16);
-    assert_eq!(*asked.lock().expect("no panic"), vec![good; 8]);
+    assert_eq!(answers.len(), 24);
+    assert_eq!(*asked.lock().expect("no panic"), vec![good; 12]);
 
     for (place, (service, log)) in services.into_iter().zip(&logs).enumerate() {
         let lines = end(service, log);
-        assert_eq!(lines.len(), 4, "{lines:#?}");
+        assert_eq!(lines.len(), 6, "{lines:#?}");
         for line in &lines {
             assert_eq!(
                 (&line["service"], &line["hops"]),
@@ -299,6 +300,104 @@ fn dns_and_quic_through_two_inspecting_services() {
             let counts = ["up", "down", "refused"].map(|count| &line["datagrams"][count]);
             assert_eq!(counts.map(|count| count.as_i64().expect("a number")), counted, "{line:#}");
         }
+    }
+}
+
+#[test]
+fn a_udp_socket_that_is_connected_elsewhere_is_served_by_the_other_server() {
+    const TURNS: usize = 50;
+    // Sockets one after the other at one port, each connected to one server after the other.
+    const CLIENT: &str = r"
+import socket, sys
+address, ports, turns = sys.argv[1], sys.argv[2:4], int(sys.argv[4])
+own = 0
+for sockets in range(turns):
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.settimeout(100)
+    s.bind(('0.0.0.0', own))
+    own = s.getsockname()[1]
+    for port in ports:
+        s.connect((address, int(port)))
+        s.send(b'who?')
+        answer = s.recv(100).decode()
+        assert answer == port, (answer, port)
+    s.close()
+    ports.reverse()
+";
+    let lab = Lab::new();
+    let directory = Directory::new("elsewhere");
+    let address = Topology::DESTINATION_V4;
+    let ports = [(); 2].map(|()| {
+        let destination = &lab.network().topology.destination;
+        let socket = destination.run(|| UdpSocket::bind((address, 0))).must("enter the namespace");
+        let socket = socket.must("bind a socket");
+        let port = socket.local_addr().must("name a socket").port().to_string();
+        let name = port.clone();
+        // It ends with the test's process.
+        thread::spawn(move || {
+            while let Ok((_, from)) = socket.recv_from(&mut [0; 100]) {
+                socket.send_to(name.as_bytes(), from).must("answer");
+            }
+        });
+        port
+    });
+    lab.service("alpha", 1);
+    let log = directory.0.join("alpha.log");
+    let service = inspect_with(&lab, "alpha", &log, &["--udp-idle", "1s"]);
+    let mut command = Command::new(installed("python3"));
+    command.args(["-I", "-c", CLIENT, &address.to_string(), &ports[0], &ports[1]]);
+    command.arg(TURNS.to_string());
+    run_inside(&lab, &mut command);
+    let lines = end(service, &log);
+    for port in ports {
+        let there = format!("{address}:{port}");
+        let its = lines.iter().filter(|line| line["destination"] == there);
+        let up: u64 = its.map(|line| line["datagrams"]["up"].as_u64().expect("a number")).sum();
+        assert_eq!(up, TURNS as u64, "{lines:#?}");
+    }
+}
+
+#[test]
+fn many_udp_clients_through_two_inspecting_services() {
+    const CLIENTS: u32 = 200;
+    const ROUNDS: u32 = 20;
+    let lab = Lab::new();
+    let directory = Directory::new("many");
+    let topology = &lab.network().topology;
+    let servers: Vec<_> = (0..3)
+        .map(|_| {
+            let address = (Topology::DESTINATION_V4, 0).into();
+            DatagramServer::start_in(&topology.destination, [address]).must("start a server")
+        })
+        .collect();
+    let names = ["alpha", "bravo"];
+    names.iter().zip([2, 1]).for_each(|(name, weight)| lab.service(name, weight));
+    let logs = names.map(|name| directory.0.join(format!("{name}.log")));
+    let services = [0, 1].map(|n| inspect_with(&lab, names[n], &logs[n], &["--udp-idle", "5s"]));
+    let mut due = 0;
+    for connected in [false, true] {
+        let plan = DatagramPlan {
+            to: servers.iter().map(DatagramServer::address).collect(),
+            clients: CLIENTS,
+            rounds: ROUNDS,
+            window: 256,
+            connected,
+            timeout: PATIENCE,
+        };
+        let clients = DatagramClients::start(&plan, Some(&topology.client), Some(lab.apps()));
+        let report = clients.must("start clients").finish(PATIENCE).must("run clients");
+        assert!(report.is_perfect(), "{report:#?}");
+        assert_eq!(report.answered, u64::from(3 * CLIENTS * ROUNDS));
+        due += report.answered;
+    }
+    for (service, log) in services.into_iter().zip(&logs) {
+        let lines = end(service, log);
+        let sum = |count: &str| -> u64 {
+            let counts = lines.iter().map(|line| &line["datagrams"][count]);
+            counts.map(|count| count.as_u64().expect("a number")).sum()
+        };
+        assert_eq!((sum("up"), sum("down"), sum("lost")), (due, due, 0));
+        assert!(lines.len() >= 6 * CLIENTS as usize, "{} flows", lines.len());
     }
 }
 

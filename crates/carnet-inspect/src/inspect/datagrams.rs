@@ -116,8 +116,15 @@ pub(crate) mod tests {
 
     /// A DNS question for the address of `name`.
     pub(crate) fn query(name: &str) -> Vec<u8> {
-        let labels: Vec<&[u8]> = name.split('.').map(str::as_bytes).collect();
+        let labels = name.split('.').filter(|label| !label.is_empty());
+        let labels: Vec<&[u8]> = labels.map(str::as_bytes).collect();
         encode(0x0100, &labels, 1, 1)
+    }
+
+    /// The same in a stream.
+    pub(crate) fn query_in_stream(name: &str) -> Vec<u8> {
+        let query = query(name);
+        [&(query.len() as u16).to_be_bytes()[..], &query].concat()
     }
 
     /// A QUIC client's ClientHello for `host` in two datagrams.

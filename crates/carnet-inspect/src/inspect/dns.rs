@@ -1,8 +1,36 @@
-//! DNS queries in datagrams (RFC 1035): the question, and the answer that refuses it.
+//! DNS queries (RFC 1035): the question, and the answer that refuses it.
 
-use super::{Protocol, Seen};
+use super::{Look, Protocol, Seen, unknown};
 use domain::base::iana::{Class, Rcode};
 use domain::base::{Message, MessageBuilder, Question};
+
+/// The first byte of the longest query in a stream: of its length, which is less than 4096 then. What
+/// begins otherwise can be another protocol.
+pub(super) const LONGEST: u8 = 0x0f;
+/// Bytes of the shortest query: the header, the root, type and class.
+const SHORTEST: usize = 17;
+
+/// Takes a query out of a stream, where its length comes before it (RFC 1035, section 4.2.2).
+pub(super) fn look_in_stream(bytes: &[u8]) -> Look {
+    let more = |least| Look::More { so_far: Seen::default(), least };
+    let Some((length, rest)) = bytes.split_first_chunk() else { return more(2) };
+    let length = usize::from(u16::from_be_bytes(*length));
+    let message = rest.get(..length).unwrap_or(rest);
+    // What cannot become a query is told as early as possible: answers, and more than one question.
+    let odd = |at: usize, is_odd: fn(u8) -> bool| message.get(at).is_some_and(|&byte| is_odd(byte));
+    if length < SHORTEST
+        || odd(2, |flags| flags & 0x80 != 0)
+        || odd(4, |n| n != 0)
+        || odd(5, |n| n != 1)
+    {
+        return unknown();
+    }
+    match look(message) {
+        Some(seen) => Look::Settled(seen),
+        None if message.len() == length => unknown(),
+        None => more(bytes.len() + 1),
+    }
+}
 
 /// What a query asks. None for what is not a query with one question: more than one have no
 /// meaning (RFC 9619), and are refused by servers.
@@ -122,6 +150,22 @@ pub(super) mod tests {
         let answer = refusal(&query).unwrap();
         assert_eq!(answer[..12], [0x12, 0x34, 0x81, 0x05, 0, 1, 0, 0, 0, 0, 0, 0]);
         assert_eq!(answer[12..], query[12..24]);
+    }
+
+    #[test]
+    fn a_query_in_a_stream_is_told_as_soon_as_its_question_is_there() {
+        let query = encode(0x0100, &[b"a", b"test"], 28, 1);
+        let length = [0, query.len() as u8 + 11];
+        let stream = [&length[..], &query].concat();
+        for end in 0..stream.len() {
+            assert!(matches!(look_in_stream(&stream[..end]), Look::More { .. }), "{end} bytes");
+        }
+        let Look::Settled(seen) = look_in_stream(&stream) else { panic!("not settled") };
+        assert_eq!(seen.question.as_deref(), Some("a.test AAAA"));
+        // Its length ends within the question.
+        let short = [&[0, query.len() as u8 - 1][..], &query].concat();
+        let Look::Settled(seen) = look_in_stream(&short) else { panic!("not settled") };
+        assert_eq!(seen, Seen::default());
     }
 
     proptest! {
