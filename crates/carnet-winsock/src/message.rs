@@ -543,7 +543,9 @@ impl Outgoing {
             };
             match (int(8), int(12)) {
                 (abi::SOL_IP | abi::SOL_IPV6, RECORDS) => {
-                    if outgoing.records.replace(value.to_vec()).is_some() {
+                    // To the engine, no bytes at all mean something else.
+                    let twice = outgoing.records.replace(value.to_vec()).is_some();
+                    if twice || value.is_empty() {
                         return Err(wsa::EINVAL);
                     }
                 }
@@ -632,6 +634,8 @@ mod tests {
         let mut twice = Control::new(256);
         twice.add(abi::SOL_IP, RECORDS, b"one");
         twice.add(abi::SOL_IP, RECORDS, b"two");
+        let mut empty = Control::new(256);
+        empty.add(abi::SOL_IP, RECORDS, b"");
         let mut context = Control::new(256);
         context.add(abi::SOL_IP, CONTEXT, b"mine");
         let mut long = Control::new(256);
@@ -640,7 +644,7 @@ mod tests {
         let mut short = Control::new(256);
         short.add(abi::SOL_IP, RECORDS, b"record");
         short.bytes[0] = 15;
-        for control in [twice, context, long, short] {
+        for control in [twice, empty, context, long, short] {
             assert_eq!(Outgoing::split(&control.bytes[..control.used]), Err(wsa::EINVAL));
         }
         // Less than a header is nothing.

@@ -4,11 +4,13 @@
 //!
 //! The services, of which one source serves Linux and Windows, are run here too.
 
-use carnet_core::event::Counter;
-use carnet_testbed::Process;
+use std::time::Duration;
+
+use carnet_core::{event::Counter, object::Conditions};
+use carnet_testbed::{Process, Topology};
 use carnet_tests::{
     Lab, Must as _, PATIENCE, Plan,
-    contract::{Link, Program, run_rows},
+    contract::{Link, Program, run_rows, run_rows_in},
 };
 
 /// The context of the redirects, where the rows count on one.
@@ -76,7 +78,29 @@ fn context() {
 
 #[test]
 fn messages() {
-    run_rows("messages", Link::Shared, CONTEXT);
+    // The program talks to itself, too, which is nothing to redirect.
+    let destinations = [Topology::DESTINATION_V4.into(), Topology::DESTINATION_V6.into()];
+    let conditions = Conditions {
+        destinations: destinations.map(std::net::IpAddr::into).into(),
+        ..Conditions::default()
+    };
+    run_rows_in(&Lab::new(), Plan { conditions, ..Plan::default() }, "messages", Link::Shared);
+}
+
+#[test]
+fn datagrams() {
+    run_rows("datagrams", Link::Shared, CONTEXT);
+}
+
+#[test]
+fn datagrams_with_the_static_library() {
+    run_rows("datagrams", Link::Static, CONTEXT);
+}
+
+#[test]
+fn idle() {
+    let lab = Lab::with_udp_idle(Duration::from_secs(1));
+    run_rows_in(&lab, Plan::default(), "idle", Link::Shared);
 }
 
 #[test]
