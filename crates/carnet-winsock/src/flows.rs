@@ -284,6 +284,7 @@ fn ask(peer: SocketAddr) -> Said {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use std::cell::Cell;
 
     const TOKEN: &str = "127.64.1.2:4000";
     const CLIENT: &str = "127.0.0.1:4000";
@@ -419,5 +420,31 @@ mod tests {
         let other = UdpSocket::bind("127.0.0.1:0").unwrap();
         assert_eq!(ask(other.local_addr().unwrap()), Said::Nobody);
         assert_eq!(ask(at("192.0.2.1:9")), Said::Other);
+    }
+
+    #[test]
+    fn without_an_engine_a_record_is_refused_and_nothing_is_sent() {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let send = |_| -> Result<(), i32> { panic!("it is sent") };
+        let sent = Flows::default().send(socket.as_raw_fd(), Some(b"record"), true, send);
+        assert_eq!(sent, Err(wsa::ENETDOWN));
+    }
+
+    #[test]
+    fn only_a_blocking_socket_is_waited_for() {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let (fd, flows) = (socket.as_raw_fd(), Flows::default());
+        let try_twice = |waits| {
+            let tried = Cell::new(0);
+            flows.send(fd, None, waits, |flags| {
+                assert_eq!(flags, libc::MSG_DONTWAIT);
+                tried.set(tried.get() + 1);
+                if tried.get() < 2 { Err(wsa::EWOULDBLOCK) } else { Ok(()) }
+            })
+        };
+        assert_eq!(try_twice(true), Ok(()));
+        assert_eq!(try_twice(false), Err(wsa::EWOULDBLOCK));
+        socket.set_nonblocking(true).unwrap();
+        assert_eq!(try_twice(true), Err(wsa::EWOULDBLOCK));
     }
 }
