@@ -70,6 +70,21 @@ void contract_give_up(const char *file, int line, const char *condition)
  *   record foreign  a record of another instance
  *   count NAME      one of the engine's counters
  *   detach, attach  the engine goes down; it comes up again, with the same service
+ *   udp server N    address and port of a UDP server at the destination, which answers with what it gets
+ *                   and where it was reached: N is even for IPv4, odd for IPv6, less than 8
+ *   udp open 4|6    a client makes a UDP socket: its number
+ *   udp bind SOCKET PORT
+ *                   binds it to the loopback address: the port
+ *   udp connect SOCKET ADDRESS PORT
+ *   udp send SOCKET ADDRESS PORT TEXT
+ *                   sendto() of a word
+ *   udp write SOCKET TEXT
+ *                   send() of a word
+ *   udp read SOCKET address and port that a datagram comes from, and what it says
+ *   udp close SOCKET
+ *   udp onward ADDRESS PORT COUNT
+ *                   the flows that went onwards to so many ports, one to each: the numbers, those that follow one another
+ *                   once
  *   leave           this process is moved out of the service's cgroup
  */
 const char *lab(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -1,4 +1,4 @@
-/* The options and objects of UDP, as far as they are there before UDP is redirected. */
+/* The options and objects of UDP, where nothing is redirected; where it is: datagrams.c. */
 #include "suite.h"
 
 enum { STREAM = 1, DATAGRAM = 2, RAW = 3, ICMP = 1, ICMP6 = 58 };
@@ -89,7 +89,7 @@ ROW(datagrams_with_and_without_the_options, "U2")
         EQUAL(received, sizeof text);
         CHECK(strcmp(got, text) == 0);
         EQUAL(from.sin_family, AF_INET);
-        /* Nobody redirects UDP yet, so there is no object to come. */
+        /* Nobody has redirected it, so there is no object to come. */
         EQUAL(message.Control.len, 0, "round %d", round);
         CHECK(WSA_CMSG_FIRSTHDR(&message) == NULL);
         MUST(setsockopt(receiver, IPPROTO_IP, IP_WFP_REDIRECT_RECORDS, (char *)&on, sizeof on) ==

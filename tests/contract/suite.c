@@ -243,3 +243,189 @@ void forget(void)
     noted = 0;
     memset(journal, 0, sizeof journal);
 }
+
+struct place place_of(const char *text)
+{
+    struct place place;
+    struct sockaddr_in *v4 = (struct sockaddr_in *)&place.address;
+    struct sockaddr_in6 *v6 = (struct sockaddr_in6 *)&place.address;
+    char address[64];
+    unsigned port;
+
+    memset(&place, 0, sizeof place);
+    MUST(sscanf(text, "%63s %u", address, &port) == 2);
+    if (strchr(address, ':')) {
+        v6->sin6_family = AF_INET6;
+        v6->sin6_port = htons((unsigned short)port);
+        MUST(inet_pton(AF_INET6, address, &v6->sin6_addr) == 1);
+        place.length = sizeof *v6;
+    } else {
+        v4->sin_family = AF_INET;
+        v4->sin_port = htons((unsigned short)port);
+        MUST(inet_pton(AF_INET, address, &v4->sin_addr) == 1);
+        place.length = sizeof *v4;
+    }
+    return place;
+}
+
+struct place server(int number)
+{
+    return place_of(lab("udp server %d", number));
+}
+
+struct place at_port(struct place place, int port)
+{
+    /* Both families have it at the same offset. */
+    ((struct sockaddr_in *)&place.address)->sin_port = htons((unsigned short)port);
+    return place;
+}
+
+int port_at(const struct place *place)
+{
+    return ntohs(((const struct sockaddr_in *)&place->address)->sin_port);
+}
+
+int same_place(const struct place *a, const struct place *b)
+{
+    return a->length == b->length && memcmp(&a->address, &b->address, (size_t)a->length) == 0;
+}
+
+SOCKET datagrams(int family)
+{
+    SOCKET s = socket(family, SOCK_DGRAM, IPPROTO_UDP);
+    DWORD patience = PATIENCE_MS;
+
+    MUST(s != INVALID_SOCKET);
+    MUST(setsockopt(s, SOL_SOCKET, SO_RCVTIMEO, (char *)&patience, sizeof patience) == 0);
+    return s;
+}
+
+void want(SOCKET s, int level, int option, DWORD on)
+{
+    MUST(setsockopt(s, level, option, (char *)&on, sizeof on) == 0);
+}
+
+SOCKET registered_datagrams(int family, int everywhere)
+{
+    enum { CARNET = 0x57465000, REGISTER_LISTENER = 227 };
+    static const char *const places[2][2] = {{"127.0.0.1 0", "0.0.0.0 0"}, {"::1 0", ":: 0"}};
+    struct place own = place_of(places[family == AF_INET6][everywhere]);
+    SOCKET s = datagrams(family);
+    DWORD only_v6 = !everywhere;
+
+    if (family == AF_INET6) {
+        MUST(setsockopt(s, IPPROTO_IPV6, IPV6_V6ONLY, (char *)&only_v6, sizeof only_v6) == 0);
+        want(s, IPPROTO_IPV6, IPV6_WFP_REDIRECT_RECORDS, 1);
+        want(s, IPPROTO_IPV6, IPV6_WFP_REDIRECT_CONTEXT, 1);
+    }
+    want(s, IPPROTO_IP, IP_WFP_REDIRECT_RECORDS, 1);
+    want(s, IPPROTO_IP, IP_WFP_REDIRECT_CONTEXT, 1);
+    MUST(bind(s, (struct sockaddr *)&own.address, own.length) == 0);
+    MUST(setsockopt(s, CARNET, REGISTER_LISTENER, NULL, 0) == 0);
+    return s;
+}
+
+struct datagram receive_in(SOCKET s, DWORD room, DWORD flags)
+{
+    struct datagram got;
+    union {
+        WSACMSGHDR header;
+        char bytes[4096];
+    } control;
+    WSABUF buffer = {sizeof got.text - 1, got.text};
+    WSACMSGHDR *object;
+    WSAMSG message;
+    DWORD length = 0;
+
+    memset(&got, 0, sizeof got);
+    memset(&message, 0, sizeof message);
+    MUST(room <= sizeof control);
+    message.name = (struct sockaddr *)&got.from.address;
+    message.namelen = sizeof got.from.address;
+    message.lpBuffers = &buffer;
+    message.dwBufferCount = 1;
+    message.Control.buf = control.bytes;
+    message.Control.len = room;
+    message.dwFlags = flags;
+    if (WSARecvMsg(s, &message, &length, NULL, NULL) != 0) {
+        EQUAL(WSAGetLastError(), 0, "a datagram should come");
+        return got;
+    }
+    got.from.length = message.namelen;
+    got.flags = message.dwFlags;
+    for (object = WSA_CMSG_FIRSTHDR(&message); object; object = WSA_CMSG_NXTHDR(&message, object)) {
+        DWORD size = (DWORD)(object->cmsg_len - WSA_CMSG_LEN(0));
+        got.objects++;
+        got.level = object->cmsg_level;
+        if (object->cmsg_type == IP_WFP_REDIRECT_RECORDS) {
+            MUST(size <= sizeof got.record);
+            memcpy(got.record, WSA_CMSG_DATA(object), size);
+            got.record_length = size;
+        } else {
+            EQUAL(object->cmsg_type, IP_WFP_REDIRECT_CONTEXT);
+            MUST(size < sizeof got.context);
+            memcpy(got.context, WSA_CMSG_DATA(object), size);
+            got.context_length = size;
+        }
+    }
+    return got;
+}
+
+struct datagram receive(SOCKET s)
+{
+    return receive_in(s, 4096, 0);
+}
+
+int send_word(SOCKET s, const struct place *to, const char *word, const struct datagram *record)
+{
+    union {
+        WSACMSGHDR header;
+        char bytes[MOST_RECORD + 64];
+    } control;
+    struct place place = *to;
+    WSABUF buffer = {(ULONG)strlen(word), (char *)word};
+    WSAMSG message;
+    DWORD sent = 0;
+
+    memset(&message, 0, sizeof message);
+    message.name = place.length ? (struct sockaddr *)&place.address : NULL;
+    message.namelen = place.length;
+    message.lpBuffers = &buffer;
+    message.dwBufferCount = 1;
+    if (record) {
+        int v4 = place.length != sizeof(struct sockaddr_in6);
+        memset(&control, 0, sizeof control);
+        control.header.cmsg_len = WSA_CMSG_LEN(record->record_length);
+        control.header.cmsg_level = v4 ? IPPROTO_IP : IPPROTO_IPV6;
+        control.header.cmsg_type = IP_WFP_REDIRECT_RECORDS;
+        memcpy(WSA_CMSG_DATA(&control.header), record->record, record->record_length);
+        message.Control.buf = control.bytes;
+        message.Control.len = WSA_CMSG_SPACE(record->record_length);
+    }
+    if (WSASendMsg(s, &message, 0, &sent, NULL, NULL) != 0)
+        return WSAGetLastError();
+    EQUAL(sent, strlen(word));
+    return 0;
+}
+
+int is_answered(SOCKET s, const char *word)
+{
+    char answer[128] = "", due[80];
+    int length = recv(s, answer, sizeof answer - 1, 0);
+
+    snprintf(due, sizeof due, "%s reached ", word);
+    return length > 0 && strncmp(answer, due, strlen(due)) == 0;
+}
+
+unsigned long long flow_from(const struct place *from)
+{
+    enum { CARNET = 0x57465000, FLOW = 228 };
+    unsigned long long flow[5] = {0};
+    int length = sizeof flow;
+    SOCKET s = datagrams(from->address.ss_family);
+
+    EQUAL(connect(s, (const struct sockaddr *)&from->address, from->length), 0);
+    EQUAL(getsockopt(s, CARNET, FLOW, (char *)flow, &length), 0, "error %d", WSAGetLastError());
+    closesocket(s);
+    return flow[0];
+}

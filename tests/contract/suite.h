@@ -75,6 +75,48 @@ struct call query_call(SOCKET s, DWORD code, void *out, DWORD size, DWORD *retur
 /* Whether the socket reaches the echo server: sends and receives some bytes. */
 int echoes(SOCKET connected);
 
+/* UDP. An address with its length. */
+struct place {
+    struct sockaddr_storage address;
+    int length;
+};
+/* Of a server at the destination, see harness.h. */
+struct place server(int number);
+/* Of what the lab prints: an address, a port, and perhaps more. */
+struct place place_of(const char *text);
+int same_place(const struct place *a, const struct place *b);
+/* A UDP socket, not bound. */
+SOCKET datagrams(int family);
+/* One that gets this service's flows, on the loopback address of its family, or on all addresses (those of
+ * IPv6 include those of IPv4); with all that the datagrams may bring. */
+SOCKET registered_datagrams(int family, int everywhere);
+/* Turns one of the options 60 and 70 on or off. */
+void want(SOCKET s, int level, int option, DWORD on);
+
+/* What came with a datagram. */
+struct datagram {
+    char text[64];
+    struct place from;
+    DWORD flags;
+    /* The objects: how many there were, at which level; their lengths, 0 for none. */
+    int objects, level;
+    DWORD record_length, context_length;
+    unsigned char record[MOST_RECORD];
+    char context[64];
+};
+/* Receives one, with so much room for the objects, which is at most 4096. */
+struct datagram receive_in(SOCKET s, DWORD room, DWORD flags);
+struct datagram receive(SOCKET s);
+/* Sends a word, with a record if there is one: 0, or the error. */
+int send_word(SOCKET s, const struct place *to, const char *word, const struct datagram *record);
+/* Whether an answer of a server to this word comes. */
+int is_answered(SOCKET s, const char *word);
+/* The number of a flow whose datagrams come from there, as a socket that is connected there tells it. */
+unsigned long long flow_from(const struct place *from);
+/* Another place with this port. */
+struct place at_port(struct place place, int port);
+int port_at(const struct place *place);
+
 /* An OVERLAPPED whose fields show whether they were touched. */
 WSAOVERLAPPED fresh(WSAEVENT event);
 int is_fresh(const WSAOVERLAPPED *overlapped);

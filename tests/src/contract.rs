@@ -5,6 +5,8 @@
 //! the lab in between; see `harness.h`. It runs in a service's cgroup and in the clients' network
 //! namespace.
 
+mod datagrams;
+
 use std::{
     env,
     fmt::Write as _,
@@ -29,7 +31,11 @@ use std::{
 
 use carnet_core::{abi, event::Counter, object::Conditions};
 
-use crate::{Lab, Must as _, Plan, puppet::Hand};
+use self::datagrams::Datagrams;
+use crate::{
+    Lab, Must as _, Plan,
+    puppet::{Hand, Puppet},
+};
 
 /// The service in whose cgroup the programs run.
 pub const SERVICE: &str = "alpha";
@@ -215,16 +221,17 @@ impl Actor {
 /// What a program asks of its lab.
 struct Stage<'a> {
     lab: &'a Lab,
-    client: &'a crate::puppet::Puppet,
+    client: &'a Puppet,
     open: Vec<Hand<'a>>,
     direct: Vec<TcpStream>,
+    datagrams: Option<Datagrams<'a>>,
     program: u32,
 }
 
 impl Stage<'_> {
     #[track_caller]
     fn answer(&mut self, request: &str) -> String {
-        let lab = self.lab;
+        let (lab, client) = (self.lab, self.client);
         let of_family = |family: &str| if family == "6" { lab.v6() } else { lab.v4() };
         match request.split(' ').collect::<Vec<_>>()[..] {
             ["destination", family] => {
@@ -264,6 +271,8 @@ impl Stage<'_> {
                     Counter::RecordsMalformed,
                     Counter::AccessDenied,
                     Counter::Onward,
+                    Counter::Redirected,
+                    Counter::Forgotten,
                 ]
                 .into_iter()
                 .find(|counter| format!("{counter:?}") == name);
@@ -277,6 +286,9 @@ impl Stage<'_> {
                 lab.up();
                 lab.service(SERVICE, 100);
                 "done".into()
+            }
+            ["udp", ref request @ ..] => {
+                self.datagrams.get_or_insert_with(|| Datagrams::new(lab, client)).answer(request)
             }
             ["leave"] => {
                 lab.apps().add_process(self.program).must("move the program");
@@ -309,20 +321,32 @@ fn hexadecimal(bytes: &[u8]) -> String {
     })
 }
 
-/// Runs a program of rows to its end and reports each row on a line of its own, as
-/// `contract: PROGRAM/ROW passed` or `… FAILED`. Panics unless all have passed.
+/// Runs a program of rows to its end, in a lab whose redirects have this context, and reports each row on a
+/// line of its own, as `contract: PROGRAM/ROW passed` or `… FAILED`. Panics unless all have passed.
 #[track_caller]
 pub fn run_rows(name: &str, link: Link, context: Option<&[u8]>) {
+    let plan = Plan { context: context.map(<[u8]>::to_vec), ..Plan::default() };
+    run_rows_in(&Lab::new(), plan, name, link);
+}
+
+/// The same in this lab, where the programs' service is yet to be made.
+#[track_caller]
+pub fn run_rows_in(lab: &Lab, plan: Plan, name: &str, link: Link) {
     let source = format!("tests/contract/{name}.c");
     let program =
         Program::compile(&[&source, "tests/contract/suite.c", "tests/contract/harness.c"], link);
-    let lab = Lab::new();
-    lab.service_with(SERVICE, Plan { context: context.map(<[u8]>::to_vec), ..Plan::default() });
+    lab.service_with(SERVICE, plan);
     let client = lab.puppet();
-    let mut actor = Actor::start(program.command(&lab, SERVICE));
+    let mut actor = Actor::start(program.command(lab, SERVICE));
     let program = actor.child.id();
-    let mut stage =
-        Stage { lab: &lab, client: &client, open: Vec::new(), direct: Vec::new(), program };
+    let mut stage = Stage {
+        lab,
+        client: &client,
+        open: Vec::new(),
+        direct: Vec::new(),
+        datagrams: None,
+        program,
+    };
 
     let mut line = String::new();
     let mut failures = Vec::new();

@@ -90,13 +90,21 @@ fn take(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<(), i32> {
     }
 }
 
-/// Keeps a record on a socket that is to be connected.
+/// Keeps a record on a socket that is to be connected. Nothing instead of one takes it off a UDP socket
+/// again.
 #[inline(always)]
 fn set_record(ctx: *mut bpf_sockopt, socket: Socket, service: u64) -> Result<(), i32> {
     if socket.state() != CLOSE {
         return Err(errno::EINVAL);
     }
     let given = load32!(ctx, 32);
+    if given == 0 && socket.is_datagram() {
+        // It may begin other flows without one.
+        if let Some(leg) = socket.get(&LEGS) {
+            leg.set_hops = 0;
+        }
+        return Ok(());
+    }
     if given == 0 || given as usize > MAX_RECORD {
         return Err(refused(RecordError::Malformed, service));
     }

@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | 220 [`QUERY_REDIRECT_RECORDS`] | get | the record, opaque bytes (S49, S55) |
 //! | 221 [`QUERY_REDIRECT_CONTEXT`] | get | the context, opaque bytes (S51) |
-//! | 222 [`SET_REDIRECT_RECORDS`] | set | a record as it was queried (S1, S54) |
+//! | 222 [`SET_REDIRECT_RECORDS`] | set | a record as it was queried (S1, S54); on UDP empty to take it off (U5) |
 //! | 223 [`REDIRECT_RECORDS_LENGTH`] | get | `u32`: bytes that 220 would return |
 //! | 224 [`REDIRECT_CONTEXT_LENGTH`] | get | `u32`: bytes that 221 would return |
 //! | 225 [`ORIGINAL_DESTINATION`] | get | [`Endpoint`](crate::address::Endpoint), 24 bytes |
@@ -43,7 +43,9 @@ pub const LEVEL: i32 = 0x5746_5000;
 pub const QUERY_REDIRECT_RECORDS: i32 = 220;
 /// Get the redirect context of an accepted connection (contract S51).
 pub const QUERY_REDIRECT_CONTEXT: i32 = 221;
-/// Set a redirect record on a socket that is to be connected (contract S1).
+/// Set a redirect record on a socket that is to be connected (contract S1). On a UDP socket that is not
+/// connected it is for every flow that begins from then on, until another one is set or an empty value
+/// takes it off (contract U5).
 pub const SET_REDIRECT_RECORDS: i32 = 222;
 /// Get the length in bytes of the redirect record, as `u32` (contract Q4: a failing `getsockopt`
 /// cannot report it).

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "system calls on addresses of the caller, which the kernel checks")]
 
 use crate::contract::{error_of_errno, wsa};
+use crate::flows;
 use crate::memory::{CallerPtr, Fault};
 use crate::operation;
 use crate::process::process;
@@ -142,10 +143,28 @@ pub(crate) unsafe fn send(
     let fd = descriptor(handle)?;
     let length = usize::try_from(length).map_err(|_| wsa::EFAULT)?;
     let flags = flags | libc::MSG_NOSIGNAL;
-    // SAFETY: by the contract of this function; the kernel checks both.
-    check(unsafe {
-        libc::sendto(fd, buffer, length, flags, address, address_length.cast_unsigned())
-    })
+    let send = |now| {
+        let flags = flags | now;
+        // SAFETY: by the contract of this function; the kernel checks both.
+        check(unsafe {
+            libc::sendto(fd, buffer, length, flags, address, address_length.cast_unsigned())
+        })
+    };
+    if address.is_null() || !flows::has_flows(fd) {
+        return send(0);
+    }
+    let socket = process().sockets.find(handle)?;
+    let flows = process().sockets.flows(socket);
+    let sent = flows.send(fd, None, flags & libc::MSG_DONTWAIT == 0, send)?;
+    if socket.attributes.wanted.any() {
+        // SAFETY: by the contract of this function.
+        let name = unsafe { CallerPtr::new(address.expose_provenance()) };
+        let length = address_length.unsigned_abs() as usize;
+        if let Some(to) = name.read_vec(length).ok().and_then(|name| flows::address(&name)) {
+            flows.has_sent(to);
+        }
+    }
+    Ok(sent)
 }
 
 /// `recv` and `recvfrom`.

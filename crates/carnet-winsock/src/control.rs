@@ -81,6 +81,7 @@ impl Answer {
 pub(crate) fn perform(fd: RawFd, request: &Request) -> Result<Answer, Failure> {
     match request {
         Request::Query { option, output } => {
+            check_protocol(fd)?;
             let mut bytes = vec![0; LONGEST];
             let length = sys::get_option(fd, abi::LEVEL, *option, &mut bytes)
                 .map_err(|errno| of_redirection(fd, errno))?;
@@ -88,6 +89,7 @@ pub(crate) fn perform(fd: RawFd, request: &Request) -> Result<Answer, Failure> {
             Answer::fitting(bytes, *output)
         }
         Request::SetRecords(record) => {
+            check_protocol(fd)?;
             sys::set_option(fd, abi::LEVEL, abi::SET_REDIRECT_RECORDS, record)
                 .map_err(|errno| of_redirection(fd, errno))?;
             Ok(Answer::NOTHING)
@@ -138,6 +140,16 @@ fn keep_alive(fd: RawFd, on: bool, idle_ms: u32, interval_ms: u32) -> Result<(),
     Ok(())
 }
 
+/// The engine answers on UDP sockets too, whose records come as ancillary data instead (contract U1).
+fn check_protocol(fd: RawFd) -> Result<(), Failure> {
+    let protocol = sys::get_int(fd, libc::SOL_SOCKET, libc::SO_PROTOCOL);
+    if protocol.is_ok_and(is_tcp) { Ok(()) } else { check_kind(fd) }
+}
+
+fn is_tcp(protocol: i32) -> bool {
+    matches!(protocol, libc::IPPROTO_TCP | libc::IPPROTO_MPTCP)
+}
+
 /// The three codes are for TCP over IPv4 or IPv6. Another family's provider does not support them
 /// (contract S37b); another type of socket is an unacceptable one (S34c).
 pub(crate) fn check_kind(fd: RawFd) -> Result<(), Failure> {
@@ -145,8 +157,7 @@ pub(crate) fn check_kind(fd: RawFd) -> Result<(), Failure> {
     if !matches!(option(libc::SO_DOMAIN)?, libc::AF_INET | libc::AF_INET6) {
         return Err(Failure::NotSupported);
     }
-    let tcp = matches!(option(libc::SO_PROTOCOL)?, libc::IPPROTO_TCP | libc::IPPROTO_MPTCP);
-    if tcp { Ok(()) } else { Err(Failure::Invalid) }
+    if is_tcp(option(libc::SO_PROTOCOL)?) { Ok(()) } else { Err(Failure::Invalid) }
 }
 
 /// What is wrong with the socket itself, before its arguments are looked at (contract W36). Asked

@@ -18,6 +18,7 @@
 //! | `completion` | their core: exactly once, in the right order; explored by loom |
 //! | `wait`, `events`, `thread` | waits, events, the queue of completion routines of a thread |
 //! | `sockets`, `process` | what Windows keeps of a socket; what there is once in a process |
+//! | `flows` | the UDP flows of a socket: which datagram begins one, with which record |
 //! | `memory` | the caller's memory, in which any address may be bad |
 //! | `message`, `options`, `bsd` | the other functions |
 #![cfg(target_os = "linux")]
@@ -32,6 +33,7 @@ mod control;
 mod events;
 mod executor;
 pub mod ffi;
+mod flows;
 mod hooks;
 mod ioctl;
 mod memory;

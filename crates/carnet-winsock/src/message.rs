@@ -3,14 +3,14 @@
 //!
 //! A control message has the same layout on both systems, and those of Linux pass through. Records
 //! and contexts are no control messages of Linux: they are taken from and given to the engine's
-//! socket options. The engine answers these on UDP sockets from the release on in which it redirects
-//! UDP; until then no datagram carries any.
+//! socket options, see [`flows`].
 //!
 //! An overlapped one that cannot be done at once is an operation: the executor does it when the
 //! socket is ready, and writes the caller's `WSAMSG` with the result.
 #![expect(unsafe_code, reason = "sendmsg(2) and recvmsg(2) with buffers of the caller's")]
 
 use crate::contract::{Failure, error_of_errno, status, wsa};
+use crate::flows::{self, Begin};
 use crate::ioctl::{self, Target};
 use crate::memory::{CallerPtr, Fault, MOST, Overlapped};
 use crate::operation::{Outcome, Work, complete_at_once};
@@ -143,7 +143,7 @@ impl Receive {
     }
 
     /// Receives it into its buffers. Nothing else of the caller's is written yet.
-    fn perform(&self, fd: RawFd, wanted: Wanted, flags: i32) -> Result<Received, i32> {
+    fn perform(&self, fd: RawFd, socket: Socket, flags: i32) -> Result<Received, i32> {
         let message = &self.0;
         let mut buffers = message.vectors();
         // The kernel's control messages come here first, so that others can follow them.
@@ -167,7 +167,10 @@ impl Receive {
         control.used = header.msg_controllen as usize;
         control.truncated = header.msg_flags & libc::MSG_CTRUNC != 0;
         name.truncate(header.msg_namelen as usize);
-        control.add_redirection(fd, wanted, &name);
+        // The queue of errors has no datagrams that came.
+        if flags & libc::MSG_ERRQUEUE == 0 {
+            control.add_redirection(fd, socket, &name, flags & libc::MSG_PEEK != 0);
+        }
         let lost = if control.truncated { libc::MSG_CTRUNC } else { 0 };
         control.bytes.truncate(control.used);
         Ok(Received {
@@ -244,13 +247,23 @@ impl Send {
         Ok(Self { message, name, control, flags: flags.cast_signed() | libc::MSG_NOSIGNAL })
     }
 
-    /// Sends it: the number of bytes. A redirect record is given to the engine just before, so that
-    /// it is not for what was to be sent earlier.
-    fn perform(&self, fd: RawFd, flags: i32) -> Result<u32, i32> {
-        if let Some(records) = &self.control.records {
-            sys::set_option(fd, abi::LEVEL, abi::SET_REDIRECT_RECORDS, records)
-                .map_err(|errno| Failure::of_option(errno).code())?;
+    /// Sends it: the number of bytes.
+    fn perform(&self, fd: RawFd, socket: Socket, flags: i32) -> Result<u32, i32> {
+        let record = self.control.records.as_deref();
+        if record.is_none() && self.name.is_empty() || !flows::has_flows(fd) {
+            // Records are for datagrams (contract U1).
+            return if record.is_some() { Err(wsa::EINVAL) } else { self.transmit(fd, flags) };
         }
+        let flows = process().sockets.flows(socket);
+        let waits = (self.flags | flags) & libc::MSG_DONTWAIT == 0;
+        let sent = flows.send(fd, record, waits, |now| self.transmit(fd, flags | now))?;
+        if let (true, Some(to)) = (socket.attributes.wanted.any(), flows::address(&self.name)) {
+            flows.has_sent(to);
+        }
+        Ok(sent)
+    }
+
+    fn transmit(&self, fd: RawFd, flags: i32) -> Result<u32, i32> {
         let mut buffers = self.message.vectors();
         // SAFETY: zero is a valid value of every field.
         let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -309,13 +322,13 @@ impl Transfer {
         }
     }
 
-    /// Receives or sends it if the socket is ready for it.
-    pub(crate) fn attempt(&self, fd: RawFd, wanted: Wanted) -> Option<Outcome> {
+    /// Receives or sends it if the socket is ready for it, by this descriptor of it.
+    pub(crate) fn attempt(&self, fd: RawFd, socket: Socket) -> Option<Outcome> {
         let result = match self {
             Self::Receive(receive) => {
-                receive.perform(fd, wanted, libc::MSG_DONTWAIT).map(Outcome::Received)
+                receive.perform(fd, socket, libc::MSG_DONTWAIT).map(Outcome::Received)
             }
-            Self::Send(send) => send.perform(fd, libc::MSG_DONTWAIT).map(Outcome::Sent),
+            Self::Send(send) => send.perform(fd, socket, libc::MSG_DONTWAIT).map(Outcome::Sent),
         };
         match result {
             Ok(outcome) => Some(outcome),
@@ -353,7 +366,7 @@ pub(crate) fn receive(call: &Call) -> Result<(), i32> {
     }
     let receive = Receive::read(call.message)?;
     check_count(call)?;
-    let received = receive.perform(socket.fd, socket.attributes.wanted, 0)?;
+    let received = receive.perform(socket.fd, socket, 0)?;
     received.store().map_err(fault)?;
     store_count(call, received.bytes)?;
     if received.is_truncated() { Err(wsa::EMSGSIZE) } else { Ok(()) }
@@ -367,7 +380,7 @@ pub(crate) fn send(call: &Call, flags: u32) -> Result<(), i32> {
         return send_overlapped(call, socket, flags);
     }
     check_count(call)?;
-    let sent = Send::read(call.message, flags)?.perform(socket.fd, 0)?;
+    let sent = Send::read(call.message, flags)?.perform(socket.fd, socket, 0)?;
     store_count(call, sent)
 }
 
@@ -401,7 +414,7 @@ fn overlapped(
     let outcome = if pending.any_in(socket, transfer.lane()) {
         None
     } else {
-        transfer.attempt(socket.fd, socket.attributes.wanted)
+        transfer.attempt(socket.fd, socket)
     };
     let Some(outcome) = outcome else {
         let work = Work::Transfer(transfer);
@@ -455,22 +468,25 @@ impl Control {
         Self { bytes: vec![0; length], used: 0, truncated: false }
     }
 
-    /// Adds what was asked for of the redirection of a datagram from this source.
-    fn add_redirection(&mut self, fd: RawFd, wanted: Wanted, source: &[u8]) {
-        if wanted == Wanted::default() {
+    /// Adds what was asked for of the flow, if the datagram from this source begins one.
+    fn add_redirection(&mut self, fd: RawFd, socket: Socket, source: &[u8], peeked: bool) {
+        let (level, [records, context]) = wanted_of(socket.attributes.wanted, source);
+        if !(records || context) || !flows::has_flows(fd) {
             return;
         }
-        let (level, [records, context]) = wanted_of(wanted, source);
-        let mut add = |wanted: bool, kind: i32, option: i32| {
-            let mut value = vec![0; 4096];
-            // An error says that the datagram carries none.
-            if wanted && let Ok(length) = sys::get_option(fd, abi::LEVEL, option, &mut value) {
-                value.truncate(length);
-                self.add(level, kind, &value);
-            }
+        let Some(address) = flows::address(source) else {
+            return;
         };
-        add(records, RECORDS, abi::QUERY_REDIRECT_RECORDS);
-        add(context, CONTEXT, abi::QUERY_REDIRECT_CONTEXT);
+        let flows = process().sockets.flows(socket);
+        let Some(Begin { record, context: bytes }) = flows.receive(address, peeked) else {
+            return;
+        };
+        if records {
+            self.add(level, RECORDS, &record);
+        }
+        if context && !bytes.is_empty() {
+            self.add(level, CONTEXT, &bytes);
+        }
     }
 
     /// Adds an object if all of it fits; half a record would be of no use (contract U9).
@@ -527,7 +543,9 @@ impl Outgoing {
             };
             match (int(8), int(12)) {
                 (abi::SOL_IP | abi::SOL_IPV6, RECORDS) => {
-                    if outgoing.records.replace(value.to_vec()).is_some() {
+                    // To the engine, no bytes at all mean something else.
+                    let twice = outgoing.records.replace(value.to_vec()).is_some();
+                    if twice || value.is_empty() {
                         return Err(wsa::EINVAL);
                     }
                 }
@@ -616,6 +634,8 @@ mod tests {
         let mut twice = Control::new(256);
         twice.add(abi::SOL_IP, RECORDS, b"one");
         twice.add(abi::SOL_IP, RECORDS, b"two");
+        let mut empty = Control::new(256);
+        empty.add(abi::SOL_IP, RECORDS, b"");
         let mut context = Control::new(256);
         context.add(abi::SOL_IP, CONTEXT, b"mine");
         let mut long = Control::new(256);
@@ -624,7 +644,7 @@ mod tests {
         let mut short = Control::new(256);
         short.add(abi::SOL_IP, RECORDS, b"record");
         short.bytes[0] = 15;
-        for control in [twice, context, long, short] {
+        for control in [twice, empty, context, long, short] {
             assert_eq!(Outgoing::split(&control.bytes[..control.used]), Err(wsa::EINVAL));
         }
         // Less than a header is nothing.

@@ -179,7 +179,7 @@ impl Operation {
             // It is there: whoever takes it has to claim the operation first. Ours alone it must
             // not become, or a socket that is closed now would be so only when this returns.
             let descriptor = lock(&self.descriptor).as_ref().map(|watched| watched.descriptor())?;
-            transfer.attempt(descriptor, socket.attributes.wanted)
+            transfer.attempt(descriptor, socket)
         });
         match tried {
             Ok(Some(outcome)) => {

@@ -1,11 +1,14 @@
 //! The sockets that this process made or accepted, and what Windows keeps of a socket but Linux
-//! does not: the overlapped attribute, and which ancillary data was asked for.
+//! does not: the overlapped attribute, which ancillary data was asked for, and its UDP flows.
 
 use crate::contract::wsa;
+use crate::flows::Flows;
 use crate::sync::{Mutex, lock};
 use crate::sys;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry::{Occupied, Vacant};
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 /// What Windows keeps of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +33,12 @@ pub(crate) struct Wanted {
     pub(crate) v6: [bool; 2],
 }
 
+impl Wanted {
+    pub(crate) fn any(self) -> bool {
+        self != Self::default()
+    }
+}
+
 /// A socket at the moment of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Socket {
@@ -39,10 +48,12 @@ pub(crate) struct Socket {
     pub(crate) attributes: Attributes,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Entry {
     cookie: u64,
     attributes: Attributes,
+    /// Once anything was sent or received that may begin one.
+    flows: Option<Arc<Flows>>,
 }
 
 /// By descriptor. An entry whose cookie is not the descriptor's is of a socket that `close(2)`
@@ -64,9 +75,31 @@ impl Sockets {
 
     /// Notes the attributes of a socket.
     pub(crate) fn note(&self, fd: RawFd, attributes: Attributes) {
-        if let Ok(cookie) = sys::cookie(fd) {
-            lock(&self.0).insert(fd, Entry { cookie, attributes });
+        let Ok(cookie) = sys::cookie(fd) else {
+            return;
+        };
+        match lock(&self.0).entry(fd) {
+            Occupied(entry) if entry.get().cookie == cookie => {
+                entry.into_mut().attributes = attributes;
+            }
+            Occupied(mut other) => {
+                other.insert(Entry { cookie, attributes, flows: None });
+            }
+            Vacant(place) => {
+                place.insert(Entry { cookie, attributes, flows: None });
+            }
         }
+    }
+
+    /// The UDP flows of a socket.
+    pub(crate) fn flows(&self, socket: Socket) -> Arc<Flows> {
+        let Socket { fd, cookie, attributes } = socket;
+        let mut entries = lock(&self.0);
+        let entry = entries.entry(fd).or_insert_with(|| Entry { cookie, attributes, flows: None });
+        if entry.cookie != cookie {
+            *entry = Entry { cookie, attributes, flows: None };
+        }
+        Arc::clone(entry.flows.get_or_insert_default())
     }
 
     /// Forgets a socket that is about to be closed.
@@ -74,9 +107,12 @@ impl Sockets {
         lock(&self.0).remove(&fd);
     }
 
-    /// For a child process, which has the same descriptors.
+    /// For a child process, which has the same descriptors. It asks for the flows anew.
     pub(crate) fn copy(&self) -> Self {
-        Self(Mutex::new(lock(&self.0).clone()))
+        let copy = |(&fd, &Entry { cookie, attributes, .. }): (&RawFd, &Entry)| {
+            (fd, Entry { cookie, attributes, flows: None })
+        };
+        Self(Mutex::new(lock(&self.0).iter().map(copy).collect()))
     }
 }
 

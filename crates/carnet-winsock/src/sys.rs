@@ -173,6 +173,19 @@ pub(crate) fn poll(entries: &mut [pollfd], deadline: Option<Instant>) -> Result<
     Ok(ready as usize)
 }
 
+/// Waits until a socket may have room for what is to be sent, as long as `SO_SNDTIMEO` says: `EAGAIN`.
+pub(crate) fn wait_until_writable(fd: RawFd) -> Result<(), Errno> {
+    let mut time = [0; size_of::<libc::timeval>()];
+    get_option(fd, libc::SOL_SOCKET, libc::SO_SNDTIMEO, &mut time)?;
+    let half = |at: usize| {
+        time.get(at..at + 8).and_then(|v| v.try_into().ok()).map_or(0, u64::from_ne_bytes)
+    };
+    let time = Duration::from_secs(half(0)) + Duration::from_micros(half(8));
+    let deadline = if time.is_zero() { None } else { Instant::now().checked_add(time) };
+    let mut entries = [pollfd { fd, events: libc::POLLOUT, revents: 0 }];
+    if poll(&mut entries, deadline)? == 0 { Err(libc::EAGAIN) } else { Ok(()) }
+}
+
 /// Has the functions called by every `fork`: before it, and after it in the parent and in the child.
 pub(crate) fn at_fork(before: extern "C" fn(), parent: extern "C" fn(), child: extern "C" fn()) {
     // SAFETY: the functions stay for the life of the process: the library is never unloaded

@@ -4,11 +4,13 @@
 //!
 //! The services, of which one source serves Linux and Windows, are run here too.
 
-use carnet_core::event::Counter;
-use carnet_testbed::Process;
+use std::time::Duration;
+
+use carnet_core::{event::Counter, object::Conditions};
+use carnet_testbed::{DatagramClients, DatagramServer, Process, Topology, datagrams::DatagramPlan};
 use carnet_tests::{
     Lab, Must as _, PATIENCE, Plan,
-    contract::{Link, Program, run_rows},
+    contract::{Link, Program, run_rows, run_rows_in},
 };
 
 /// The context of the redirects, where the rows count on one.
@@ -76,7 +78,29 @@ fn context() {
 
 #[test]
 fn messages() {
-    run_rows("messages", Link::Shared, CONTEXT);
+    // The program talks to itself, too, which is nothing to redirect.
+    let destinations = [Topology::DESTINATION_V4.into(), Topology::DESTINATION_V6.into()];
+    let conditions = Conditions {
+        destinations: destinations.map(std::net::IpAddr::into).into(),
+        ..Conditions::default()
+    };
+    run_rows_in(&Lab::new(), Plan { conditions, ..Plan::default() }, "messages", Link::Shared);
+}
+
+#[test]
+fn datagrams() {
+    run_rows("datagrams", Link::Shared, CONTEXT);
+}
+
+#[test]
+fn datagrams_with_the_static_library() {
+    run_rows("datagrams", Link::Static, CONTEXT);
+}
+
+#[test]
+fn idle() {
+    let lab = Lab::with_udp_idle(Duration::from_secs(1));
+    run_rows_in(&lab, Plan::default(), "idle", Link::Shared);
 }
 
 #[test]
@@ -177,4 +201,52 @@ fn two_services_for_both_systems_in_a_chain() {
     // The record grows from service to service.
     assert_eq!(flows(&alpha, r#"flow: a record of 416 bytes, context "hello""#), 12);
     assert_eq!(flows(&bravo, r#"flow: a record of 432 bytes, context """#), 12);
+}
+
+#[test]
+fn two_datagram_services_in_a_chain() {
+    const CLIENTS: u32 = 20;
+    let programs = [Link::Shared, Link::Static]
+        .map(|link| Program::compile(&["tests/contract/relay.c"], link));
+    let lab = Lab::new();
+    let network = &lab.network().topology;
+    let both: [std::net::IpAddr; 2] =
+        [Topology::DESTINATION_V4.into(), Topology::DESTINATION_V6.into()];
+    let addresses = both.map(|ip| (ip, 0).into());
+    let server = DatagramServer::start_in(&network.destination, addresses).must("start a server");
+    add_service(&lab, "alpha", 2, CONTEXT);
+    add_service(&lab, "bravo", 1, None);
+    let services = [("alpha", &programs[0]), ("bravo", &programs[1])].map(|(name, program)| {
+        let process = Process::spawn(&mut program.command(&lab, name)).must("start the service");
+        process.wait_for_line("ready", PATIENCE, |line| line == "ready").must("see it ready");
+        process
+    });
+    for connected in [false, true] {
+        let plan = DatagramPlan {
+            to: server.addresses().to_vec(),
+            clients: CLIENTS,
+            rounds: 5,
+            window: 64,
+            connected,
+            timeout: PATIENCE,
+        };
+        let clients = DatagramClients::start(&plan, Some(&network.client), Some(lab.apps()));
+        let report = clients.must("start clients").finish(PATIENCE).must("run clients");
+        assert!(report.is_perfect(), "{report:#?}");
+    }
+    // Two destinations, with sockets of both kinds.
+    let count = 4 * u64::from(CLIENTS);
+    for (counter, value) in [
+        (Counter::Redirected, 2 * count),
+        (Counter::RecordsSet, 2 * count),
+        (Counter::Onward, count),
+        (Counter::Forgotten, 0),
+    ] {
+        assert_eq!(lab.counter(counter), value, "{counter:?}");
+    }
+    for (service, length) in services.iter().zip([416, 432]) {
+        let lines = service.lines();
+        assert_eq!(lines.len() as u64, 1 + count, "{lines:#?}");
+        assert_eq!(flows(service, &format!("flow: a record of {length} bytes")) as u64, count);
+    }
 }

@@ -236,7 +236,11 @@ fn a_record_is_set_before_the_connect_or_not_at_all() {
         let udp = service.open(family, Kind::Udp).must("open");
         assert_eq!(udp.register(&[]), fails(libc::EINVAL), "{family:?}, not bound");
         udp.set_record(&record).must("set the record on a UDP socket");
+        udp.set_record(&[]).must("take it off");
         let any = if family == Family::V4 { lab.v4() } else { lab.v6() };
+        // Without it, the flow is for the service, which has no UDP socket.
+        assert_eq!(udp.connect(any), fails(libc::ECONNREFUSED), "{family:?}");
+        udp.set_record(&record).must("set it again");
         udp.connect(any).must("connect it");
         assert_eq!(udp.set_record(&record), fails(libc::EINVAL), "{family:?}, connected");
         assert_eq!(udp.register(&[]), fails(libc::EINVAL), "{family:?}, connected");
