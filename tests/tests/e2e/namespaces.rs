@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd as _, AsRawFd as _},
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use carnet_core::{
@@ -14,9 +15,11 @@ use carnet_core::{
     object::{FailurePolicy, Protocol},
 };
 use carnet_engine::{Error, Listener, ProcessSockets, Reach};
-use carnet_testbed::{ConnectionReport, NetworkNamespace, PeerClient, Topology, connect_veth};
+use carnet_testbed::{
+    ConnectionReport, NetworkNamespace, PeerClient, Process, Topology, connect_veth,
+};
 use carnet_tests::{
-    Lab, Must as _, PATIENCE, Plan, Running, handed_on,
+    Lab, Must as _, PATIENCE, Plan, Running, handed_on, program,
     puppet::{Errno, Family, Kind, Puppet},
     service::Behaviour,
 };
@@ -480,4 +483,25 @@ fn a_network_namespace_that_takes_the_place_of_another_is_not_that_one() {
     assert_eq!(client.connect(lab.v4()).err(), Some(REFUSED));
     register(&second);
     client.connect(lab.v4()).must("connect");
+}
+
+/// Runs a script of `examples/namespaces`, which checks for itself that all goes as it says.
+#[track_caller]
+fn example(script: &str) {
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).env("CARNET", program("carnet"));
+    let mut process = Process::spawn(&mut command).must("start a shell");
+    process.close_input();
+    let status = process.wait(PATIENCE).must("wait for the script's end");
+    assert!(status.success(), "{status}: {:#?}", process.lines());
+}
+
+#[test]
+fn the_example_of_a_pod() {
+    example(include_str!("../../../examples/namespaces/pod.sh"));
+}
+
+#[test]
+fn the_example_of_a_container() {
+    example(include_str!("../../../examples/namespaces/container.sh"));
 }

@@ -103,7 +103,7 @@ pub(crate) struct Register {
     listen: Option<SocketAddr>,
 
     /// With --listen: the network namespace of the listener, if it is not this command's
-    #[arg(long, value_name = "PATH|pid:N", requires = "listen")]
+    #[arg(long, value_name = "PATH|pid:N", requires = "listen", conflicts_with = "pid")]
     home: Option<NetworkNamespace>,
 }
 
@@ -231,6 +231,7 @@ fn register(arguments: &Register, session: &mut Session<'_>) -> Result<(), Failu
     }
     let engine = session.engine()?;
     privileges::examine_processes()?;
+    pid.map_or(Ok(()), Pid::check)?;
     let policy = engine.policy()?;
     let service = Session::known(&policy, policy.service(service))?.name.clone();
     let registered = match (listen, netns, pid) {
@@ -247,7 +248,6 @@ fn register(arguments: &Register, session: &mut Session<'_>) -> Result<(), Failu
             return Err(Failure::usage("name a process: --pid, or an address: --listen"));
         }
         (_, netns, Some(pid)) => {
-            pid.check()?;
             let netns = netns.as_ref().map(NetworkNamespace::cookie).transpose()?;
             let sockets = ProcessSockets { pid: pid.0, udp: udp.clone(), netns };
             let registered = engine.register_sockets_of(&service, &sockets)?;
