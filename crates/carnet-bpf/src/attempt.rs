@@ -12,7 +12,7 @@ use carnet_core::{
     address::Endpoint,
     classify::Reason,
     event::{Counter, EventKind},
-    flow::LegState,
+    flow::{LEG_STARTING, LEG_REDIRECTED, LegState},
     record::{Hop, MAGIC, Record, VERSION},
 };
 
@@ -79,6 +79,7 @@ impl Attempt<'_> {
         // SAFETY: the helper takes this context.
         leg.cookie = unsafe { bpf_get_socket_cookie(self.ctx.cast()) };
         leg.netns = netns_of(self.ctx);
+        leg.home = if kind & !LEG_STARTING == LEG_REDIRECTED { self.request.home } else { leg.netns };
         leg.began_ns = now();
         leg.pid = process::pid();
         leg.protocol = self.request.protocol;
@@ -175,6 +176,7 @@ impl Attempt<'_> {
             event.generation = self.request.generation();
             event.requested = self.request.destination;
             event.protocol = self.request.protocol;
+            event.netns = netns_of(self.ctx);
             match record {
                 Some(record) => {
                     event.flow = record.flow;

@@ -23,7 +23,7 @@ use carnet_core::{
     abi::errno,
     address::Endpoint,
     event::Counter,
-    flow::{LEG_ONWARD, LEG_REDIRECTED, LEG_STARTING, LegState},
+    flow::{LEG_ONWARD, LEG_REDIRECTED, LEG_STARTING, LegState, SAME_NAMESPACE},
     record::Record,
 };
 
@@ -250,6 +250,6 @@ fn is_taken(attempt: &Attempt<'_>) -> bool {
     if own.is_unspecified() {
         own.address = target.address;
     }
-    Found::look_up(attempt.ctx, attempt.request.protocol, Some(target), &own)
+    Found::look_up(attempt.ctx, attempt.request.protocol, SAME_NAMESPACE, Some(target), &own)
         .is_some_and(|found| found.socket.state() == ESTABLISHED)
 }

@@ -28,7 +28,7 @@ use carnet_core::{
     address::Endpoint,
     event::Counter,
     flow::{
-        Correspondent, CorrespondentKey, LEG_REDIRECTED, TokenKey, is_source_token, source_token,
+        Correspondent, CorrespondentKey, LEG_REDIRECTED, SAME_NAMESPACE, TokenKey, is_source_token, source_token,
     },
     record::Record,
 };
@@ -40,7 +40,7 @@ use crate::{
     decide::{Request, concerns_somebody, destination_concerns_somebody, netns_of},
     end::guard_begins,
     idle,
-    listener::{LOOPBACK_V4, ONE, is_registered, same},
+    listener::{LOOPBACK_V4, ONE, registered_in, same},
     maps::{BLANK_LEG, CORRESPONDENTS, DATAGRAM_LEGS, LEGS, SOCKET_TOKENS, TOKENS, TimedLeg},
     process::{carnet_identify, carnet_service},
     report::{count, now},
@@ -139,7 +139,9 @@ fn send(
         if let Some(timed) = held(ctx, &known.token) {
             let leg = &timed.held.leg;
             // The service may be gone, which nothing tells a socket that is not connected.
-            if leg.cookie == cookie_of(ctx) && is_registered(ctx, protocol, &leg.target, leg.handle) {
+            if leg.cookie == cookie_of(ctx)
+                && registered_in(ctx, protocol, SAME_NAMESPACE, &leg.target, leg.handle) != 0
+            {
                 timed.held.seen_ns = known.seen_ns;
                 rewrite(Some(&known.token), &leg.target);
                 return PASS;

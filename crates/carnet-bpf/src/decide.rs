@@ -29,8 +29,10 @@ use crate::{
 pub(crate) struct Request {
     /// Where the application wants to go.
     pub(crate) destination: Endpoint,
-    /// Where the service that was last found live listens.
+    /// Where the service listens that was looked for last; if it was found, which ends the search.
     pub(crate) target: Endpoint,
+    /// In which network namespace that is: its cookie.
+    pub(crate) home: u64,
     /// What the record says, if there is one.
     chain: Chain,
     /// The executable with which the flow began, if there is a record; else zero.
@@ -57,6 +59,7 @@ impl Request {
         Self {
             destination,
             target: destination,
+            home: 0,
             chain: Chain::empty(0),
             original: FileId { device: 0, inode: 0 },
             recorded: 0,

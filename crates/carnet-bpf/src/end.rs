@@ -12,7 +12,7 @@ use crate::{ctx::fetch_add, maps::GUARD, report::event};
 fn guard_key(leg: &LegState) -> GuardKey {
     GuardKey {
         handle: leg.handle,
-        netns: leg.netns,
+        netns: leg.home,
         address: leg.requested.address,
         port: leg.requested.port.into(),
         protocol: leg.protocol,
@@ -57,6 +57,7 @@ pub(crate) fn report_end(leg: &LegState, sent: u64, received: u64) {
         event.handle = leg.handle;
         event.filter = leg.filter;
         event.pid = leg.pid;
+        event.netns = leg.netns;
         event.requested = leg.requested;
         event.legs = leg.record.legs;
         event.hops = leg.record.hop_count;

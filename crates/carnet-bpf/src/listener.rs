@@ -79,13 +79,19 @@ impl Step for Walk<'_> {
         // SAFETY: the entry stays allocated until the program ends; a registration that replaces
         // it meanwhile is seen by the look-up of the listening socket below.
         let entry = unsafe { &mut *entry };
-        let Some(mut target) = reached_at(&entry.local, &self.own, self.ipv4) else {
+        let Some(target) = reached_at(&entry.local, &self.own, self.ipv4) else {
             return true;
         };
-        target.family = self.request.destination.family;
-        if is_registered(self.ctx, self.request.protocol, &target, self.key.handle) {
+        // Not through a variable: the stack of the hooks is all but full.
+        self.request.target = target;
+        self.request.target.family = self.request.destination.family;
+        let protocol = self.request.protocol;
+        let target = &self.request.target;
+        let home = registered_in(self.ctx, protocol, entry.home_id, target, self.key.handle);
+        // The number may have become another namespace's by now: the cookie tells.
+        if home != 0 && home == entry.home {
             entry.missed = 0;
-            self.request.target = target;
+            self.request.home = home;
             self.found = true;
             return false;
         }
@@ -121,20 +127,27 @@ pub(crate) fn reached_at(local: &Endpoint, own: &Endpoint, ipv4: bool) -> Option
     }
 }
 
-/// Whether a socket that the service with this handle registered takes connections, or datagrams, to
-/// `target`.
+/// Cookie of the network namespace of the socket that takes connections, or datagrams, to `target`, if
+/// the service with this handle has registered it; else 0. `namespace` as for [`Found::look_up`].
 #[inline(always)]
-pub(crate) fn is_registered(
+pub(crate) fn registered_in(
     ctx: *mut bpf_sock_addr,
     protocol: u32,
+    namespace: i32,
     target: &Endpoint,
     handle: u64,
-) -> bool {
-    let Some(listener) = Found::look_up(ctx, protocol, None, target) else {
-        return false;
+) -> u64 {
+    let Some(listener) = Found::look_up(ctx, protocol, namespace, None, target) else {
+        return 0;
     };
     let ready = if protocol == TCP { LISTEN } else { CLOSE };
-    listener.socket.state() == ready && listener.socket.registered_for() == handle
+    if listener.socket.state() != ready {
+        return 0;
+    }
+    match listener.socket.registration() {
+        Some(found) if found.handle == handle => found.netns,
+        _ => 0,
+    }
 }
 
 /// A socket that was looked up, with a reference that ends with this value.
@@ -144,16 +157,19 @@ pub(crate) struct Found {
 }
 
 impl Found {
-    /// The socket of the connecting socket's network namespace that gets what comes for `to` over
-    /// this protocol from `from`, or from anywhere.
+    /// The socket of a network namespace that gets what comes for `to` over this protocol from
+    /// `from`, or from anywhere. `namespace` is its number in that of the connecting socket, or
+    /// `SAME_NAMESPACE`.
     #[inline(always)]
     pub(crate) fn look_up(
         ctx: *mut bpf_sock_addr,
         protocol: u32,
+        namespace: i32,
         from: Option<&Endpoint>,
         to: &Endpoint,
     ) -> Option<Self> {
-        const CURRENT_NETNS: u64 = u64::MAX;
+        // The helpers take any negative number for the same one.
+        let namespace = i64::from(namespace) as u64;
         // `struct bpf_sock_tuple`: source and destination address, then their ports.
         let mut tuple = MaybeUninit::<[u32; 9]>::uninit();
         let word = tuple.as_mut_ptr().cast::<u32>();
@@ -187,10 +203,10 @@ impl Found {
         let tuple = tuple.as_mut_ptr().cast::<bpf_sock_tuple>();
         let sk = if protocol == TCP {
             // SAFETY: the helper takes this context and reads `size` bytes of the tuple.
-            unsafe { bpf_sk_lookup_tcp(ctx.cast(), tuple, size, CURRENT_NETNS, 0) }
+            unsafe { bpf_sk_lookup_tcp(ctx.cast(), tuple, size, namespace, 0) }
         } else if protocol == UDP {
             // SAFETY: likewise.
-            unsafe { bpf_sk_lookup_udp(ctx.cast(), tuple, size, CURRENT_NETNS, 0) }
+            unsafe { bpf_sk_lookup_udp(ctx.cast(), tuple, size, namespace, 0) }
         } else {
             // There is no look-up for UDP-Lite, so no service can take it.
             return None;

@@ -13,7 +13,7 @@ use carnet_core::{
     event::{Counter, Event},
     flow::{
         Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, GuardKey, LegState, ListenerEntry,
-        ListenerKey, LocalSourceKey, TokenKey, Tuple,
+        ListenerKey, LocalSourceKey, Registration, TokenKey, Tuple,
     },
     record::Record,
     table::{ConditionRow, FilterRow, HeaderRow, LeafRow, MAX_SERVICES, NodeRow, ServiceRow},
@@ -99,15 +99,16 @@ pub(crate) static CONTEXTS: HashMap<u64, Context, 1024, NO_PREALLOC> = HashMap::
 #[btf_map]
 pub(crate) static SVC_CGROUPS: HashMap<u64, u64, 128, NO_PREALLOC> = HashMap::new();
 
-/// Registered listeners. Writer: setsockopt; connect notes which it missed. Reader: connect.
+/// Registered listeners. Writer: setsockopt; connect notes which it missed; user mode, those that are
+/// reached from another network namespace. Reader: connect.
 #[btf_map]
 pub(crate) static LISTENERS: HashMap<ListenerKey, ListenerEntry, 4096, NO_PREALLOC> =
     HashMap::new();
 
-/// On a registered listening socket: its service's redirect handle. Goes with the socket, and
+/// On a registered listening socket: whose it is. Goes with the socket, and
 /// with it the registration: that is why nobody can squat on the port of a dead service.
 #[btf_map]
-pub(crate) static REGISTERED: SkStorage<u64> = SkStorage::new();
+pub(crate) static REGISTERED: SkStorage<Registration> = SkStorage::new();
 
 /// On a connecting socket: the leg that it makes, with the record that was set before. Writer:
 /// setsockopt, connect. Reader: sockops, getpeername, the flow listing. The kernel keeps it over

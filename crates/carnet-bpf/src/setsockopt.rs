@@ -21,7 +21,7 @@ use aya_ebpf::{
 use carnet_core::{
     abi::{self, LISTENER_SLOTS, errno},
     event::{Counter, EventKind},
-    flow::{ListenerEntry, ListenerKey},
+    flow::{ListenerEntry, ListenerKey, Registration, SAME_NAMESPACE},
     record::{MAX_HOPS, MAX_RECORD, Record, RecordError},
     table::{Repeat as _, Step},
 };
@@ -236,7 +236,7 @@ fn register(
             protocol: protocol as u16,
             slot: 0,
         },
-        entry: ListenerEntry { local, missed: 0 },
+        entry: ListenerEntry { local, missed: 0, home: netns, home_id: SAME_NAMESPACE, zero: 0 },
         free: Bank::forget(LISTENER_SLOTS),
         done: false,
     };
@@ -250,11 +250,12 @@ fn register(
             return Err(errno::ENOMEM);
         }
     }
-    *registered = handle;
+    *registered = Registration { handle, netns };
     event_of_caller(EventKind::ListenerRegistered, |event| {
         event.handle = handle;
         event.requested = local;
         event.protocol = protocol;
+        event.netns = netns;
     });
     Ok(())
 }
@@ -281,6 +282,10 @@ impl Step for SlotSearch {
             Some(entry) => {
                 // SAFETY: the entry stays allocated until the program ends.
                 let entry = unsafe { &mut *entry };
+                // One of another network namespace stays until the administrator takes it back.
+                if entry.home != self.entry.home {
+                    return true;
+                }
                 if same(&entry.local, &self.entry.local) {
                     entry.missed = 0;
                     self.done = true;

@@ -13,7 +13,7 @@ use aya_ebpf::{
 };
 use carnet_core::{
     address::{AF_INET, AF_INET6, Endpoint},
-    flow::LegState,
+    flow::{LegState, Registration},
     record::Record,
     socket::SocketKind,
 };
@@ -180,16 +180,14 @@ impl Socket {
         !tcp.is_null() && field::<u64>(tcp, offset!(sock_flags)) & SOCK_DONE != 0
     }
 
-    /// The redirect handle of the service for which this listening socket, or the Multipath TCP
-    /// socket behind it, was registered; 0 if it was not.
+    /// For which service this listening socket, or the Multipath TCP socket behind it, was
+    /// registered.
     #[inline(always)]
-    pub(crate) fn registered_for(self) -> u64 {
-        if let Some(handle) = self.get(&REGISTERED) {
-            return *handle;
+    pub(crate) fn registration(self) -> Option<&'static Registration> {
+        if let Some(registration) = self.get(&REGISTERED) {
+            return Some(registration);
         }
-        self.multipath()
-            .and_then(|connection| connection.get(&REGISTERED))
-            .map_or(0, |handle| *handle)
+        self.multipath()?.get(&REGISTERED).map(|registration| &*registration)
     }
 
     /// The Multipath TCP connection whose subflow this is.

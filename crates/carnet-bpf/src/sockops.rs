@@ -26,7 +26,7 @@ use carnet_core::{
     abi::LISTENER_SLOTS,
     address::{AF_INET, Endpoint},
     event::Counter,
-    flow::{LEG_REDIRECTED, LEG_STARTING, ListenerKey, Tuple},
+    flow::{LEG_REDIRECTED, LEG_STARTING, ListenerKey, Registration, Tuple},
     table::Step,
 };
 
@@ -63,7 +63,7 @@ pub fn carnet_sockops(ctx: SockOpsContext) -> u32 {
     } else if load32!(ctx, 8) == CLOSE {
         let before = load32!(ctx, 4);
         if before == LISTEN {
-            unlisten(ctx, socket);
+            unlisten(socket);
         } else {
             closed(ctx, socket, before);
         }
@@ -93,7 +93,7 @@ fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
     if leg.kind != LEG_REDIRECTED {
         return;
     }
-    let key = tuple(leg.netns, &local, &remote);
+    let key = tuple(leg.home, &local, &remote);
     // SAFETY: key and value are whole and of the map's types; the value lies in another map, from
     // which the kernel copies it.
     let failed = unsafe {
@@ -133,14 +133,11 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
 
 /// A listening socket has been closed: if it was registered, others may take its slot.
 #[inline(always)]
-fn unlisten(ctx: *mut bpf_sock_ops, socket: Socket) {
-    let handle = socket.registered_for();
-    if handle == 0 {
+fn unlisten(socket: Socket) {
+    let Some(&Registration { handle, netns }) = socket.registration() else {
         return;
-    }
+    };
     let local = socket.local();
-    // SAFETY: the helper takes this context.
-    let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
     let key =
         ListenerKey { handle, netns, family: local.family, protocol: TCP as u16, slot: 0 };
     repeat(LISTENER_SLOTS, &mut Unlisten { key, local });
@@ -161,7 +158,7 @@ impl Step for Unlisten {
             // whichever store comes last, it is not 0, unless a connect has found another socket
             // that listens there.
             let entry = unsafe { &mut *entry };
-            if same(&entry.local, &self.local) {
+            if entry.home == self.key.netns && same(&entry.local, &self.local) {
                 entry.missed = 1;
                 return false;
             }
@@ -188,7 +185,7 @@ fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
     if leg.kind == LEG_REDIRECTED {
         // Only a connection that was never established has still got an entry.
         let (local, remote) = ends(ctx);
-        let _absent = HANDOVER.remove(&tuple(leg.netns, &local, &remote));
+        let _absent = HANDOVER.remove(&tuple(leg.home, &local, &remote));
     }
     leg.kind = 0;
     // The kernel counts SYN and FIN as bytes.

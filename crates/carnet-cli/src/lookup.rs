@@ -2,6 +2,7 @@
 //! processes.
 
 use std::{
+    collections::BTreeMap,
     env, fmt, fs,
     net::{SocketAddr, ToSocketAddrs as _},
     os::unix::fs::MetadataExt as _,
@@ -136,12 +137,17 @@ impl NetworkNamespace {
         Ok(NetnsCondition { name: self.to_string(), cookie: self.cookie()? })
     }
 
-    fn cookie(&self) -> Result<u64, Failure> {
-        let path = match self {
-            Self::Of(pid) => pid.entry("ns/net")?,
-            Self::At(path) => path.clone(),
-        };
-        Ok(Engine::resolve_netns(&path)?)
+    /// Its cookie.
+    pub(crate) fn cookie(&self) -> Result<u64, Failure> {
+        Ok(Engine::resolve_netns(&self.path()?)?)
+    }
+
+    /// Its path.
+    pub(crate) fn path(&self) -> Result<PathBuf, Failure> {
+        match self {
+            Self::Of(pid) => pid.entry("ns/net"),
+            Self::At(path) => Ok(path.clone()),
+        }
     }
 }
 
@@ -164,6 +170,38 @@ impl FromStr for NetworkNamespace {
             None => Err(format!(
                 "write a path, such as /run/netns/{text}, or pid:N for that of a process"
             )),
+        }
+    }
+}
+
+/// What network namespaces are called: this command's, and those in `/run/netns`.
+pub(crate) struct NamespaceNames {
+    own: Option<u64>,
+    names: BTreeMap<u64, String>,
+}
+
+impl NamespaceNames {
+    /// The names as they are now. What cannot be asked has none.
+    pub(crate) fn known() -> Self {
+        let entries = fs::read_dir("/run/netns").into_iter().flatten().flatten();
+        let named = entries.filter_map(|entry| {
+            let path = entry.path();
+            Some((Engine::resolve_netns(&path).ok()?, path.display().to_string()))
+        });
+        Self { own: Engine::own_netns().ok(), names: named.collect() }
+    }
+
+    /// Whether it is this command's.
+    pub(crate) fn is_own(&self, cookie: u64) -> bool {
+        self.own == Some(cookie)
+    }
+
+    /// The name of the one with this cookie, or what can be said of one without.
+    pub(crate) fn name(&self, cookie: u64) -> String {
+        match self.names.get(&cookie) {
+            Some(name) => name.clone(),
+            None if self.is_own(cookie) => "this command's".into(),
+            None => format!("cookie:{cookie}"),
         }
     }
 }

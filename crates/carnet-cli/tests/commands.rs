@@ -5,12 +5,15 @@
 use std::{
     fs,
     net::Ipv4Addr,
+    os::fd::{AsFd as _, AsRawFd as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
 
-use carnet_testbed::{BpfDirectory, Cgroup, EchoServer, Process, require_root};
+use carnet_testbed::{
+    BpfDirectory, Cgroup, EchoServer, NetworkNamespace, PeerClient, Process, require_root,
+};
 use serde_json::{Value, json};
 
 /// How long anything may take here.
@@ -460,7 +463,7 @@ fn listeners_of_an_unmodified_program_are_registered() {
     let cgroup = world.cgroup.path().join("carnet-test-web");
     let pid = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap().trim().to_owned();
     let registered = world.json(&["service", "register", "web", "--pid", &pid]);
-    assert_eq!(registered["listeners"].as_array().unwrap().len(), 1);
+    assert_eq!(registered["listeners"].as_array().unwrap().len(), 2);
     let mut client = world.client(port);
     client.wait_for_line("the echo", PATIENCE, |line| line == "hello").unwrap();
     assert_eq!(world.json(&["flows"])[0]["services"], json!(["web"]));
@@ -469,6 +472,57 @@ fn listeners_of_an_unmodified_program_are_registered() {
     let own = std::process::id().to_string();
     let (status, _, error) = world.run(&["service", "register", "web", "--pid", &own]);
     assert_eq!(status, 1, "{error}");
+}
+
+#[test]
+fn what_listens_in_another_network_namespace_is_told_from_what_is_dead() {
+    let world = World::up("netns");
+    world.succeeds(&["provider", "add", "acme"]);
+    let _service = world.inspector("web", &["--no-register"]);
+    world.redirect("web", 8080);
+    let cgroup = world.cgroup.path().join("carnet-test-web");
+    let pid = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap().trim().to_owned();
+    let register = ["service", "register", "web", "--pid", &pid];
+    let elsewhere = NetworkNamespace::create("elsewhere").unwrap();
+    let held = format!("/proc/{}/fd/{}", std::process::id(), elsewhere.as_fd().as_raw_fd());
+    let words = ["listens on no TCP or UDP socket in that network namespace"];
+    world.fails(&[&register[..], &["--netns", &held]].concat(), &words);
+    let words = ["no UDP socket that is bound to 127.0.0.1:53"];
+    world.fails(&[&register[..], &["--udp", "127.0.0.1:53"]].concat(), &words);
+    let own = format!("pid:{pid}");
+    let registered = world.json(&[&register[..], &["--netns", &own]].concat());
+    let listening = &registered["listeners"][0];
+    assert_eq!((&listening["protocol"], &listening["netns"]), (&json!("tcp"), &listening["home"]));
+    assert_eq!(world.json(&["service", "ls"])[0]["listeners"], registered["listeners"]);
+
+    let question = ["explain", "--to", "192.0.2.7:8080", "--netns"];
+    let here = world.json(&[&question[..], &[own.as_str()]].concat());
+    assert_eq!((&here["arrives"], &here["services"]), (&json!(true), &json!(["web"])));
+    let there = world.json(&[&question[..], &[held.as_str()]].concat());
+    assert_eq!(there["arrives"], false);
+    assert_eq!(there["legs"][0]["states"][0]["elsewhere"], true);
+    let told = world.succeeds(&[&question[..], &[held.as_str()]].concat());
+    assert!(told.contains("web has no live listener in this network namespace"), "{told}");
+
+    let trace = world.trace(&["--color", "never"]);
+    let client = PeerClient::new("192.0.2.7:8080".parse().unwrap())
+        .in_namespace(&elsewhere)
+        .in_cgroup(&world.cgroup)
+        .timeout(PATIENCE);
+    assert_eq!(client.run().unwrap()[0].errno.as_deref(), Some("ECONNREFUSED"));
+    let cookie = elsewhere.cookie().unwrap();
+    let words = format!(
+        "refused: service web has no live listener in the network namespace cookie:{cookie}, \
+         though it has in others by filter web"
+    );
+    trace.wait_for_line("why", PATIENCE, |line| line.contains(&words)).unwrap();
+
+    // The service listens on the loopback, so nobody reaches it from there.
+    let address = listening["address"].as_str().unwrap();
+    let reach = ["service", "register", "web", "--netns", &held, "--listen", address];
+    world.fails(&reach, &["cannot reach a listener at", "no loopback"]);
+    let unreach = ["service", "unregister", "web", "--listen", address];
+    world.fails(&unreach, &["no flows of another network namespace reach service web"]);
 }
 
 #[test]

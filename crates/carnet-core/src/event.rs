@@ -44,7 +44,7 @@ impl EventKind {
     }
 }
 
-/// An event, 136 bytes.
+/// An event, 144 bytes.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -91,9 +91,12 @@ pub struct Event {
     pub protocol: u32,
     /// Always zero.
     pub zero: u32,
+    /// Cookie of the network namespace: of the connecting socket, or of the listener that was
+    /// registered; 0 for a refused record.
+    pub netns: u64,
 }
 
-const _: () = assert!(size_of::<Event>() == 64 + 24 + 8 + 16 + 16 + 8);
+const _: () = assert!(size_of::<Event>() == 64 + 24 + 8 + 16 + 16 + 8 + 8);
 
 /// Counters of the engine, each a slot of a per-CPU array. The first group adds up to the number of
 /// connects that were classified.

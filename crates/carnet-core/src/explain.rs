@@ -133,14 +133,16 @@ pub struct Match {
 /// Follows a flow that begins with `connection` until it is let through or refused.
 ///
 /// `compiled` is what [`compile`](crate::compile::compile()) made of `policy`; `live` says by
-/// redirect handle whether a service has a live listener; `process_of` describes the process by
-/// which a service connects onwards (with [`Process::default`], nothing is known of it).
+/// redirect handle whether a service has a live listener for flows of a network namespace;
+/// `process_of` describes the process by which a service connects onwards that got a leg in a network
+/// namespace (with [`Process::default`], nothing is known of it). The network namespace is `None`
+/// where it is not known.
 pub fn explain(
     policy: &Policy,
     compiled: &CompiledPolicy,
     connection: &HostConnection,
-    live: &dyn Fn(u64) -> bool,
-    process_of: &dyn Fn(&Service) -> Process,
+    live: &dyn Fn(u64, Option<u64>) -> bool,
+    process_of: &dyn Fn(&Service, Option<u64>) -> Process,
 ) -> Vec<Leg> {
     let mut record = Record::new_zeroed();
     let mut connection = connection.clone();
@@ -150,17 +152,19 @@ pub fn explain(
     let mut legs = Vec::new();
     loop {
         let chain = Chain::of_record(compiled, &record);
+        let netns = connection.process.network_namespace;
         let view = |(slot, service): (u32, &Service)| ServiceView {
             name: service.name.clone(),
             handle: service.handle,
             state: chain.state(slot),
-            live: live(service.handle),
+            live: live(service.handle, netns),
         };
         let services = (0..).zip(policy.services()).map(view).collect();
         let tested = |field: &Field| compiled.header().fields & field.bit() != 0;
         let unknown = connection.unknown().filter(tested).collect();
         let mut matched = Matches(Vec::new());
-        let decision = classify(compiled, &connection, &chain, &mut Live(live), &mut matched);
+        let mut live = Live { live, netns };
+        let decision = classify(compiled, &connection, &chain, &mut live, &mut matched);
         let matched = matched.0;
         let leg = Leg { connection, service, chain, services, unknown, matched, decision };
         let mut next = leg.connection.clone();
@@ -172,17 +176,20 @@ pub fn explain(
         }
         record.legs += 1;
         service = Some(decision.handle);
-        next.process =
-            policy.service_by_handle(decision.handle).map(process_of).unwrap_or_default();
+        let service = policy.service_by_handle(decision.handle);
+        next.process = service.map(|service| process_of(service, netns)).unwrap_or_default();
         connection = next;
     }
 }
 
-struct Live<'a>(&'a dyn Fn(u64) -> bool);
+struct Live<'a> {
+    live: &'a dyn Fn(u64, Option<u64>) -> bool,
+    netns: Option<u64>,
+}
 
 impl Listeners for Live<'_> {
     fn is_live(&mut self, handle: u64) -> bool {
-        (self.0)(handle)
+        (self.live)(handle, self.netns)
     }
 }
 

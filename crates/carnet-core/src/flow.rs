@@ -34,8 +34,11 @@ pub struct LegState {
     pub filter: u64,
     /// Cookie of the connecting socket.
     pub cookie: u64,
-    /// Cookie of the network namespace.
+    /// Cookie of the connecting socket's network namespace.
     pub netns: u64,
+    /// Cookie of the network namespace in which the service listens; of an onward leg, and unless the
+    /// service listens elsewhere, the same.
+    pub home: u64,
     /// When the leg began: nanoseconds of the boot-time clock.
     pub began_ns: u64,
     /// Process that connected, in the initial pid namespace.
@@ -65,7 +68,7 @@ pub struct LegState {
 )]
 #[repr(C)]
 pub struct Tuple {
-    /// Cookie of the network namespace.
+    /// Cookie of the accepting end's network namespace.
     pub netns: u64,
     /// Address of the connecting end, four words in network byte order, IPv4 mapped.
     pub local_address: [u32; 4],
@@ -85,7 +88,7 @@ pub struct Tuple {
 pub struct GuardKey {
     /// The service's redirect handle.
     pub handle: u64,
-    /// Cookie of the network namespace.
+    /// Cookie of the network namespace in which the service listens, from which it connects onwards.
     pub netns: u64,
     /// The destination's address, four words in network byte order, IPv4 mapped.
     pub address: [u32; 4],
@@ -120,9 +123,10 @@ pub struct GuardEntry {
 pub struct ListenerKey {
     /// The service's redirect handle.
     pub handle: u64,
-    /// Cookie of the network namespace.
+    /// Cookie of the network namespace whose flows reach it.
     pub netns: u64,
-    /// Family of the listening socket: 2 or 10.
+    /// Family of the listening socket, or of the address at which it is reached in another network
+    /// namespace: 2 or 10.
     pub family: u16,
     /// IP protocol number of the socket: 6, TCP; 17, UDP.
     pub protocol: u16,
@@ -136,10 +140,34 @@ pub struct ListenerKey {
 )]
 #[repr(C)]
 pub struct ListenerEntry {
-    /// The address that it is bound to; may be unspecified.
+    /// The address that it is bound to; may be unspecified. Of a listener in another network namespace
+    /// the address at which it is reached.
     pub local: Endpoint,
-    /// Connects that did not find it since it was last found. Not 0: its slot may be taken.
+    /// Connects that did not find it since it was last found. Not 0: its slot may be taken, unless it
+    /// is in another network namespace.
     pub missed: u64,
+    /// Cookie of the network namespace in which it listens: the key's, or another one.
+    pub home: u64,
+    /// The number by which the key's network namespace knows that one (`RTM_GETNSID`), or
+    /// [`SAME_NAMESPACE`].
+    pub home_id: i32,
+    /// Always zero.
+    pub zero: u32,
+}
+
+/// [`ListenerEntry::home_id`]: it listens in the key's network namespace.
+pub const SAME_NAMESPACE: i32 = -1;
+
+/// What hangs on a registered socket: whose listener it is. It goes with the socket.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Registration {
+    /// The service's redirect handle; 0 for none.
+    pub handle: u64,
+    /// Cookie of the socket's network namespace. Numbers of namespaces are used again, cookies never.
+    pub netns: u64,
 }
 
 /// Key of the UDP flows of unconnected sockets: the address under which the service sees the flow's
@@ -264,7 +292,7 @@ pub const fn is_source_token(endpoint: &Endpoint) -> bool {
 }
 
 const _: () = {
-    assert!(size_of::<LegState>() == 64 + 48 + 256 + 912);
+    assert!(size_of::<LegState>() == 72 + 48 + 256 + 912);
     assert!(size_of::<TokenKey>() == 24);
     assert!(size_of::<LocalSourceKey>() == 24);
     assert!(size_of::<CorrespondentKey>() == 32);
@@ -274,7 +302,8 @@ const _: () = {
     assert!(size_of::<GuardKey>() == 40);
     assert!(size_of::<GuardEntry>() == 24);
     assert!(size_of::<ListenerKey>() == 24);
-    assert!(size_of::<ListenerEntry>() == 32);
+    assert!(size_of::<ListenerEntry>() == 48);
+    assert!(size_of::<Registration>() == 16);
 };
 
 #[cfg(test)]

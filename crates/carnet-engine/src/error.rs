@@ -1,9 +1,9 @@
 //! The error of every operation.
 
-use std::{io, path::PathBuf};
+use std::{io, net::SocketAddr, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
-use carnet_core::{compile::CompileError, object::DocumentError};
+use carnet_core::{abi::LISTENER_SLOTS, compile::CompileError, object::DocumentError};
 use thiserror::Error;
 
 /// Why an operation of the engine failed.
@@ -274,6 +274,57 @@ pub enum Error {
         name: String,
     },
 
+    /// The process has no such UDP socket.
+    #[error(
+        "process {pid} has no UDP socket that is bound to {address} and not connected{}: write the \
+         address as `ss -lunp` shows it",
+        if *limited { " in that network namespace" } else { "" }
+    )]
+    NoUdpSocket {
+        /// The process.
+        pid: u32,
+        /// The address.
+        address: SocketAddr,
+        /// Whether only sockets of one network namespace were wanted.
+        limited: bool,
+    },
+
+    /// A service has no listener that flows of another network namespace could reach.
+    #[error(
+        "service {service:?} has registered no listening TCP socket that takes connections to \
+         {address} in the network namespace {home}: start it there first, and let it register, or \
+         register it (carnet service register {service} --pid)"
+    )]
+    NoListener {
+        /// The service's name.
+        service: String,
+        /// The address.
+        address: SocketAddr,
+        /// Where it was looked for.
+        home: String,
+    },
+
+    /// An address by which a listener in another network namespace cannot be reached.
+    #[error("flows of the network namespace {flows} cannot reach a listener at {address}: {why}")]
+    NotReachable {
+        /// The network namespace of the flows.
+        flows: String,
+        /// The address.
+        address: SocketAddr,
+        /// Why not, and what to do.
+        why: String,
+    },
+
+    /// A service has all the listeners that it can have.
+    #[error(
+        "service {service:?} has {LISTENER_SLOTS} listeners of this family for this network \
+         namespace, the most there can be: take one back (carnet service unregister)"
+    )]
+    NoListenerSlot {
+        /// The service's name.
+        service: String,
+    },
+
     /// A listening socket cannot be registered.
     #[error(
         "the listener {listener} of process {pid} cannot be registered{}",
@@ -338,8 +389,8 @@ fn registration_advice(source: &io::Error) -> &'static str {
         }
         Some(libc::EINVAL) => ": it is bound to a device",
         Some(libc::ENOSPC) => {
-            ": the service has 8 listeners of this family in this network namespace, the most \
-             there can be"
+            ": the service has 8 listeners of this family and protocol in this network namespace, \
+             the most there can be"
         }
         _ => "",
     }

@@ -32,6 +32,7 @@
 //! | `existing` | ending connections that a new filter refuses |
 //! | `members`, `sockets` | whose flows pass the hooks: cgroups, processes, sockets |
 //! | `files`, `namespace`, [`cgroup`] | names of the kernel for what people name |
+//! | `netlink` | routes, and numbers of network namespaces |
 //! | [`doctor`] | whether Carnet can work here |
 //! | `sys` | system calls for which there is no safe library |
 
@@ -51,6 +52,7 @@ mod location;
 mod members;
 mod mounts;
 mod namespace;
+mod netlink;
 mod object;
 mod sockets;
 mod status;
@@ -63,7 +65,7 @@ pub use error::Error;
 pub use events::EventReader;
 pub use existing::Ended;
 pub use flows::{Flow, FlowApp, FlowHop, LegKind};
-pub use listeners::Listener;
+pub use listeners::{Listener, ProcessSockets, Reach};
 pub use location::Location;
 pub use object::BuildId;
 pub use status::{LinkStatus, ProgramStatus, Status, TableStatus};

@@ -2,15 +2,28 @@
 
 use std::{
     fs, io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::{AsFd as _, OwnedFd},
+    path::Path,
 };
 
-use carnet_core::{abi, socket::SocketKind};
+use carnet_core::{
+    abi::{self, LISTENER_SLOTS},
+    address::Endpoint,
+    flow::{ListenerEntry, ListenerKey},
+    object::Protocol,
+    socket::SocketKind,
+};
 use rustix::process::{ForeignRawFd, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
-use socket2::{Domain, Protocol, SockRef, Type};
+use socket2::{Domain, Protocol as SocketProtocol, SockRef, Type};
 
-use crate::{Engine, Error, sys, tables::Tables};
+use crate::{
+    Engine, Error,
+    namespace::NetworkNamespace,
+    netlink::{self, Route},
+    sys,
+    tables::Tables,
+};
 
 /// A registered listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,13 +31,44 @@ use crate::{Engine, Error, sys, tables::Tables};
 pub struct Listener {
     /// The service's redirect handle.
     pub handle: u64,
-    /// Cookie of the network namespace that it listens in.
+    /// Cookie of the network namespace whose flows it gets.
     pub netns: u64,
-    /// The address that it is bound to; may be unspecified.
+    /// Cookie of the network namespace in which it listens: the same one, unless the administrator
+    /// has said that flows reach it in another ([`Engine::register_reach`]).
+    pub home: u64,
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// The address that it is bound to; may be unspecified. Of one in another network namespace the
+    /// address at which it is reached.
     pub local: SocketAddr,
     /// Connections that did not find it since one last did. Not 0: it has probably been closed, and
     /// the kernel will give its place to the next one that registers.
     pub missed: u64,
+}
+
+/// Which sockets of a process are to be registered: its listening TCP sockets, and UDP sockets that
+/// are bound and not connected.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProcessSockets {
+    /// The process.
+    pub pid: u32,
+    /// Of the UDP sockets only those that are bound to these addresses: a process may have others,
+    /// which are no listeners. If there is no address, all.
+    pub udp: Vec<SocketAddr>,
+    /// Only those in the network namespace with this cookie.
+    pub netns: Option<u64>,
+}
+
+/// That flows of one network namespace reach a service's listener in another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reach<'a> {
+    /// Path of the flows' network namespace, such as `/run/netns/NAME` or `/proc/PID/ns/net`.
+    pub flows: &'a Path,
+    /// Path of the listener's.
+    pub home: &'a Path,
+    /// Where they reach it: an address of the listener's network namespace, such as that of its end
+    /// of a veth pair.
+    pub address: SocketAddr,
 }
 
 impl Engine {
@@ -35,16 +79,9 @@ impl Engine {
     /// [`Error::NotUp`], [`Error::UnknownLayout`], [`Error::Map`].
     pub fn listeners(&self) -> Result<Vec<Listener>, Error> {
         let entries = self.reading(Tables::listeners)?;
-        let mut listeners: Vec<_> = entries
-            .into_iter()
-            .map(|(key, entry)| Listener {
-                handle: key.handle,
-                netns: key.netns,
-                local: entry.local.into(),
-                missed: entry.missed,
-            })
-            .collect();
-        listeners.sort_by_key(|listener| (listener.handle, listener.netns, listener.local));
+        let mut listeners: Vec<_> =
+            entries.iter().map(|(key, entry)| Listener::new(key, entry)).collect();
+        listeners.sort_by_key(|l| (l.handle, l.netns, l.protocol, l.local));
         Ok(listeners)
     }
 
@@ -53,31 +90,270 @@ impl Engine {
     /// TCP sockets, and UDP sockets that are bound and not connected. None if there is no such one.
     ///
     /// # Errors
-    /// [`Error::NoService`]; [`Error::Register`] if the kernel engine does not take one of them, for
+    /// As for [`Engine::register_sockets_of`].
+    pub fn register_listener_of(&self, service: &str, pid: u32) -> Result<Vec<SocketAddr>, Error> {
+        let sockets = ProcessSockets { pid, ..ProcessSockets::default() };
+        let registered = self.register_sockets_of(service, &sockets)?;
+        Ok(registered.into_iter().map(|listener| listener.local).collect())
+    }
+
+    /// Registers sockets of a running process for the service of this name, each in the network
+    /// namespace in which it is; gives them. None if the process has no such sockets.
+    ///
+    /// # Errors
+    /// [`Error::NoService`]; [`Error::NoUdpSocket`] if one that was named is not there, in which case
+    /// none is registered; [`Error::Register`] if the kernel engine does not take one of them, for
     /// example since the process was not started in the service's cgroup; [`Error::Io`] if the
     /// process cannot be examined (needs `CAP_SYS_PTRACE` for those of other users).
-    pub fn register_listener_of(&self, service: &str, pid: u32) -> Result<Vec<SocketAddr>, Error> {
-        let policy = self.policy()?;
-        let handle = policy
-            .service(service)
-            .map_err(|_| Error::NoService { name: service.to_owned() })?
-            .handle;
+    pub fn register_sockets_of(
+        &self,
+        service: &str,
+        sockets: &ProcessSockets,
+    ) -> Result<Vec<Listener>, Error> {
+        let handle = self.handle_of(service)?;
+        let ProcessSockets { pid, udp, netns } = sockets;
+        let mut wanted = Vec::new();
+        for found in sockets_of(*pid)? {
+            let asked =
+                found.protocol == Protocol::TCP || udp.is_empty() || udp.contains(&found.local);
+            if asked && netns.is_none_or(|netns| netns == found.netns) {
+                wanted.push(found);
+            }
+        }
+        for address in udp {
+            if !wanted.iter().any(|s| s.protocol == Protocol::UDP && s.local == *address) {
+                let limited = netns.is_some();
+                return Err(Error::NoUdpSocket { pid: *pid, address: *address, limited });
+            }
+        }
         let mut registered = Vec::new();
-        for (socket, local) in listening_sockets(pid)? {
+        for Found { socket, protocol, local, netns } in wanted {
             let value = handle.to_ne_bytes();
-            sys::set_option(socket.as_fd(), abi::LEVEL, abi::REGISTER_LISTENER, &value)
-                .map_err(|source| Error::Register { pid, listener: local.to_string(), source })?;
+            sys::set_option(socket.as_fd(), abi::LEVEL, abi::REGISTER_LISTENER, &value).map_err(
+                |source| Error::Register { pid: *pid, listener: local.to_string(), source },
+            )?;
+            let listener = Listener { handle, netns, home: netns, protocol, local, missed: 0 };
             // Descriptors of one socket count once.
-            if !registered.contains(&local) {
-                registered.push(local);
+            if !registered.contains(&listener) {
+                registered.push(listener);
             }
         }
         Ok(registered)
     }
+
+    /// Notes that flows of a network namespace reach the listener of the service of this name in
+    /// another one. The listener has to be registered there. TCP only: the addresses from which a
+    /// service gets the datagrams of UDP flows mean nothing beyond their network namespace.
+    ///
+    /// It holds for whatever socket of the service listens there, also when the service starts anew,
+    /// until it is taken back ([`Engine::unregister_reach`]) or the service is removed.
+    ///
+    /// # Errors
+    /// [`Error::NoService`]; [`Error::NotReachable`]; [`Error::NoListener`];
+    /// [`Error::NoListenerSlot`]; [`Error::Io`] if a network namespace cannot be entered (needs
+    /// `CAP_SYS_ADMIN`); [`Error::NotUp`], [`Error::UnknownLayout`], [`Error::Map`].
+    pub fn register_reach(&self, service: &str, reach: &Reach<'_>) -> Result<Listener, Error> {
+        let (flows, home) =
+            (NetworkNamespace::open(reach.flows)?, NetworkNamespace::open(reach.home)?);
+        let address = SocketAddr::new(reach.address.ip().to_canonical(), reach.address.port());
+        reach.check(address, &flows, &home)?;
+        let number = flows.run("ask for the number of a network namespace in", || {
+            netlink::number_of(home.descriptor())
+        })?;
+
+        let _lock = self.location().lock_to_change()?;
+        self.instance()?;
+        let handle = self.handle_in_force(service)?;
+        let entries = self.tables().listeners()?;
+        if !entries.iter().any(|(key, entry)| takes(key, entry, handle, home.cookie, address)) {
+            return Err(Error::NoListener {
+                service: service.to_owned(),
+                address,
+                home: reach.home.display().to_string(),
+            });
+        }
+        let local = Endpoint::from(address);
+        let entry = ListenerEntry { local, missed: 0, home: home.cookie, home_id: number, zero: 0 };
+        for slot in slots(&entries, handle, flows.cookie, &entry) {
+            let key = ListenerKey {
+                handle,
+                netns: flows.cookie,
+                family: local.family,
+                protocol: Protocol::TCP.0.into(),
+                slot: slot.number,
+            };
+            if self.tables().add_listener(key, entry, slot.taken)?.is_some() {
+                return Ok(Listener::new(&key, &entry));
+            }
+        }
+        Err(Error::NoListenerSlot { service: service.to_owned() })
+    }
+
+    /// Takes back what was noted with [`Engine::register_reach`] of a service and an address: for the
+    /// flows of the network namespace with this cookie, or of all. Gives what was taken back.
+    /// Connections that are open go on.
+    ///
+    /// # Errors
+    /// [`Error::NoService`]; [`Error::NotUp`], [`Error::UnknownLayout`], [`Error::Map`].
+    pub fn unregister_reach(
+        &self,
+        service: &str,
+        flows: Option<u64>,
+        address: SocketAddr,
+    ) -> Result<Vec<Listener>, Error> {
+        let address = SocketAddr::new(address.ip().to_canonical(), address.port());
+        let _lock = self.location().lock_to_change()?;
+        self.instance()?;
+        let handle = self.handle_in_force(service)?;
+        let entries = self.tables().listeners()?;
+        let unwanted = entries.iter().filter(|(key, entry)| {
+            key.handle == handle
+                && entry.home != key.netns
+                && flows.is_none_or(|cookie| cookie == key.netns)
+                && SocketAddr::from(entry.local) == address
+        });
+        let keys: Vec<_> = unwanted.clone().map(|(key, _)| *key).collect();
+        self.tables().remove_listeners(&keys)?;
+        Ok(unwanted.map(|(key, entry)| Listener::new(key, entry)).collect())
+    }
+
+    fn handle_of(&self, service: &str) -> Result<u64, Error> {
+        let _lock = self.location().lock_to_read()?;
+        self.instance()?;
+        self.handle_in_force(service)
+    }
+
+    /// The handle of the service of this name. The caller holds the instance's lock.
+    fn handle_in_force(&self, service: &str) -> Result<u64, Error> {
+        let policy = self.tables().in_force()?.policy;
+        let found = policy.service(service);
+        Ok(found.map_err(|_| Error::NoService { name: service.to_owned() })?.handle)
+    }
 }
 
-/// Copies of a process's descriptors of sockets on which it listens.
-fn listening_sockets(pid: u32) -> Result<Vec<(OwnedFd, SocketAddr)>, Error> {
+impl Listener {
+    fn new(key: &ListenerKey, entry: &ListenerEntry) -> Self {
+        Self {
+            handle: key.handle,
+            netns: key.netns,
+            home: entry.home,
+            protocol: Protocol(key.protocol as u8),
+            local: entry.local.into(),
+            missed: entry.missed,
+        }
+    }
+}
+
+impl Reach<'_> {
+    /// Refuses an address by which nobody gets from one of the two network namespaces to the other.
+    fn check(
+        &self,
+        address: SocketAddr,
+        flows: &NetworkNamespace,
+        home: &NetworkNamespace,
+    ) -> Result<(), Error> {
+        let refuse = |why: String| {
+            let flows = self.flows.display().to_string();
+            Err(Error::NotReachable { flows, address, why })
+        };
+        if flows.cookie == home.cookie {
+            let why = "the listener would be in the same network namespace, where it is found \
+                       without this: let the service register it";
+            return refuse(why.into());
+        }
+        let ip = address.ip();
+        let link_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+        if ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || link_local {
+            let why = "name one address that the two network namespaces share a way to, such as that \
+                       of the far end of a veth pair; no loopback, wildcard, multicast or link-local \
+                       one";
+            return refuse(why.into());
+        }
+        if address.port() == 0 {
+            return refuse("name the port on which the service listens".into());
+        }
+        let far = home.run("ask for the routes of", || netlink::route_to(ip))?;
+        if far != Route::Local {
+            return refuse(format!("{ip} is no address of {}", self.home.display()));
+        }
+        match flows.run("ask for the routes of", || netlink::route_to(ip))? {
+            Route::Away => Ok(()),
+            Route::Local => {
+                refuse(format!("{ip} is an address of {} itself", self.flows.display()))
+            }
+            Route::None => refuse(format!("{} has no route to {ip}", self.flows.display())),
+        }
+    }
+}
+
+/// Whether an entry is that of a listener of the service in the network namespace `home` that takes
+/// connections to `address`.
+fn takes(
+    key: &ListenerKey,
+    entry: &ListenerEntry,
+    handle: u64,
+    home: u64,
+    address: SocketAddr,
+) -> bool {
+    let local = SocketAddr::from(entry.local);
+    // A wildcard IPv6 listener takes IPv4 connections unless told otherwise; the kernel looks.
+    let everywhere = local.ip().is_unspecified() && (local.is_ipv6() || address.is_ipv4());
+    key.handle == handle
+        && (key.netns, entry.home) == (home, home)
+        && key.protocol == u16::from(Protocol::TCP.0)
+        && entry.missed == 0
+        && local.port() == address.port()
+        && (everywhere || local.ip().to_canonical() == address.ip())
+}
+
+/// A place for a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Slot {
+    number: u32,
+    /// Whether somebody has it, who may be replaced.
+    taken: bool,
+}
+
+/// The slots that an entry may get for the flows of `netns`: the one that it has, else those that are
+/// free, and then those of local listeners that are gone.
+fn slots(
+    entries: &[(ListenerKey, ListenerEntry)],
+    handle: u64,
+    netns: u64,
+    new: &ListenerEntry,
+) -> Vec<Slot> {
+    let there = |number: u32| {
+        entries.iter().find_map(|(key, entry)| {
+            let same = (key.handle, key.netns, key.family, key.slot)
+                == (handle, netns, new.local.family, number)
+                && key.protocol == u16::from(Protocol::TCP.0);
+            same.then_some(entry)
+        })
+    };
+    let numbers = || 0..LISTENER_SLOTS;
+    let own = |entry: &ListenerEntry| entry.local == new.local && entry.home != netns;
+    if let Some(number) = numbers().find(|number| there(*number).is_some_and(own)) {
+        return vec![Slot { number, taken: true }];
+    }
+    let gone = |entry: &ListenerEntry| entry.missed != 0 && entry.home == netns;
+    let free = numbers().filter(|number| there(*number).is_none());
+    let free = free.map(|number| Slot { number, taken: false });
+    let gone = numbers().filter(|number| there(*number).is_some_and(gone));
+    free.chain(gone.map(|number| Slot { number, taken: true })).collect()
+}
+
+/// A socket of a process that can be registered.
+#[derive(Debug)]
+struct Found {
+    socket: OwnedFd,
+    protocol: Protocol,
+    local: SocketAddr,
+    /// Cookie of its network namespace.
+    netns: u64,
+}
+
+/// Copies of a process's descriptors of sockets that can be registered.
+fn sockets_of(pid: u32) -> Result<Vec<Found>, Error> {
     let failed = |operation| Error::io::<io::Error>(operation, format!("process {pid}"));
     let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
     let number = number.ok_or_else(|| failed("open")(io::ErrorKind::NotFound.into()))?;
@@ -101,29 +377,32 @@ fn listening_sockets(pid: u32) -> Result<Vec<(OwnedFd, SocketAddr)>, Error> {
             Err(rustix::io::Errno::BADF) => continue,
             socket => socket.map_err(|errno| failed("get a socket of")(errno.into()))?,
         };
-        if let Some(local) = listening_at(&socket) {
-            sockets.push((socket, local));
+        if let Some((protocol, local)) = takes_flows_at(&socket) {
+            let netns = sys::netns_cookie(socket.as_fd())
+                .map_err(failed("ask for the network namespace of a socket of"))?;
+            sockets.push(Found { socket, protocol, local, netns });
         }
     }
     Ok(sockets)
 }
 
-/// Where a socket listens, if it is a listening TCP socket, or a UDP socket that is bound and hears
-/// everybody.
-fn listening_at(socket: &OwnedFd) -> Option<SocketAddr> {
+/// Where a socket gets flows: if it is a listening TCP socket, or a UDP socket that is bound and not
+/// connected.
+fn takes_flows_at(socket: &OwnedFd) -> Option<(Protocol, SocketAddr)> {
     let view = SockRef::from(socket);
     if !matches!(view.domain(), Ok(Domain::IPV4 | Domain::IPV6)) {
         return None;
     }
-    let listens = match view.protocol().ok()?? {
-        Protocol::TCP | Protocol::MPTCP => {
-            matches!(view.r#type(), Ok(Type::STREAM)) && view.is_listener().unwrap_or(false)
-        }
-        Protocol::UDP => view.peer_addr().is_err(),
-        _ => false,
-    };
     let local = view.local_addr().ok()?.as_socket()?;
-    (listens && local.port() != 0).then_some(local)
+    let (protocol, ready) = match view.protocol().ok()?? {
+        SocketProtocol::TCP | SocketProtocol::MPTCP => {
+            let stream = matches!(view.r#type(), Ok(Type::STREAM));
+            (Protocol::TCP, stream && view.is_listener().unwrap_or(false))
+        }
+        SocketProtocol::UDP => (Protocol::UDP, local.port() != 0 && view.peer_addr().is_err()),
+        _ => return None,
+    };
+    ready.then_some((protocol, local))
 }
 
 /// What a process's socket was made as; `None` if it is gone.
@@ -147,23 +426,67 @@ mod tests {
     use super::*;
 
     #[test]
-    fn listening_sockets_are_told_from_others() {
+    fn sockets_that_get_flows_are_told_from_others() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let local = listener.local_addr().unwrap();
         let client = TcpStream::connect(local).unwrap();
         let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let heard = datagrams.local_addr().unwrap();
+        let bound = datagrams.local_addr().unwrap();
         let connected = UdpSocket::bind("127.0.0.1:0").unwrap();
-        connected.connect(heard).unwrap();
-        assert_eq!(listening_at(&client.into()), None);
-        assert_eq!(listening_at(&connected.into()), None);
-        let own = listening_sockets(std::process::id()).unwrap();
-        for place in [local, heard] {
-            assert!(own.iter().any(|(_, found)| *found == place));
+        connected.connect(bound).unwrap();
+        assert_eq!(takes_flows_at(&client.into()), None);
+        assert_eq!(takes_flows_at(&connected.into()), None);
+        let own = sockets_of(std::process::id()).unwrap();
+        let netns = Engine::own_netns().unwrap();
+        for expected in [(Protocol::TCP, local), (Protocol::UDP, bound)] {
+            assert!(own.iter().any(|s| (s.protocol, s.local) == expected && s.netns == netns));
         }
-        assert_eq!(listening_at(&listener.into()), Some(local));
-        assert_eq!(listening_at(&datagrams.into()), Some(heard));
+        assert_eq!(takes_flows_at(&listener.into()), Some((Protocol::TCP, local)));
+        assert_eq!(takes_flows_at(&datagrams.into()), Some((Protocol::UDP, bound)));
         let unbound = socket2::Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
-        assert_eq!(listening_at(&OwnedFd::from(unbound)), None);
+        assert_eq!(takes_flows_at(&unbound.into()), None);
+    }
+
+    fn entry(local: &str, home: u64, missed: u64) -> ListenerEntry {
+        let local = Endpoint::from(local.parse::<SocketAddr>().unwrap());
+        ListenerEntry { local, missed, home, home_id: -1, zero: 0 }
+    }
+
+    fn at(slot: u32, entry: ListenerEntry) -> (ListenerKey, ListenerEntry) {
+        let family = entry.local.family;
+        (ListenerKey { handle: 7, netns: 1, family, protocol: 6, slot }, entry)
+    }
+
+    #[test]
+    fn a_listener_elsewhere_takes_no_other_ones_place() {
+        let new = entry("192.0.2.1:80", 2, 0);
+        let elsewhere = at(0, entry("192.0.2.1:81", 2, 5));
+        let gone = at(1, entry("127.0.0.1:80", 1, 5));
+        let live = at(2, entry("127.0.0.1:81", 1, 0));
+        let found = slots(&[elsewhere, gone, live], 7, 1, &new);
+        let numbers: Vec<_> = found.iter().map(|slot| (slot.number, slot.taken)).collect();
+        let free = (3..LISTENER_SLOTS).map(|number| (number, false));
+        assert_eq!(numbers, free.chain([(1, true)]).collect::<Vec<_>>());
+        // Unless it is there already.
+        let found = slots(&[elsewhere, gone, at(4, new)], 7, 1, &new);
+        assert_eq!(found, [Slot { number: 4, taken: true }]);
+    }
+
+    #[test]
+    fn what_takes_connections_to_an_address() {
+        let is_taken = |local: &str, address: &str| {
+            let (key, entry) = at(0, entry(local, 1, 0));
+            takes(&key, &entry, 7, 1, address.parse().unwrap())
+        };
+        for local in ["192.0.2.1:80", "0.0.0.0:80", "[::]:80", "[::ffff:192.0.2.1]:80"] {
+            assert!(is_taken(local, "192.0.2.1:80"), "{local}");
+        }
+        for local in ["192.0.2.2:80", "192.0.2.1:81", "127.0.0.1:80", "[::1]:80"] {
+            assert!(!is_taken(local, "192.0.2.1:80"), "{local}");
+        }
+        assert!(is_taken("[::]:80", "[2001:db8::1]:80"));
+        assert!(!is_taken("0.0.0.0:80", "[2001:db8::1]:80"));
+        let (key, closed) = at(0, entry("192.0.2.1:80", 1, 1));
+        assert!(!takes(&key, &closed, 7, 1, "192.0.2.1:80".parse().unwrap()));
     }
 }

@@ -1,6 +1,12 @@
 //! What people name by a path, and the kernel engine by a number: cgroups and network namespaces.
 
-use std::{fs::File, io, os::fd::AsFd as _, path::Path, thread};
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd as _, BorrowedFd},
+    path::Path,
+    thread,
+};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Socket, Type};
@@ -25,10 +31,49 @@ impl Engine {
     /// # Errors
     /// [`Error::Io`] if there is none, or if it cannot be entered (needs `CAP_SYS_ADMIN`).
     pub fn resolve_netns(path: &Path) -> Result<u64, Error> {
-        let failed = |operation| Error::io::<io::Error>(operation, path.display());
-        let namespace = File::open(path).map_err(failed("open"))?;
-        let ask = || sys::netns_cookie(Socket::new(Domain::UNIX, Type::DGRAM, None)?.as_fd());
-        inside(&namespace, ask).map_err(failed("ask for the cookie of"))
+        Ok(NetworkNamespace::open(path)?.cookie)
+    }
+
+    /// The cookie of the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the kernel does not say (before Linux 5.14).
+    pub fn own_netns() -> Result<u64, Error> {
+        own_cookie().map_err(Error::io("ask for the cookie of", "the own network namespace"))
+    }
+}
+
+/// A network namespace that is held open.
+#[derive(Debug)]
+pub(crate) struct NetworkNamespace {
+    file: File,
+    name: String,
+    /// Its cookie.
+    pub(crate) cookie: u64,
+}
+
+impl NetworkNamespace {
+    /// The one at this path. Fails as [`Engine::resolve_netns`].
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
+        let name = path.display().to_string();
+        let file = File::open(path).map_err(Error::io("open", &name))?;
+        let cookie =
+            inside(&file, own_cookie).map_err(Error::io("ask for the cookie of", &name))?;
+        Ok(Self { file, name, cookie })
+    }
+
+    /// Does something within it. `operation` completes the sentence "cannot … NAMESPACE".
+    pub(crate) fn run<T: Send>(
+        &self,
+        operation: &'static str,
+        job: impl FnOnce() -> io::Result<T> + Send,
+    ) -> Result<T, Error> {
+        inside(&self.file, job).map_err(Error::io(operation, &self.name))
+    }
+
+    /// A descriptor of it.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 
@@ -49,6 +94,10 @@ pub(crate) fn inside<T: Send>(
     })
 }
 
+fn own_cookie() -> io::Result<u64> {
+    sys::netns_cookie(Socket::new(Domain::UNIX, Type::DGRAM, None)?.as_fd())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -58,6 +107,7 @@ mod tests {
         let cookie = Engine::resolve_netns(Path::new("/proc/self/ns/net")).unwrap();
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         assert_eq!(cookie, sys::netns_cookie(socket.as_fd()).unwrap());
+        assert_eq!(cookie, Engine::own_netns().unwrap());
         assert!(matches!(Engine::resolve_netns(Path::new("/dev/null")), Err(Error::Io { .. })));
     }
 }

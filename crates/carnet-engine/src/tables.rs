@@ -509,6 +509,33 @@ impl Tables {
         entries.collect::<Result<_, _>>().map_err(Error::map("LISTENERS"))
     }
 
+    /// Notes a listener in a slot that is free; with `replace`, in one that is taken. `None` if the
+    /// slot was taken meanwhile.
+    pub(crate) fn add_listener(
+        &self,
+        key: ListenerKey,
+        entry: ListenerEntry,
+        replace: bool,
+    ) -> Result<Option<()>, Error> {
+        const NOEXIST: u64 = 1;
+        let mut listeners = self.hash::<ListenerKey, ListenerEntry>("LISTENERS")?;
+        let flags = if replace { 0 } else { NOEXIST };
+        match listeners.insert(Wire(key), Wire(entry), flags) {
+            Ok(()) => Ok(Some(())),
+            Err(MapError::SyscallError(error))
+                if error.io_error.raw_os_error() == Some(libc::EEXIST) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(Error::map("LISTENERS")(error)),
+        }
+    }
+
+    /// Forgets the listeners with these keys.
+    pub(crate) fn remove_listeners(&self, unwanted: &[ListenerKey]) -> Result<(), Error> {
+        self.retain::<ListenerKey, ListenerEntry>("LISTENERS", |key| !unwanted.contains(key))
+    }
+
     /// Number of registered listeners that there are and can be.
     pub(crate) fn listener_use(&self) -> Result<(usize, usize), Error> {
         let info = self.open("LISTENERS")?.info().map_err(Error::map("LISTENERS"))?;

@@ -174,7 +174,7 @@ fn the_walk_through_of_the_contract() {
         destination: Endpoint::from(lab.v4()),
         ..HostConnection::default()
     };
-    let legs = explain(&policy, &compiled, &asked, &|_| true, &|_| Process::default());
+    let legs = explain(&policy, &compiled, &asked, &|_, _| true, &|_, _| Process::default());
     let explained: Vec<_> = legs
         .iter()
         .map(|leg| {

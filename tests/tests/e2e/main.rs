@@ -14,4 +14,5 @@ mod filters;
 mod instances;
 mod listeners;
 mod loops;
+mod namespaces;
 mod programs;

@@ -14,7 +14,7 @@ use carnet_core::{
     object::{FilterAction, Policy, Protocol, Service},
     table::Field,
 };
-use carnet_engine::Engine;
+use carnet_engine::{Engine, Listener};
 use serde::Serialize;
 
 use super::{
@@ -134,6 +134,8 @@ struct State {
     state: &'static str,
     /// Whether it has a live listener.
     live: bool,
+    /// Whether it has live listeners in other network namespaces only.
+    elsewhere: bool,
 }
 
 /// A filter that matches a leg.
@@ -167,13 +169,11 @@ pub(super) fn run(arguments: Arguments, session: &mut Session<'_>) -> Result<u8,
         original_executable: None,
     };
     let listeners = engine.listeners()?;
-    // Services get connections in the network namespaces in which they listen.
-    let namespace = connection.process.network_namespace;
-    let reachable = |service: &&Service| {
-        live_listeners(&listeners, service).any(|l| namespace.is_none_or(|n| n == l.netns))
-    };
-    let live = policy.services().iter().filter(reachable).map(|service| service.handle);
-    let live = live.filter(|handle| !dead.contains(handle)).collect();
+    let mut live = Vec::new();
+    for service in policy.services().iter().filter(|service| !dead.contains(&service.handle)) {
+        let suited = |listener: &&Listener| listener.protocol == arguments.protocol;
+        live.extend(live_listeners(&listeners, service).filter(suited).map(Live::new));
+    }
     let question = Question { policy: &policy, compiled: &compiled, connection, live };
     let explained = question.answer(addresses[0]);
     if session.global.json {
@@ -217,18 +217,48 @@ struct Question<'a> {
     policy: &'a Policy,
     compiled: &'a CompiledPolicy,
     connection: HostConnection,
-    /// The handles of the services that have a live listener.
-    live: Vec<u64>,
+    /// The live listeners for its protocol.
+    live: Vec<Live>,
+}
+
+/// A live listener.
+struct Live {
+    /// Its service's redirect handle.
+    handle: u64,
+    /// Cookie of the network namespace whose flows it gets.
+    netns: u64,
+    /// Cookie of the one in which it listens.
+    home: u64,
+}
+
+impl Live {
+    fn new(listener: &Listener) -> Self {
+        Self { handle: listener.handle, netns: listener.netns, home: listener.home }
+    }
+
+    /// Whether it is the service's and gets the flows of a network namespace, if that is known.
+    fn serves(&self, handle: u64, netns: Option<u64>) -> bool {
+        self.handle == handle && netns.is_none_or(|netns| netns == self.netns)
+    }
 }
 
 impl Question<'_> {
+    /// The listener of a service that gets the flows of a network namespace.
+    fn listener(&self, handle: u64, netns: Option<u64>) -> Option<&Live> {
+        self.live.iter().find(|live| live.serves(handle, netns))
+    }
+
     /// The legs, if the service `dead` is dead.
     fn legs(&self, dead: Option<u64>) -> Vec<Leg> {
-        let live = |handle: u64| dead != Some(handle) && self.live.contains(&handle);
-        // A service connects from its cgroup; its user and executable may be any.
-        let process_of = |service: &Service| Process {
+        let live =
+            |handle: u64, netns| dead != Some(handle) && self.listener(handle, netns).is_some();
+        // A service connects from its cgroup and from where it listens; its user and executable may
+        // be any.
+        let process_of = |service: &Service, netns: Option<u64>| Process {
             cgroups: Cgroup::find(service.cgroup.path.as_ref()).and_then(|c| c.lineage()).ok(),
-            network_namespace: self.connection.process.network_namespace,
+            network_namespace: netns
+                .and_then(|_| self.listener(service.handle, netns))
+                .map(|live| live.home),
             ..Process::default()
         };
         explain::explain(self.policy, self.compiled, &self.connection, &live, &process_of)
@@ -259,10 +289,16 @@ impl Question<'_> {
 
     fn leg(&self, leg: &Leg) -> ExplainedLeg {
         let Decision { reason, handle, .. } = leg.decision;
+        // Those that have a live listener, but none that would get this leg.
+        let elsewhere = |handle: u64| {
+            let netns = leg.connection.process.network_namespace;
+            self.listener(handle, netns).is_none() && self.listener(handle, None).is_some()
+        };
         let states = leg.services.iter().map(|view| State {
             service: view.name.clone(),
             state: state(view.state),
             live: view.live,
+            elsewhere: elsewhere(view.handle),
         });
         let matched = leg.matched.iter().filter_map(|m| {
             let filter = self.policy.filter_by_id(m.filter)?;
@@ -270,7 +306,15 @@ impl Question<'_> {
                 filter: name_or_id(filter),
                 sublayer: filter.sublayer.clone(),
                 action: action(&filter.action),
-                outcome: outcome(m.outcome, &filter.action),
+                outcome: match &filter.action {
+                    FilterAction::Redirect { service, .. } => {
+                        let handle = self.policy.service(service).map_or(0, |s| s.handle);
+                        outcome(m.outcome, service, elsewhere(handle))
+                    }
+                    FilterAction::Permit { .. } | FilterAction::Block { .. } => {
+                        outcome(m.outcome, "", false)
+                    }
+                },
             })
         });
         let refused = leg.decision.blocks();
@@ -294,11 +338,13 @@ impl Question<'_> {
     }
 }
 
-/// What came of a filter, in words.
-fn outcome(outcome: Outcome, action: &FilterAction) -> String {
-    let service = match action {
-        FilterAction::Redirect { service, .. } => service.as_str(),
-        FilterAction::Permit { .. } | FilterAction::Block { .. } => "",
+/// What came of a filter, in words. `service` is the one to which it redirects, if it does;
+/// `elsewhere` says whether that has live listeners in other network namespaces only.
+fn outcome(outcome: Outcome, service: &str, elsewhere: bool) -> String {
+    let missing = if elsewhere {
+        "no live listener in this network namespace, only in others"
+    } else {
+        "no live listener"
     };
     match outcome {
         Outcome::Decided(Verdict::None) => "says nothing".into(),
@@ -324,10 +370,10 @@ fn outcome(outcome: Outcome, action: &FilterAction) -> String {
             format!("lets it pass: {service} trusts the services that have had the flow")
         }
         Outcome::Skipped => {
-            format!("passes over {service}, which has no live listener (on failure: skip)")
+            format!("passes over {service}, which has {missing} (on failure: skip)")
         }
         Outcome::ServiceUnavailable => {
-            format!("refuses it: {service} has no live listener (on failure: block)")
+            format!("refuses it: {service} has {missing} (on failure: block)")
         }
     }
 }
@@ -462,7 +508,11 @@ mod tests {
         let policy = policy();
         let compiled = compile(&policy, 1).unwrap();
         let destination = "192.0.2.1:443".parse::<SocketAddr>().unwrap();
-        let live = live.iter().map(|name| policy.service(name).unwrap().handle);
+        let live = live.iter().map(|name| Live {
+            handle: policy.service(name).unwrap().handle,
+            netns: 1,
+            home: 1,
+        });
         let question = Question {
             policy: &policy,
             compiled: &compiled,
@@ -510,6 +560,37 @@ If av were dead: it passes tls and reaches its destination.";
         assert_eq!(explained.legs[0].service.as_deref(), Some("tls"));
         let explained = answer(&["tls"]);
         assert_eq!(explained.result, Fate { arrives: true, services: vec!["tls".into()] });
+    }
+
+    #[test]
+    fn a_service_that_listens_in_another_network_namespace_is_told_from_a_dead_one() {
+        let policy = policy();
+        let compiled = compile(&policy, 1).unwrap();
+        let destination = "192.0.2.1:443".parse::<SocketAddr>().unwrap();
+        let handle = |name| policy.service(name).unwrap().handle;
+        let told = |netns, live: Vec<Live>| {
+            let mut connection = HostConnection {
+                protocol: 6,
+                destination: destination.into(),
+                ..HostConnection::default()
+            };
+            connection.process.network_namespace = Some(netns);
+            let question = Question { policy: &policy, compiled: &compiled, connection, live };
+            let told = question.answer(destination).to_string();
+            anstream::adapter::strip_str(&told).to_string()
+        };
+        let local = |name, netns| Live { handle: handle(name), netns, home: netns };
+        let words = told(2, vec![local("tls", 1), local("av", 1)]);
+        let refused = "refuses it: tls has no live listener in this network namespace, only in \
+                       others (on failure: block)";
+        assert!(words.contains(refused), "{words}");
+        // A service that is reached in another one connects onwards from there.
+        let reached = Live { handle: handle("tls"), netns: 2, home: 1 };
+        let words = told(2, vec![reached, local("av", 1)]);
+        assert!(words.ends_with(
+            "passes tls, then av and reaches its destination.\nIf tls were dead: it is refused.\n\
+             If av were dead: it passes tls and reaches its destination."
+        ), "{words}");
     }
 
     #[test]

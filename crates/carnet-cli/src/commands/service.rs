@@ -2,8 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use carnet_core::object::{FailurePolicy, NewService, Service, Trust};
-use carnet_engine::{Engine, Listener};
+use carnet_core::object::{FailurePolicy, NewService, Protocol, Service, Trust};
+use carnet_engine::{Engine, Listener, ProcessSockets, Reach};
 use serde::Serialize;
 
 use super::{DONE, service_run};
@@ -11,7 +11,7 @@ use crate::{
     arguments::new_name,
     console::plain,
     failure::Failure,
-    lookup::{Cgroup, Pid},
+    lookup::{Cgroup, NamespaceNames, NetworkNamespace, Pid},
     privileges,
     session::Session,
     table::Table,
@@ -50,18 +50,61 @@ pub(crate) enum Command {
         service: String,
     },
     Run(service_run::Arguments),
-    /// Register the sockets on which a process listens, TCP and UDP, as a service's listeners
+    Register(Register),
+    /// Take back what `register --listen` has said
     ///
-    /// For services that do not do so themselves. The process has to run in the service's cgroup.
-    Register {
+    /// Connections that are open go on. What a process has registered ends with its sockets.
+    Unregister {
         /// The service's name or id
         #[arg(value_name = "NAME|ID")]
         service: String,
 
-        /// The process
-        #[arg(long)]
-        pid: Pid,
+        /// The address at which flows reached its listener
+        #[arg(long, value_name = "ADDRESS:PORT")]
+        listen: SocketAddr,
+
+        /// Only for the flows of this network namespace
+        #[arg(long, value_name = "PATH|pid:N")]
+        netns: Option<NetworkNamespace>,
     },
+}
+
+/// Register a service's listeners for it
+///
+/// With --pid the sockets on which a process listens, for services that do not do so themselves:
+/// listening TCP sockets, and UDP sockets that are bound and not connected. The process has to run in
+/// the service's cgroup. Each socket gets the flows of its own network namespace.
+///
+/// With --listen a listener in another network namespace than the flows': those of --netns reach it
+/// at an address of its own network namespace, for example that of the host's end of a veth pair,
+/// without address translation on the way. TCP only. The service has to have registered it there. It
+/// stays so until `unregister`, also when the service starts anew.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Register {
+    /// The service's name or id
+    #[arg(value_name = "NAME|ID")]
+    service: String,
+
+    /// The process
+    #[arg(long, required_unless_present = "listen", conflicts_with = "listen")]
+    pid: Option<Pid>,
+
+    /// Of the UDP sockets only the one that is bound to this address (repeatable): a process may have
+    /// others, which are no listeners
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    udp: Vec<SocketAddr>,
+
+    /// With --pid: only sockets in this network namespace. With --listen: that of the flows
+    #[arg(long, value_name = "PATH|pid:N", required_unless_present = "pid")]
+    netns: Option<NetworkNamespace>,
+
+    /// Where flows of another network namespace reach the service's listener
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+
+    /// With --listen: the network namespace of the listener, if it is not this command's
+    #[arg(long, value_name = "PATH|pid:N", requires = "listen", conflicts_with = "pid")]
+    home: Option<NetworkNamespace>,
 }
 
 /// [`FailurePolicy`] as an option.
@@ -104,20 +147,34 @@ struct Listed<'a> {
     #[serde(flatten)]
     service: &'a Service,
     /// Where it listens.
-    listeners: Vec<SocketAddr>,
+    listeners: Vec<Listening>,
 }
 
-/// JSON of `service register`.
+/// JSON of a listener.
+#[derive(Serialize)]
+struct Listening {
+    /// The address that it is bound to; of one in another network namespace that at which it is
+    /// reached.
+    address: SocketAddr,
+    /// `tcp` or `udp`.
+    protocol: String,
+    /// Cookie of the network namespace whose flows it gets.
+    netns: u64,
+    /// Cookie of the network namespace in which it listens.
+    home: u64,
+}
+
+/// JSON of `service register` and `service unregister`.
 #[derive(Serialize)]
 struct Registered {
     /// The service's name.
     service: String,
-    /// The listeners that were registered.
-    listeners: Vec<SocketAddr>,
+    /// The listeners that were registered, or taken back.
+    listeners: Vec<Listening>,
 }
 
 /// JSON: the service that was added or removed ([`carnet_core::object::Service`]); for `ls` an
-/// array of [`Listed`]; for `register` [`Registered`].
+/// array of [`Listed`]; for `register` and `unregister` [`Registered`].
 pub(super) fn run(command: Command, session: &mut Session<'_>) -> Result<u8, Failure> {
     match command {
         Command::Add { name, provider, cgroup, on_failure, trust } => {
@@ -135,56 +192,128 @@ pub(super) fn run(command: Command, session: &mut Session<'_>) -> Result<u8, Fai
             session.changed(&removed, format_args!("service {} removed", removed.name))?;
         }
         Command::Run(arguments) => return service_run::run(arguments, session),
-        Command::Register { service, pid } => {
+        Command::Register(arguments) => register(&arguments, session)?,
+        Command::Unregister { service, listen, netns } => {
             let engine = session.engine()?;
-            privileges::examine_processes()?;
-            pid.check()?;
             let policy = engine.policy()?;
             let service = Session::known(&policy, policy.service(&service))?.name.clone();
-            let listeners = engine.register_listener_of(&service, pid.0)?;
-            if listeners.is_empty() {
+            let cookie = netns.as_ref().map(NetworkNamespace::cookie).transpose()?;
+            let gone = engine.unregister_reach(&service, cookie, listen)?;
+            if gone.is_empty() {
                 return Err(Failure::new(format_args!(
-                    "process {pid} listens on no TCP or UDP socket"
+                    "no flows of another network namespace reach service {service} at {listen}"
                 ))
-                .with_hint("start it first, and name the process that listens"));
+                .with_hint("carnet service ls shows where they do"));
             }
-            let list: Vec<_> = listeners.iter().map(SocketAddr::to_string).collect();
-            let line = format!("service {service} listens on {}", list.join(" "));
+            let listeners: Vec<_> = gone.iter().map(Listening::new).collect();
+            let names = NamespaceNames::known();
+            let from: Vec<_> = gone.iter().map(|listener| names.name(listener.netns)).collect();
+            let line = format!(
+                "flows of {} no longer reach service {service} at {listen}",
+                from.join(", ")
+            );
             session.changed(&Registered { service, listeners }, line)?;
         }
     }
     Ok(DONE)
 }
 
+fn register(arguments: &Register, session: &mut Session<'_>) -> Result<(), Failure> {
+    let Register { service, pid, udp, netns, listen, home } = arguments;
+    if listen.is_some() && !udp.is_empty() {
+        return Err(Failure::usage(
+            "UDP flows cannot go to a listener in another network namespace: the addresses from \
+             which a service gets their datagrams mean nothing beyond their own",
+        )
+        .with_hint(
+            "run the service in that network namespace too, and register its UDP socket there",
+        ));
+    }
+    let engine = session.engine()?;
+    privileges::examine_processes()?;
+    pid.map_or(Ok(()), Pid::check)?;
+    let policy = engine.policy()?;
+    let service = Session::known(&policy, policy.service(service))?.name.clone();
+    let registered = match (listen, netns, pid) {
+        (Some(address), Some(flows), _) => {
+            let home = home.as_ref().map_or(Ok("/proc/self/ns/net".into()), |home| home.path())?;
+            let reach = Reach { flows: &flows.path()?, home: &home, address: *address };
+            let listener = engine.register_reach(&service, &reach)?;
+            let address = listener.local;
+            let line = format!("flows of {flows} reach service {service} at {address}");
+            let listeners = vec![Listening::new(&listener)];
+            return session.changed(&Registered { service, listeners }, line);
+        }
+        (_, _, None) => {
+            return Err(Failure::usage("name a process: --pid, or an address: --listen"));
+        }
+        (_, netns, Some(pid)) => {
+            let netns = netns.as_ref().map(NetworkNamespace::cookie).transpose()?;
+            let sockets = ProcessSockets { pid: pid.0, udp: udp.clone(), netns };
+            let registered = engine.register_sockets_of(&service, &sockets)?;
+            if registered.is_empty() {
+                let within = netns.map_or("", |_| " in that network namespace");
+                return Err(Failure::new(format_args!(
+                    "process {pid} listens on no TCP or UDP socket{within}"
+                ))
+                .with_hint("start it first, and name the process that listens"));
+            }
+            registered
+        }
+    };
+    let names = NamespaceNames::known();
+    let list: Vec<_> = registered.iter().map(|listener| told(listener, &names)).collect();
+    let line = format!("service {service} listens on {}", list.join(", "));
+    let listeners = registered.iter().map(Listening::new).collect();
+    session.changed(&Registered { service, listeners }, line)
+}
+
+impl Listening {
+    fn new(listener: &Listener) -> Self {
+        let Listener { local, protocol, netns, home, .. } = *listener;
+        Self { address: local, protocol: protocol.to_string(), netns, home }
+    }
+}
+
+/// A listener, for people.
+fn told(listener: &Listener, names: &NamespaceNames) -> String {
+    let Listener { local, protocol, netns, home, .. } = listener;
+    let protocol = if *protocol == Protocol::TCP { "" } else { "udp " };
+    if home != netns {
+        format!("{protocol}{local} from {}", names.name(*netns))
+    } else if names.is_own(*netns) {
+        format!("{protocol}{local}")
+    } else {
+        format!("{protocol}{local} in {}", names.name(*netns))
+    }
+}
+
 fn list(engine: &Engine, session: &mut Session<'_>) -> Result<(), Failure> {
     let policy = engine.policy()?;
     let listeners = engine.listeners()?;
-    let listed: Vec<_> = policy
-        .services()
-        .iter()
-        .map(|service| Listed {
-            service,
-            listeners: live_listeners(&listeners, service).map(|l| l.local).collect(),
-        })
-        .collect();
+    let names = NamespaceNames::known();
     let mut table =
         Table::new(["ID", "NAME", "PROVIDER", "ON FAILURE", "TRUST", "LISTENERS", "CGROUP"]);
-    for Listed { service, listeners } in &listed {
-        let mut listeners = listeners.iter().map(SocketAddr::to_string);
+    let mut listed = Vec::new();
+    for service in policy.services() {
+        let live: Vec<_> = live_listeners(&listeners, service).collect();
+        let mut words = live.iter().map(|listener| told(listener, &names));
         table.row([
             service.id.to_string(),
             service.name.clone(),
             service.provider.clone(),
             service.on_failure.to_string(),
             trust(&service.trust),
-            listeners.next().unwrap_or_else(|| "none".into()),
+            words.next().unwrap_or_else(|| "none".into()),
             plain(&service.cgroup.path),
         ]);
-        for listener in listeners {
+        for listener in words {
             let mut more = [const { String::new() }; 7];
             more[5] = listener;
             table.row(more);
         }
+        let listeners = live.into_iter().map(Listening::new).collect();
+        listed.push(Listed { service, listeners });
     }
     session.list(&listed, "services", &table)
 }
@@ -197,7 +326,15 @@ pub(super) fn live_listeners<'a>(
 ) -> impl Iterator<Item = &'a Listener> {
     let handle = service.handle;
     let runs = service_run::runs(service).unwrap_or(false);
-    listeners.iter().filter(move |one| one.handle == handle && one.missed == 0 && runs)
+    let own = move |one: &&Listener| one.handle == handle && one.missed == 0 && runs;
+    listeners.iter().filter(own).filter(move |one| {
+        // What is reached from another network namespace is some listener of its own one.
+        let is_it = |other: &Listener| {
+            (other.netns, other.home) == (one.home, one.home)
+                && (other.protocol, other.local.port()) == (one.protocol, one.local.port())
+        };
+        one.home == one.netns || listeners.iter().filter(own).any(is_it)
+    })
 }
 
 fn trust(trust: &Trust) -> String {

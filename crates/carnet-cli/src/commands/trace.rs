@@ -9,17 +9,18 @@ use anstyle::Style;
 use carnet_core::{
     classify::Reason,
     event::{Event, EventKind},
-    object::{Policy, Protocol},
+    object::{Policy, Protocol, Service},
     record::RecordError,
     socket::SocketKind,
 };
-use carnet_engine::Engine;
+use carnet_engine::{Engine, Listener};
 use serde::Serialize;
 
-use super::{DONE, filter::name_or_id, flows::removed};
+use super::{DONE, filter::name_or_id, flows::removed, service::live_listeners};
 use crate::{
     console::{BAD, FAINT, GOOD, WARNING, plain, styled},
     failure::Failure,
+    lookup::NamespaceNames,
     moment,
     session::Session,
 };
@@ -74,6 +75,12 @@ struct Traced {
     /// The services that were passed over because they had no live listener.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     skipped: Vec<String>,
+    /// Of the services that had no live listener, those that have some in other network namespaces.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    listens_elsewhere: Vec<String>,
+    /// Cookie of the network namespace of the socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    netns: Option<u64>,
     /// The process that acted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pid: Option<u32>,
@@ -125,7 +132,14 @@ pub(super) fn run(arguments: Arguments, session: &mut Session<'_>) -> Result<u8,
         if !knows(&policy, &event) {
             policy = refreshed(&engine, policy)?;
         }
-        let traced = Traced::new(&event, &policy);
+        let missing = missing(&event, &policy);
+        let listeners = match missing.is_empty() {
+            true => Vec::new(),
+            // As with the policy: an instance that was taken down meanwhile has none.
+            false => engine.listeners().unwrap_or_default(),
+        };
+        let mut traced = Traced::new(&event, &policy);
+        traced.listens_elsewhere = elsewhere(&event, &policy, &missing, &listeners);
         if session.global.json {
             session.console.json_line(&traced)?;
         } else {
@@ -133,6 +147,39 @@ pub(super) fn run(arguments: Arguments, session: &mut Session<'_>) -> Result<u8,
         }
     }
     Ok(DONE)
+}
+
+/// The services that had no live listener for what the event speaks of, by redirect handle.
+fn missing(event: &Event, policy: &Policy) -> Vec<u64> {
+    let skipped = skipped(event, policy).map(|service| service.handle);
+    let unavailable = event.kind == EventKind::Blocked as u32
+        && Reason::from_number(event.reason) == Reason::ServiceUnavailable;
+    skipped.chain(unavailable.then_some(event.handle)).collect()
+}
+
+/// The services that an event says were passed over.
+fn skipped<'a>(event: &Event, policy: &'a Policy) -> impl Iterator<Item = &'a Service> {
+    let skipped = event.skipped;
+    let is_it = move |(slot, _): &(usize, _)| {
+        1_u64.checked_shl(*slot as u32).is_some_and(|bit| skipped & bit != 0)
+    };
+    policy.services().iter().enumerate().filter(is_it).map(|(_, service)| service)
+}
+
+/// The names of those of the missing services that listen, though not for the network namespace and
+/// the protocol that the event speaks of.
+fn elsewhere(
+    event: &Event,
+    policy: &Policy,
+    missing: &[u64],
+    listeners: &[Listener],
+) -> Vec<String> {
+    let services = missing.iter().filter_map(|handle| policy.service_by_handle(*handle));
+    let listens = |service: &&Service| {
+        live_listeners(listeners, service)
+            .any(|l| l.netns != event.netns && u32::from(l.protocol.0) == event.protocol)
+    };
+    services.filter(listens).map(|service| service.name.clone()).collect()
 }
 
 /// Whether the policy has names for what the event speaks of.
@@ -153,9 +200,6 @@ impl Traced {
         let protocol = Protocol(event.protocol as u8);
         let counted = kind == Some(EventKind::Closed) && protocol == Protocol::TCP;
         let set = |number: u64| (number != 0).then_some(number);
-        let skipped = policy.services().iter().enumerate().filter(|(slot, _)| {
-            1_u64.checked_shl(*slot as u32).is_some_and(|bit| event.skipped & bit != 0)
-        });
         Self {
             time: moment::rfc3339(moment::time_of_day(event.time_ns)),
             event: match kind {
@@ -179,7 +223,9 @@ impl Traced {
             flow: set(event.flow),
             service: set(event.handle).map(|handle| service_name(policy, handle)),
             filter: set(event.filter).map(|id| filter_name(policy, id)),
-            skipped: skipped.map(|(_, service)| service.name.clone()).collect(),
+            skipped: skipped(event, policy).map(|service| service.name.clone()).collect(),
+            listens_elsewhere: Vec::new(),
+            netns: set(event.netns),
             pid: (event.pid != 0).then_some(event.pid),
             uid: (event.pid != 0).then_some(event.uid),
             command: command_name(&event.command),
@@ -205,9 +251,23 @@ impl Traced {
         };
         let skipped = match &self.skipped[..] {
             [] => String::new(),
-            names => format!(", passing over {} (no live listener)", names.join(", ")),
+            names => {
+                let told = names.iter().map(|name| format!("{name} ({})", self.missing(name)));
+                format!(", passing over {}", told.collect::<Vec<_>>().join(", "))
+            }
         };
         format!("{} {flow}{process}{}{skipped}", styled(FAINT, time), styled(style, what))
+    }
+
+    /// What the service of this name, which got nothing, does not have.
+    fn missing(&self, service: &str) -> String {
+        match self.netns {
+            Some(netns) if self.listens_elsewhere.iter().any(|name| name == service) => format!(
+                "no live listener in the network namespace {}, though it has in others",
+                NamespaceNames::known().name(netns)
+            ),
+            _ => "no live listener".into(),
+        }
     }
 
     fn words(&self) -> (Style, String) {
@@ -229,7 +289,7 @@ impl Traced {
             Some(EventKind::Blocked) => (BAD, {
                 let why = match self.reason {
                     Some("service_unavailable") => {
-                        format!("service {service} has no live listener{by_filter}")
+                        format!("service {service} has {}{by_filter}", self.missing(service))
                     }
                     Some("loop") => format!(
                         "loop ended after {} legs: a service forgets to set the record, and \
@@ -365,6 +425,16 @@ mod tests {
             told(&redirected),
             "flow 7 curl[42]: to 192.0.2.1:443: redirected to tls, passing over av (no live \
              listener)"
+        );
+        let mut elsewhere = Traced::new(&Event { netns: u64::MAX, ..redirected }, &policy());
+        elsewhere.listens_elsewhere = vec!["av".into()];
+        let line = anstream::adapter::strip_str(&elsewhere.line()).to_string();
+        assert!(
+            line.ends_with(
+                "redirected to tls, passing over av (no live listener in the network namespace \
+                 cookie:18446744073709551615, though it has in others)"
+            ),
+            "{line}"
         );
         assert_eq!(
             told(&event(EventKind::RecordForgotten)),

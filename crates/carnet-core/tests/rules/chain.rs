@@ -51,7 +51,7 @@ fn everything_to_everyone(count: usize, order: &[usize], trusts: &[usize]) -> Po
 /// met, after checking that it ended well.
 fn follow(policy: &Policy, compiled: &CompiledPolicy) -> Vec<usize> {
     let connection = connection_to("192.0.2.1:80");
-    let legs = explain(policy, compiled, &connection, &|_| true, &|_| Process::default());
+    let legs = explain(policy, compiled, &connection, &|_, _| true, &|_, _| Process::default());
     let (last, redirected) = legs.split_last().unwrap();
     assert!(!last.decision.redirects() && !last.decision.blocks());
     let slots = redirected.iter().map(|leg| leg.decision.slot as usize);
@@ -199,12 +199,12 @@ proptest! {
         alive: u8,
     ) {
         let compiled = compile(&policy, 1).unwrap();
-        let live = |handle| {
+        let live = |handle, _| {
             let at = policy.services().iter().position(|s| s.handle == handle);
             at.is_some_and(|at| alive & 1 << at != 0)
         };
         let process = connection.process.clone();
-        let legs = explain(&policy, &compiled, &connection, &live, &|_| process.clone());
+        let legs = explain(&policy, &compiled, &connection, &live, &|_, _| process.clone());
         prop_assert!(legs.len() <= policy.services().len() + 1);
         let redirects = legs.iter().filter(|leg| leg.decision.redirects());
         let mut met: Vec<u64> = redirects.map(|leg| leg.decision.handle).collect();

@@ -20,9 +20,9 @@ use crate::support::{connection_to, new_filter, policy, redirect};
 
 fn legs(policy: &Policy, dead: &[&str]) -> Vec<Leg> {
     let compiled = compile(policy, 1).unwrap();
-    let live = |handle| !dead.contains(&policy.service_by_handle(handle).unwrap().name.as_str());
+    let live = |handle, _| !dead.contains(&policy.service_by_handle(handle).unwrap().name.as_str());
     let connection = connection_to("192.0.2.1:80");
-    explain(policy, &compiled, &connection, &live, &|_| Process::default())
+    explain(policy, &compiled, &connection, &live, &|_, _| Process::default())
 }
 
 fn add(policy: &mut Policy, sublayer: &str, weight: u64, action: FilterAction) -> u64 {
@@ -181,12 +181,12 @@ fn later_legs_are_the_services_and_keep_the_original_executable() {
         },
         ..connection_to("192.0.2.1:80")
     };
-    let process = |_: &_| Process {
+    let process = |_: &_, _| Process {
         cgroups: Some(vec![1, 6, 8]),
         executable: Some(proxy),
         ..Default::default()
     };
-    let legs = explain(&policy, &compiled, &application, &|_| true, &process);
+    let legs = explain(&policy, &compiled, &application, &|_, _| true, &process);
     assert_eq!(legs.len(), 2);
     assert_eq!((legs[0].service, legs[0].unknown.as_slice()), (None, &[][..]));
     assert_eq!(legs[1].service, Some(policy.service("a").unwrap().handle));
