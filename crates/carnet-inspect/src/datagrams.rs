@@ -89,8 +89,13 @@ struct Flow {
 /// What a flow is.
 #[derive(Clone, Copy, Debug)]
 enum Identity {
-    /// A flow with a number.
-    Numbered(FlowId),
+    /// A flow with a number. Its peer can stand for others later, if it is lent.
+    Numbered {
+        /// The flow.
+        id: FlowId,
+        /// Whether it is.
+        lent: bool,
+    },
     /// One without.
     Nameless,
     /// None that was redirected; or its client was gone before it could be asked.
@@ -230,7 +235,10 @@ impl Relay {
         let entry = &state.judge.entry;
         let identity = match (entry.destination, entry.flow, entry.hops) {
             (None, ..) => Identity::Stranger,
-            (_, Some(id), Some(hops)) => Identity::Numbered(FlowId { id, hops }),
+            (_, Some(id), Some(hops)) => Identity::Numbered {
+                id: FlowId { id, hops },
+                lent: self.context.source.is_lent(key.1),
+            },
             _ => Identity::Nameless,
         };
         let flow = Arc::new(Flow {
@@ -258,12 +266,14 @@ impl Relay {
     fn is_current(&self, flow: &Flow) -> bool {
         let now = self.now();
         let certain = now.saturating_sub(flow.certain.load(Ordering::Relaxed)) < CERTAIN;
-        if certain && !self.may_ask(now) {
+        // Flows whose peers are theirs alone are asked for only to be told of their end.
+        let is_lent = !matches!(flow.identity, Identity::Numbered { lent: false, .. });
+        if certain && !(is_lent && self.may_ask(now)) {
             return true;
         }
         let (source, peer) = (&self.context.source, flow.key.1);
         let current = match flow.identity {
-            Identity::Numbered(id) => source.is_current(peer, id),
+            Identity::Numbered { id, .. } => source.is_current(peer, id),
             Identity::Nameless => true,
             Identity::Stranger => source.datagram_origin(peer).is_err(),
         };

@@ -25,9 +25,14 @@ pub trait FlowSource: Send + Sync + 'static {
         Err(Error::Unsupported { operation: Operation::OriginalDestination })
     }
 
-    /// Whether datagrams from `peer` still belong to this flow. Those of a connected client come from
-    /// its own address and port, which another socket can have after it. It does not block.
+    /// Whether datagrams from `peer` still belong to this flow. It does not block.
     fn is_current(&self, _peer: SocketAddr, _flow: FlowId) -> bool {
+        true
+    }
+
+    /// Whether `peer` can stand for another flow later. The datagrams of a connected client come from
+    /// its own address and port, which another socket can have after it.
+    fn is_lent(&self, _peer: SocketAddr) -> bool {
         true
     }
 }
@@ -142,15 +147,16 @@ impl FlowSource for CarnetSource {
     }
 
     fn is_current(&self, peer: SocketAddr, flow: FlowId) -> bool {
-        if is_token(peer.ip().to_canonical()) {
-            return true;
-        }
         match DatagramFlow::of(peer).and_then(|asked| carnet::flow(&asked)) {
             Ok(now) => now.id == flow.id,
             Err(Error::NotRedirected { .. }) => false,
             // It cannot be told: descriptors are short, for example.
             Err(_) => true,
         }
+    }
+
+    fn is_lent(&self, peer: SocketAddr) -> bool {
+        !is_token(peer.ip().to_canonical())
     }
 }
 
