@@ -9,7 +9,7 @@ use carnet_core::{
     abi::LISTENER_SLOTS,
     address::{AF_INET, AF_INET6, Endpoint},
     event::Counter,
-    flow::{LEG_REDIRECTED, ListenerKey, SAME_NAMESPACE, TokenKey, is_source_token},
+    flow::{LEG_REDIRECTED, ListenerKey, SAME_NAMESPACE, PeerKey, is_source_token},
     table::Step,
 };
 
@@ -28,9 +28,19 @@ use crate::{
 // Not inlined: the stack of the hooks is all but full.
 #[inline(never)]
 pub(crate) fn held(ctx: *mut bpf_sock_addr, token: &[u32; 4]) -> Option<&'static mut TimedLeg> {
-    let key = TokenKey { netns: netns_of(ctx), address: *token };
+    let key = PeerKey { netns: netns_of(ctx), address: *token, port: 0, zero: 0 };
     // SAFETY: the entry stays allocated until the program ends. Its fields are written before anybody
     // knows its token, but for the time when it was last seen, of which any value will do.
+    DATAGRAM_LEGS.get_ptr_mut(&key).map(|held| unsafe { &mut *held })
+}
+
+/// The flow whose client the service sees at `peer`: of an unconnected socket, or one whose socket was
+/// closed a moment ago.
+#[inline(never)]
+fn held_at(ctx: *mut bpf_sock_addr, peer: &Endpoint) -> Option<&'static mut TimedLeg> {
+    let port = if is_source_token(peer) { 0 } else { peer.port.into() };
+    let key = PeerKey { netns: netns_of(ctx), address: peer.address, port, zero: 0 };
+    // SAFETY: as in `held`.
     DATAGRAM_LEGS.get_ptr_mut(&key).map(|held| unsafe { &mut *held })
 }
 
@@ -51,22 +61,26 @@ pub(crate) extern "C" fn carnet_client(ctx: *mut bpf_sock_addr, peer: *mut Endpo
     let Some(socket) = Socket::new(load64!(ctx, 64) as *mut _) else {
         return 0;
     };
-    if is_source_token(peer) {
-        let Some(timed) = held(ctx, &peer.address) else {
-            return 0;
-        };
-        if timed.held.leg.handle != service {
-            return 0;
-        }
-        socket.delete(&DELIVERED);
-        if !socket.put_on_socket(&DELIVERED, &raw mut timed.held.leg) {
-            count(Counter::HandoverFailed);
-            return 0;
-        }
-        peer.address = timed.held.client.address;
-    } else if !find_client(ctx, peer, service, Some(socket)) {
+    if !is_source_token(peer) && find_client(ctx, peer, service, Some(socket)) {
+        count(Counter::Delivered);
+        return 1;
+    }
+    let Some(timed) = held_at(ctx, peer) else {
+        return 0;
+    };
+    if timed.held.leg.handle != service {
         return 0;
     }
+    socket.delete(&DELIVERED);
+    if !socket.put_on_socket(&DELIVERED, &raw mut timed.held.leg) {
+        count(Counter::HandoverFailed);
+        return 0;
+    }
+    // It may have ended, but has been delivered.
+    if let Some(leg) = socket.get(&DELIVERED) {
+        leg.kind = LEG_REDIRECTED;
+    }
+    peer.address = timed.held.client.address;
     count(Counter::Delivered);
     1
 }
@@ -81,7 +95,11 @@ pub(crate) extern "C" fn carnet_answers(ctx: *mut bpf_sock_addr, peer: *const En
         return 0;
     };
     let service = carnet_service();
-    i32::from(service != 0 && find_client(ctx, peer, service, None))
+    i32::from(
+        service != 0
+            && (find_client(ctx, peer, service, None)
+                || held_at(ctx, peer).is_some_and(|timed| timed.held.leg.handle == service)),
+    )
 }
 
 /// Looks for a socket at `client` that is connected to one of the service's listeners. If there is one,

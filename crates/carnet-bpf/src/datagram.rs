@@ -28,7 +28,7 @@ use carnet_core::{
     address::Endpoint,
     event::Counter,
     flow::{
-        Correspondent, CorrespondentKey, LEG_REDIRECTED, SAME_NAMESPACE, TokenKey, is_source_token, source_token,
+        Correspondent, CorrespondentKey, LEG_REDIRECTED, SAME_NAMESPACE, PeerKey, is_source_token, source_token,
     },
     record::Record,
 };
@@ -124,13 +124,21 @@ fn send(
             return PASS;
         }
     }
-    if is_source_token(&request.destination)
-        && let Some(timed) = held(ctx, &request.destination.address)
-        && timed.held.leg.handle == carnet_service()
-    {
-        timed.held.seen_ns = now();
-        rewrite(Some(&request.destination.address), &timed.held.client);
-        return PASS;
+    if is_source_token(&request.destination) {
+        let service = carnet_service();
+        if let Some(timed) = held(ctx, &request.destination.address)
+            && timed.held.leg.handle == service
+            && timed.held.leg.kind != 0
+        {
+            timed.held.seen_ns = now();
+            rewrite(Some(&request.destination.address), &timed.held.client);
+            return PASS;
+        }
+        // An answer to a flow that has ended. It is no flow of the service's: taken for one it would come
+        // back to the service, for ever.
+        if service != 0 {
+            return refuse(errno::ECONNREFUSED);
+        }
     }
     if let Some(known) = known(ctx, &request.destination) {
         if known.passes() {
@@ -290,7 +298,8 @@ fn carry_out(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> i32 {
 #[inline(always)]
 fn begin(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> Option<&'static mut TimedLeg> {
     let ipv4 = attempt.request.destination.is_ipv4();
-    let mut key = TokenKey { netns: netns_of(attempt.ctx), address: [0; 4] };
+    let mut key =
+        PeerKey { netns: netns_of(attempt.ctx), address: [0; 4], port: 0, zero: 0 };
     let blank = BLANK_LEG.get(0)?;
     let mut failed = 0;
     for _ in 0..DRAWS {
@@ -332,7 +341,7 @@ fn begin(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> Option<&'static mut Tim
     }
     timed.held.seen_ns = timed.held.leg.began_ns;
     // Without memory for its timer the flow ends with its socket.
-    idle::start(timed);
+    idle::start(timed, idle::limit());
     if !attempt.redirect(&mut timed.held.leg, record_begins) {
         let _absent = DATAGRAM_LEGS.remove(&key);
         return None;

@@ -12,7 +12,7 @@ use aya_ebpf::{
         bpf_timer_start,
     },
 };
-use carnet_core::flow::{DATAGRAM_IDLE_NS, TokenKey};
+use carnet_core::flow::{DATAGRAM_IDLE_NS, DATAGRAM_LINGER_NS, PeerKey};
 
 use crate::{
     decide::netns_of,
@@ -32,26 +32,34 @@ pub(crate) fn limit() -> u64 {
 
 /// Sets the timer of a new flow. Without memory for it the flow ends with its socket, or in a [`sweep`].
 #[inline(always)]
-pub(crate) fn start(timed: &mut TimedLeg) {
+pub(crate) fn start(timed: &mut TimedLeg, limit: u64) {
     let timer = &raw mut timed.timer;
-    let callback: extern "C" fn(*mut c_void, *mut TokenKey, *mut TimedLeg) -> i64 = ring;
+    let callback: extern "C" fn(*mut c_void, *mut PeerKey, *mut TimedLeg) -> i64 = ring;
     // SAFETY: the timer lies in an entry of this map; the callback is of the kind that the helper
     // calls, with the map, the key and the entry.
     unsafe {
         if bpf_timer_init(timer, (&raw const DATAGRAM_LEGS).cast_mut().cast(), BOOT_TIME) == 0
             && bpf_timer_set_callback(timer, callback as *mut c_void) == 0
         {
-            bpf_timer_start(timer, limit(), 0);
+            bpf_timer_start(timer, limit, 0);
         }
     }
 }
 
+/// The socket of a flow was closed: the flow ends, but can be asked about for a moment more.
+#[inline(always)]
+pub(crate) fn linger(timed: &mut TimedLeg) {
+    datagrams_end(&mut timed.held.leg);
+    // SAFETY: as in `start`. Without a timer it stays until a sweep.
+    unsafe { bpf_timer_start(&raw mut timed.timer, DATAGRAM_LINGER_NS, 0) };
+}
+
 /// The timer of a flow has gone off: the flow ends, unless it has had a datagram since.
-extern "C" fn ring(map: *mut c_void, key: *mut TokenKey, timed: *mut TimedLeg) -> i64 {
+extern "C" fn ring(map: *mut c_void, key: *mut PeerKey, timed: *mut TimedLeg) -> i64 {
     // SAFETY: the kernel passes the entry whose timer went off, which stays allocated meanwhile.
     let timed = unsafe { &mut *timed };
     let (limit, idle) = (limit(), now().wrapping_sub(timed.held.seen_ns));
-    if idle < limit {
+    if timed.held.leg.kind != 0 && idle < limit {
         // SAFETY: as in `start`.
         unsafe { bpf_timer_start(&raw mut timed.timer, limit - idle, 0) };
         return 0;
@@ -62,7 +70,7 @@ extern "C" fn ring(map: *mut c_void, key: *mut TokenKey, timed: *mut TimedLeg) -
     0
 }
 
-/// Ends the idle flows that have no timer, to make room. Done at most once a second, since it looks at
+/// Ends the idle flows that have no timer, and forgets those that have ended, to make room. Done at most once a second, since it looks at
 /// all flows; gives whether it was.
 #[inline(never)]
 pub(crate) fn sweep() -> bool {
@@ -79,7 +87,7 @@ pub(crate) fn sweep() -> bool {
         }
         (*config).swept_ns = now;
     }
-    let callback: extern "C" fn(*mut c_void, *mut TokenKey, *mut TimedLeg, *mut c_void) -> i64 =
+    let callback: extern "C" fn(*mut c_void, *mut PeerKey, *mut TimedLeg, *mut c_void) -> i64 =
         end_if_idle;
     let mut unused = 0_u64;
     // SAFETY: the callback is of the kind that the helper calls, with the map, the key, the entry and
@@ -97,14 +105,16 @@ pub(crate) fn sweep() -> bool {
 
 extern "C" fn end_if_idle(
     map: *mut c_void,
-    key: *mut TokenKey,
+    key: *mut PeerKey,
     timed: *mut TimedLeg,
     _unused: *mut c_void,
 ) -> i64 {
     // SAFETY: the kernel passes an entry of the map, which stays allocated meanwhile.
     let timed = unsafe { &mut *timed };
-    // One that has no kind yet is being made.
-    if timed.held.leg.kind != 0 && now().wrapping_sub(timed.held.seen_ns) > limit() {
+    // One that has no handle yet is being made; one that has no kind any more has ended.
+    let leg = &timed.held.leg;
+    let idle = leg.kind == 0 || now().wrapping_sub(timed.held.seen_ns) > limit();
+    if leg.handle != 0 && idle {
         datagrams_end(&mut timed.held.leg);
         // SAFETY: map and key are those that the kernel passed.
         unsafe { bpf_map_delete_elem(map, key.cast()) };
@@ -116,7 +126,8 @@ extern "C" fn end_if_idle(
 #[inline(always)]
 pub(crate) fn end(ctx: *mut bpf_sock_addr, token: &[u32; 4], timed: &mut TimedLeg) {
     datagrams_end(&mut timed.held.leg);
-    let _absent = DATAGRAM_LEGS.remove(&TokenKey { netns: netns_of(ctx), address: *token });
+    let _absent = 
+        DATAGRAM_LEGS.remove(&PeerKey { netns: netns_of(ctx), address: *token, port: 0, zero: 0 });
 }
 
 const _: () = assert!(size_of::<bpf_timer>() == 16);

@@ -13,7 +13,7 @@ use carnet_core::{
     event::{Counter, Event},
     flow::{
         Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, GuardKey, LegState, ListenerEntry,
-        ListenerKey, LocalSourceKey, Registration, TokenKey, Tuple,
+        ListenerKey, LocalSourceKey, Registration, PeerKey, Tuple,
     },
     record::Record,
     table::{ConditionRow, FilterRow, HeaderRow, LeafRow, MAX_SERVICES, NodeRow, ServiceRow},
@@ -147,7 +147,7 @@ pub(crate) struct TimedLeg {
 /// recvmsg. Reader: sendmsg, recvmsg, connect, the flow listing. They end with their socket
 /// (sock_release), by their timer, or when sendmsg finds their service gone.
 #[btf_map]
-pub(crate) static DATAGRAM_LEGS: HashMap<TokenKey, TimedLeg, 65536, NO_PREALLOC> = HashMap::new();
+pub(crate) static DATAGRAM_LEGS: HashMap<PeerKey, TimedLeg, 65536, NO_PREALLOC> = HashMap::new();
 
 /// What a new flow is filled into: all zero. Nobody writes it.
 #[btf_map]

@@ -48,7 +48,10 @@ pub(crate) struct Offsets {
     user_namespace_level: u32,
     pub(crate) sock_flags: u32,
     pub(crate) sock_storage: u32,
+    pub(crate) sock_local_v4: u32,
+    pub(crate) sock_local_v6: u32,
     pub(crate) sock_state: u32,
+    pub(crate) sock_port: u32,
 }
 
 /// The same, as the loader fills it in: the fields of [`Offsets`] in their order. The verifier
@@ -79,7 +82,10 @@ pub(crate) static OFFSETS: Offsets = Offsets {
     user_namespace_level: 22,
     sock_flags: 23,
     sock_storage: 24,
-    sock_state: 25,
+    sock_local_v4: 25,
+    sock_local_v6: 26,
+    sock_state: 27,
+    sock_port: 28,
 };
 
 /// One of [`OFFSETS`].
@@ -100,7 +106,7 @@ const MAX_COMPONENTS: u32 = 64;
 
 /// Reads a `T` at `address + offset`; zero where the kernel cannot read there.
 #[inline(always)]
-fn read<T: Default>(address: u64, offset: u32) -> T {
+pub(crate) fn read<T: Default>(address: u64, offset: u32) -> T {
     let mut value = T::default();
     let source = address.wrapping_add(offset.into()) as *const c_void;
     // SAFETY: `value` is `size_of::<T>()` bytes of this program's stack; the helper copes with

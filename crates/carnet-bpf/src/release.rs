@@ -2,22 +2,32 @@
 //!
 //! **What it does.** Ends the flows of a UDP socket that is closed for good: the leg of a connected
 //! one, and the newest of those that a socket that is not connected has; the rest end by their timers.
+//! Their services can ask about them for a moment more: many a client sends one datagram and closes.
 //!
 //! **Why this hook.** UDP knows no end of a connection, and what hangs on a socket goes without a word.
 //!
 //! **Returns** 1 always.
 
 use aya_ebpf::{
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie},
+    bindings::{BPF_ANY, bpf_sock},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_map_update_elem, bpf_probe_read_kernel,
+    },
     macros::cgroup_sock,
     programs::SockContext,
 };
-use carnet_core::{flow::TokenKey, table::Step};
+use carnet_core::{
+    address::{AF_INET, Endpoint},
+    flow::{DATAGRAM_LINGER_NS, LEG_REDIRECTED, LegState, PeerKey},
+    table::Step,
+};
 
 use crate::{
     bank::repeat,
     end::datagrams_end,
-    maps::{DATAGRAM_LEGS, LEGS, SOCKET_TOKENS, SocketTokens, TOKENS},
+    idle,
+    maps::{BLANK_LEG, DATAGRAM_LEGS, LEGS, SOCKET_TOKENS, SocketTokens, TOKENS},
+    process::{offset, read},
     socket::Socket,
 };
 
@@ -30,17 +40,65 @@ pub fn carnet_release(ctx: SockContext) -> i32 {
     if !socket.is_datagram() {
         return 1;
     }
+    // SAFETY: the helpers take this context.
+    let (netns, cookie) =
+        unsafe { (bpf_get_netns_cookie(ctx.cast()), bpf_get_socket_cookie(ctx.cast())) };
     if let Some(leg) = socket.get(&LEGS) {
+        let redirected = leg.kind == LEG_REDIRECTED;
         datagrams_end(leg);
+        if redirected {
+            keep(ctx, leg);
+        }
     }
     if let Some(tokens) = socket.get(&TOKENS) {
-        // SAFETY: the helpers take this context.
-        let (netns, cookie) = unsafe {
-            (bpf_get_netns_cookie(ctx.cast()), bpf_get_socket_cookie(ctx.cast()))
-        };
         repeat(SOCKET_TOKENS as u32, &mut End { tokens, netns, cookie });
     }
     1
+}
+
+/// Keeps the leg of a connected socket, under the address at which the service sees it.
+#[inline(always)]
+fn keep(ctx: *mut bpf_sock, leg: &LegState) {
+    // What this hook may read of its context says nothing of addresses.
+    let sk = ctx as u64;
+    let port = u32::from(read::<u16>(sk, offset!(sock_port)));
+    let mut key = PeerKey { netns: leg.netns, address: [0; 4], port, zero: 0 };
+    if leg.requested.family == AF_INET {
+        key.address = Endpoint::v4(read(sk, offset!(sock_local_v4)), 0).address;
+    } else {
+        key.address = read(sk, offset!(sock_local_v6));
+    }
+    let Some(blank) = BLANK_LEG.get(0) else {
+        return;
+    };
+    // SAFETY: key and value are whole and of the map's sizes; the value lies in another map, from which
+    // the kernel copies it. A socket that had the address before gives way.
+    let failed = unsafe {
+        bpf_map_update_elem(
+            (&raw const DATAGRAM_LEGS).cast_mut().cast(),
+            (&raw const key).cast(),
+            blank.as_ptr().cast(),
+            BPF_ANY.into(),
+        )
+    };
+    if failed != 0 {
+        return;
+    }
+    if let Some(timed) = DATAGRAM_LEGS.get_ptr_mut(&key) {
+        // SAFETY: the entry stays allocated until the program ends. Both legs are whole and in maps; the
+        // helper copies many times faster than the loop that LLVM would write.
+        let timed = unsafe {
+            bpf_probe_read_kernel(
+                (&raw mut (*timed).held.leg).cast(),
+                size_of::<LegState>() as u32,
+                core::ptr::from_ref(leg).cast(),
+            );
+            &mut *timed
+        };
+        timed.held.client.address = key.address;
+        timed.held.client.port = port as u16;
+        idle::start(timed, DATAGRAM_LINGER_NS);
+    }
 }
 
 /// The way through a socket's newest flows.
@@ -56,13 +114,12 @@ impl Step for End<'_> {
         let Some(token) = self.tokens.tokens.get(index as usize) else {
             return false;
         };
-        let key = TokenKey { netns: self.netns, address: *token };
+        let key = PeerKey { netns: self.netns, address: *token, port: 0, zero: 0 };
         if let Some(timed) = DATAGRAM_LEGS.get_ptr_mut(&key) {
             // SAFETY: the entry stays allocated until the program ends.
-            let leg = unsafe { &mut (*timed).held.leg };
-            if leg.cookie == self.cookie {
-                datagrams_end(leg);
-                let _absent = DATAGRAM_LEGS.remove(&key);
+            let timed = unsafe { &mut *timed };
+            if timed.held.leg.cookie == self.cookie {
+                idle::linger(timed);
             }
         }
         true

@@ -170,21 +170,28 @@ pub struct Registration {
     pub netns: u64,
 }
 
-/// Key of the UDP flows of unconnected sockets: the address under which the service sees the flow's
-/// client, its *source token*.
+/// Key of the UDP flows that are not looked up by their sockets: the address under which the service
+/// sees the flow's client.
 ///
-/// Every datagram of the flow reaches the service from this address, with the client's own port, and
-/// what the service sends there reaches the client. So a service tells flows by the source of their
-/// datagrams, as it would tell clients, whatever clients share a port or a destination.
+/// For a socket that is not connected it is the flow's *source token*. Every datagram of the flow reaches
+/// the service from this address, with the client's own port, and what the service sends there reaches
+/// the client. So a service tells flows by the source of their datagrams, as it would tell clients,
+/// whatever clients share a port or a destination. For a connected socket, which is closed already, it is
+/// the address that it had.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
 #[repr(C)]
-pub struct TokenKey {
+pub struct PeerKey {
     /// Cookie of the network namespace.
     pub netns: u64,
-    /// The source token, four words in network byte order, IPv4 mapped.
+    /// The address, four words in network byte order, IPv4 mapped.
     pub address: [u32; 4],
+    /// The port of a connected socket, in host byte order; 0 with a source token, of which no two are
+    /// the same.
+    pub port: u32,
+    /// Always zero.
+    pub zero: u32,
 }
 
 /// Key of what is remembered of an unconnected UDP socket's flows: the socket, and whom it talks to
@@ -241,8 +248,8 @@ pub struct LocalSourceKey {
     pub address: [u32; 4],
 }
 
-/// A UDP flow of an unconnected socket, as long as it goes to a service. In the kernel a timer lies
-/// before it.
+/// A UDP flow of an unconnected socket, as long as it goes to a service; or one whose socket was closed a
+/// moment ago, then with a leg of kind 0. In the kernel a timer lies before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct DatagramLeg {
@@ -258,6 +265,10 @@ pub struct DatagramLeg {
 /// How long a UDP flow of an unconnected socket lives without a datagram unless told otherwise, in
 /// nanoseconds: 60 s (contract U7).
 pub const DATAGRAM_IDLE_NS: u64 = 60_000_000_000;
+
+/// How long a UDP flow can still be asked about after its socket was closed, in nanoseconds: 2 s. Its
+/// last datagrams, perhaps its only ones, may not have been received yet.
+pub const DATAGRAM_LINGER_NS: u64 = 2_000_000_000;
 
 /// IPv4 source tokens are 127.64.0.0/10.
 const TOKEN_V4: u32 = 0x7f40_0000;
@@ -293,7 +304,7 @@ pub const fn is_source_token(endpoint: &Endpoint) -> bool {
 
 const _: () = {
     assert!(size_of::<LegState>() == 72 + 48 + 256 + 912);
-    assert!(size_of::<TokenKey>() == 24);
+    assert!(size_of::<PeerKey>() == 32);
     assert!(size_of::<LocalSourceKey>() == 24);
     assert!(size_of::<CorrespondentKey>() == 32);
     assert!(size_of::<Correspondent>() == 24);

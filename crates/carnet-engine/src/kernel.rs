@@ -27,7 +27,7 @@ pub(crate) struct Offsets([u32; FIELDS.len()]);
 
 /// The fields that the programs read, in the order of `Offsets` in `carnet-bpf`'s `process.rs`: a
 /// structure, and the way through its members.
-const FIELDS: [(&str, &[&str]); 25] = [
+const FIELDS: [(&str, &[&str]); 28] = [
     ("task_struct", &["flags"]),
     ("task_struct", &["group_leader"]),
     ("task_struct", &["start_boottime"]),
@@ -52,7 +52,10 @@ const FIELDS: [(&str, &[&str]); 25] = [
     ("user_namespace", &["level"]),
     ("sock", &["__sk_common", "skc_flags"]),
     ("sock", &["sk_bpf_storage"]),
+    ("sock", &["__sk_common", "skc_rcv_saddr"]),
+    ("sock", &["__sk_common", "skc_v6_rcv_saddr"]),
     ("sock", &["__sk_common", "skc_state"]),
+    ("sock", &["__sk_common", "skc_num"]),
 ];
 
 /// The types of the running kernel.
@@ -168,8 +171,8 @@ mod tests {
             .map(|((structure, _), offset)| (*structure, offset))
             .collect();
         assert_eq!(places.len(), FIELDS.len());
-        // All but a socket's state, a byte, are words.
-        assert!(offsets[..24].iter().all(|offset| offset % 4 == 0));
+        // All but a socket's state, a byte, and port, two bytes, are words.
+        assert!(offsets[..26].iter().all(|offset| offset % 4 == 0));
         let unknown = types.offset("task_struct", &["no_such_member"]);
         assert!(matches!(unknown, Err(Error::UnknownKernel { member: "no_such_member", .. })));
     }

@@ -14,7 +14,7 @@ use carnet_core::{
     abi::MAX_CONTEXT,
     compile::{CompiledPolicy, max_candidates, max_nodes},
     event::Counter,
-    flow::{Correspondent, CorrespondentKey, DatagramLeg, ListenerEntry, ListenerKey, TokenKey},
+    flow::{Correspondent, CorrespondentKey, DatagramLeg, ListenerEntry, ListenerKey, PeerKey},
     object::Policy,
     table::{HeaderRow, MAX_CANDIDATES},
 };
@@ -282,9 +282,10 @@ impl Tables {
 
     /// The UDP flows of unconnected sockets that go to services.
     pub(crate) fn datagram_legs(&self) -> Result<Vec<DatagramLeg>, Error> {
-        let legs = self.hash::<TokenKey, TimedLeg>("DATAGRAM_LEGS")?;
+        let legs = self.hash::<PeerKey, TimedLeg>("DATAGRAM_LEGS")?;
         // One that ends while the others are read is missed.
-        Ok(legs.iter().filter_map(Result::ok).map(|(_, Wire(timed))| timed.held).collect())
+        let held = legs.iter().filter_map(Result::ok).map(|(_, Wire(timed))| timed.held);
+        Ok(held.filter(|held| held.leg.kind != 0).collect())
     }
 
     /// What was decided for the flows of unconnected UDP sockets.
