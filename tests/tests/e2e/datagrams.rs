@@ -13,7 +13,6 @@ use carnet_core::{
     event::{Counter, EventKind},
     object::{Conditions, FailurePolicy, FilterAction, NewFilter, Protocol, Trust, Weight},
 };
-use carnet_engine::LegKind;
 use carnet_testbed::{
     DatagramClients, DatagramServer, Topology, answer_of,
     datagrams::{DatagramPlan, dropped_for_want_of_room},
@@ -22,7 +21,6 @@ use carnet_tests::{
     Lab, Must as _, PATIENCE, Plan, Report, Running, handed_on,
     puppet::{Family, Hand, Kind, Receiving},
     service::Behaviour,
-    until,
 };
 
 const DESTINATION: [IpAddr; 2] =
@@ -343,7 +341,6 @@ fn a_flow_that_is_idle_for_too_long_ends() {
     lab.service("alpha", 1);
     let service = lab.start_with("alpha", &Behaviour::with_datagrams());
     let client = lab.puppet();
-    let flows = || lab.engine().flows().must("list the flows");
     for (number, to) in server.addresses().iter().enumerate() {
         let socket = client.udp(*to);
         // For longer than it may be idle, but never idle for so long.
@@ -353,9 +350,8 @@ fn a_flow_that_is_idle_for_too_long_ends() {
             thread::sleep(idle / 8);
         }
         assert_eq!(service.reports(2 * number + 1).len(), 2 * number + 1);
-        until("the end of the flow", flows, |legs| {
-            legs.iter().all(|leg| leg.kind != LegKind::Redirected)
-        });
+        // Nothing announces that it counts as idle. (What `carnet flows` lists may be late.)
+        thread::sleep(idle * 5 / 4);
         answers(&socket, *to, b"there again");
         let reports = service.reports(2 * number + 2);
         let [.., before, after] = &reports[..] else { panic!("two flows") };
@@ -639,7 +635,8 @@ fn a_thousand_clients_and_three_servers_through_two_services() {
     const CLIENTS: u32 = 1000;
     let rounds = env::var("CARNET_TESTS_ROUNDS").ok().and_then(|number| number.parse().ok());
     let rounds: u32 = rounds.unwrap_or(100);
-    let lab = Lab::new();
+    // No flow is to end meanwhile, however slow the machine is.
+    let lab = Lab::with_udp_idle(Duration::from_secs(3600));
     let servers: Vec<_> = (0..3).map(|_| server(&lab)).collect();
     let services = start_chain(&lab, &["alpha", "bravo"]);
     let to: Vec<_> = servers.iter().map(DatagramServer::address).collect();
