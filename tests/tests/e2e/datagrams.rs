@@ -13,6 +13,7 @@ use carnet_core::{
     event::{Counter, EventKind},
     object::{Conditions, FailurePolicy, FilterAction, NewFilter, Protocol, Trust, Weight},
 };
+use carnet_engine::LegKind;
 use carnet_testbed::{
     DatagramClients, DatagramServer, Topology, answer_of,
     datagrams::{DatagramPlan, dropped_for_want_of_room},
@@ -625,6 +626,58 @@ fn only_the_service_that_has_a_flow_may_ask_about_it() {
             assert_eq!(socket.receive_from(), Ok((b"yours".to_vec(), *to)));
         }
     }
+}
+
+/// Many a client sends one datagram and closes its socket at once.
+#[test]
+fn a_flow_can_be_asked_about_when_its_client_has_gone() {
+    let lab = Lab::new();
+    let server = server(&lab);
+    lab.service("alpha", 1);
+    let (alpha, client) = (lab.puppet_of("alpha"), lab.puppet());
+    let destinations = server.addresses().iter().flat_map(|to| {
+        let mapped = to.is_ipv4().then(|| mapped(*to));
+        [Some(*to), mapped].into_iter().flatten()
+    });
+    for to in destinations {
+        let any = if canonical(to).is_ipv4() { "127.0.0.1:0" } else { "[::1]:0" };
+        let registered = alpha.udp(address(any));
+        registered.bind(address(any)).must("bind");
+        registered.register(&[]).must("register");
+        for connected in [false, true] {
+            let socket = client.udp(to);
+            if connected {
+                socket.connect(to).must("connect");
+                socket.send(b"farewell").must("send");
+            } else {
+                socket.send_to(to, b"farewell").must("send");
+            }
+            drop(socket);
+            // A call that is answered after the socket has been closed.
+            client.udp(to);
+            let (word, source) = registered.receive_from().must("receive");
+            assert_eq!(word, b"farewell");
+            let asking = alpha.udp(source);
+            asking.connect(source).must("take the flow");
+            let destination = asking.query(abi::ORIGINAL_DESTINATION).must("ask where it goes");
+            assert_eq!(destination[16..18], to.port().to_ne_bytes(), "{to}");
+            let record = asking.query(abi::QUERY_REDIRECT_RECORDS).must("ask for the record");
+            let onward = alpha.udp(canonical(to));
+            onward.set_record(&record).must("set the record");
+            onward.connect(canonical(to)).must("connect onwards");
+            onward.send(&word).must("send onwards");
+            let answer = onward.receive_by(Receiving::From).must("get an answer").0;
+            assert_eq!(answer, answer_of(canonical(to), b"farewell"));
+            // There is nobody to whom it could go. It must not come back to the service.
+            let sent = registered.send_to(source, &answer).map_err(|errno| errno.0);
+            if !connected {
+                assert_eq!(sent, Err(libc::ECONNREFUSED), "{to}");
+            }
+            stays_silent(&registered);
+        }
+    }
+    let flows = lab.engine().flows().must("list the flows");
+    assert!(flows.iter().all(|flow| flow.kind == LegKind::Onward), "{flows:#?}");
 }
 
 /// 300,000 datagrams through two services. The window is chosen so that no socket's buffer, even
