@@ -128,7 +128,9 @@ impl Step for Search<'_> {
             return true;
         };
         let protocol = self.key.protocol.into();
-        let Some(found) = Found::look_up(self.ctx, protocol, SAME_NAMESPACE, Some(&target), self.client) else {
+        let Some(found) =
+            Found::look_up(self.ctx, protocol, SAME_NAMESPACE, Some(&target), self.client)
+        else {
             return true;
         };
         let Some(leg) = found.socket.get(&LEGS) else {

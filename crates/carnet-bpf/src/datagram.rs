@@ -28,7 +28,8 @@ use carnet_core::{
     address::Endpoint,
     event::Counter,
     flow::{
-        Correspondent, CorrespondentKey, LEG_REDIRECTED, SAME_NAMESPACE, TokenKey, is_source_token, source_token,
+        Correspondent, CorrespondentKey, LEG_REDIRECTED, SAME_NAMESPACE, TokenKey, is_source_token,
+        source_token,
     },
     record::Record,
 };

@@ -35,9 +35,8 @@ pub fn carnet_release(ctx: SockContext) -> i32 {
     }
     if let Some(tokens) = socket.get(&TOKENS) {
         // SAFETY: the helpers take this context.
-        let (netns, cookie) = unsafe {
-            (bpf_get_netns_cookie(ctx.cast()), bpf_get_socket_cookie(ctx.cast()))
-        };
+        let (netns, cookie) =
+            unsafe { (bpf_get_netns_cookie(ctx.cast()), bpf_get_socket_cookie(ctx.cast())) };
         repeat(SOCKET_TOKENS as u32, &mut End { tokens, netns, cookie });
     }
     1
