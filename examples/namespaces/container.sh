@@ -68,6 +68,17 @@ ask() {
         curl --silent --show-error --max-time 20 "http://$1:8080/page"
 }
 
+# Waits until the service has logged so many flows, each at its end: logged NUMBER
+logged() {
+    tries=0
+    until [ "$(grep -c 8080 "$work/log")" -eq "$1" ]; do
+        tries=$((tries + 1))
+        test "$tries" -lt 100
+        sleep 0.1
+    done
+    cat "$work/log"
+}
+
 for namespace in "$host" "$container" "$server"; do
     ip netns add "$namespace"
     ip -n "$namespace" link set lo up
@@ -111,8 +122,7 @@ done
 administer service ls
 test "$(ask 192.0.2.10)" = hello
 test "$(ask '[2001:db8:2::2]')" = hello
-cat "$work/log"
-test "$(grep -c 8080 "$work/log")" -eq 2
+logged 2
 
 say "taken back, they follow the failure policy"
 for address in ${ready#ready }; do

@@ -66,6 +66,17 @@ ask() {
         curl --silent --show-error --max-time 20 "http://$2:8080/page"
 }
 
+# Waits until the service has logged so many flows, each at its end: logged NUMBER
+logged() {
+    tries=0
+    until [ "$(grep -c 8080 "$work/log")" -eq "$1" ]; do
+        tries=$((tries + 1))
+        test "$tries" -lt 100
+        sleep 0.1
+    done
+    cat "$work/log"
+}
+
 for namespace in "$pod" "$other" "$server"; do
     ip netns add "$namespace"
 done
@@ -102,8 +113,7 @@ administer service ls
 say "the application in the pod goes through it"
 test "$(ask "$pod" 192.0.2.6)" = hello
 test "$(ask "$pod" '[2001:db8:1::2]')" = hello
-cat "$work/log"
-test "$(grep -c 8080 "$work/log")" -eq 2
+logged 2
 
 say "an application in a network namespace without a listener is refused, as --on-failure says"
 for host in 192.0.2.10 '[2001:db8:2::2]'; do

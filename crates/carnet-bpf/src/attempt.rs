@@ -12,7 +12,7 @@ use carnet_core::{
     address::Endpoint,
     classify::Reason,
     event::{Counter, EventKind},
-    flow::{LEG_STARTING, LEG_REDIRECTED, LegState},
+    flow::{LEG_REDIRECTED, LEG_STARTING, LegState},
     record::{Hop, MAGIC, Record, VERSION},
 };
 
@@ -79,7 +79,8 @@ impl Attempt<'_> {
         // SAFETY: the helper takes this context.
         leg.cookie = unsafe { bpf_get_socket_cookie(self.ctx.cast()) };
         leg.netns = netns_of(self.ctx);
-        leg.home = if kind & !LEG_STARTING == LEG_REDIRECTED { self.request.home } else { leg.netns };
+        leg.home =
+            if kind & !LEG_STARTING == LEG_REDIRECTED { self.request.home } else { leg.netns };
         leg.began_ns = now();
         leg.pid = process::pid();
         leg.protocol = self.request.protocol;

@@ -9,7 +9,7 @@ use carnet_core::{
     abi::LISTENER_SLOTS,
     address::{AF_INET, AF_INET6, Endpoint},
     event::Counter,
-    flow::{LEG_REDIRECTED, ListenerKey, SAME_NAMESPACE, PeerKey, is_source_token},
+    flow::{LEG_REDIRECTED, ListenerKey, PeerKey, SAME_NAMESPACE, is_source_token},
     table::Step,
 };
 
@@ -146,7 +146,9 @@ impl Step for Search<'_> {
             return true;
         };
         let protocol = self.key.protocol.into();
-        let Some(found) = Found::look_up(self.ctx, protocol, SAME_NAMESPACE, Some(&target), self.client) else {
+        let Some(found) =
+            Found::look_up(self.ctx, protocol, SAME_NAMESPACE, Some(&target), self.client)
+        else {
             return true;
         };
         let Some(leg) = found.socket.get(&LEGS) else {

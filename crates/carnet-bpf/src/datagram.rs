@@ -28,7 +28,8 @@ use carnet_core::{
     address::Endpoint,
     event::Counter,
     flow::{
-        Correspondent, CorrespondentKey, LEG_REDIRECTED, SAME_NAMESPACE, PeerKey, is_source_token, source_token,
+        Correspondent, CorrespondentKey, LEG_REDIRECTED, PeerKey, SAME_NAMESPACE, is_source_token,
+        source_token,
     },
     record::Record,
 };
@@ -298,8 +299,7 @@ fn carry_out(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> i32 {
 #[inline(always)]
 fn begin(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> Option<&'static mut TimedLeg> {
     let ipv4 = attempt.request.destination.is_ipv4();
-    let mut key =
-        PeerKey { netns: netns_of(attempt.ctx), address: [0; 4], port: 0, zero: 0 };
+    let mut key = PeerKey { netns: netns_of(attempt.ctx), address: [0; 4], port: 0, zero: 0 };
     let blank = BLANK_LEG.get(0)?;
     let mut failed = 0;
     for _ in 0..DRAWS {

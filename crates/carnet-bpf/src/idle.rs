@@ -126,7 +126,7 @@ extern "C" fn end_if_idle(
 #[inline(always)]
 pub(crate) fn end(ctx: *mut bpf_sock_addr, token: &[u32; 4], timed: &mut TimedLeg) {
     datagrams_end(&mut timed.held.leg);
-    let _absent = 
+    let _absent =
         DATAGRAM_LEGS.remove(&PeerKey { netns: netns_of(ctx), address: *token, port: 0, zero: 0 });
 }
 

@@ -12,8 +12,8 @@ use carnet_core::{
     abi::MAX_CONTEXT,
     event::{Counter, Event},
     flow::{
-        Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, GuardKey, LegState, ListenerEntry,
-        ListenerKey, LocalSourceKey, Registration, PeerKey, Tuple,
+        Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, GuardKey, LegState,
+        ListenerEntry, ListenerKey, LocalSourceKey, PeerKey, Registration, Tuple,
     },
     record::Record,
     table::{ConditionRow, FilterRow, HeaderRow, LeafRow, MAX_SERVICES, NodeRow, ServiceRow},

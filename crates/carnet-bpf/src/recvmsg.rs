@@ -19,8 +19,8 @@ use crate::{
     datagram::{known, remember},
     getpeername::redirected,
     report::now,
-    source::is_local,
     socket::{CLOSE, Socket, is_datagram},
+    source::is_local,
 };
 
 #[cgroup_sock_addr(recvmsg4)]

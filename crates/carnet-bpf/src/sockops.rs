@@ -138,8 +138,7 @@ fn unlisten(socket: Socket) {
         return;
     };
     let local = socket.local();
-    let key =
-        ListenerKey { handle, netns, family: local.family, protocol: TCP as u16, slot: 0 };
+    let key = ListenerKey { handle, netns, family: local.family, protocol: TCP as u16, slot: 0 };
     repeat(LISTENER_SLOTS, &mut Unlisten { key, local });
 }
 

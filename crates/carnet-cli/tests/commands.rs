@@ -384,7 +384,9 @@ fn a_service_runs_in_a_cgroup_of_its_own() {
     let services = world.json(&["service", "ls"]);
     let listeners = services[0]["listeners"].as_array().unwrap();
     assert_eq!(listeners.len(), 2);
-    assert_eq!(listeners[0], listeners[1]);
+    assert_eq!(listeners[0]["address"], listeners[1]["address"]);
+    let protocols = [&listeners[0]["protocol"], &listeners[1]["protocol"]];
+    assert_eq!(protocols, ["tcp", "udp"]);
     world.fails(&["service", "run", "web", "--", "true"], &["running already"]);
 
     let mut trace = world.trace(&["--json", "--count", "2"]);

@@ -288,13 +288,22 @@ fn the_hosts_service_serves_a_container() {
     let target = SocketAddr::new(flow.target.ip().to_canonical(), flow.target.port());
     assert_eq!((flow.netns, target), (container.cookie(), service.addresses()[0]));
 
+    // The container's own loopback is redirectable, but what is bound to it cannot leave.
+    let resolver = client.connect(address("127.0.0.53:53")).must("connect");
+    assert_eq!(resolver.peer(), Ok(address("127.0.0.53:53")));
+    assert_eq!(service.reports(4)[3].original, address("127.0.0.53:53"));
+    let bound = client.tcp(lab.v4());
+    bound.bind(address("127.0.0.1:0")).must("bind");
+    assert!(bound.connect(lab.v4()).is_err());
+    drop((resolver, bound));
+
     // The host itself has a listener of the service, too, and no other namespace has.
     let elsewhere = Pod::at_host(&lab, 2);
     elsewhere.refused(&lab, lab.v4());
     drop(connection);
     lab.settle();
     assert_eq!(lab.counter(Counter::HandoverFailed), 0);
-    assert_eq!(lab.counter(Counter::Delivered), 3);
+    assert_eq!(lab.counter(Counter::Delivered), 4);
 }
 
 #[test]
