@@ -145,12 +145,12 @@ fn send(
         if known.passes() {
             return PASS;
         }
-        if let Some(timed) = held(ctx, &known.token) {
+        if let Some(timed) = held(ctx, &known.token)
+            && timed.held.leg.cookie == cookie_of(ctx)
+        {
             let leg = &timed.held.leg;
             // The service may be gone, which nothing tells a socket that is not connected.
-            if leg.cookie == cookie_of(ctx)
-                && registered_in(ctx, protocol, SAME_NAMESPACE, &leg.target, leg.handle) != 0
-            {
+            if registered_in(ctx, protocol, SAME_NAMESPACE, &leg.target, leg.handle) != 0 {
                 timed.held.seen_ns = known.seen_ns;
                 rewrite(Some(&known.token), &leg.target);
                 return PASS;
@@ -160,9 +160,8 @@ fn send(
     }
     let record = record_on(socket);
     if !destination_concerns_somebody(protocol, &request.destination)
-        || record.is_none()
-            && (!concerns_somebody(ctx, protocol, &request.destination)
-                || carnet_answers(ctx, &raw const request.destination) != 0)
+        || record.is_none() && !concerns_somebody(ctx, protocol, &request.destination)
+        || carnet_answers(ctx, &raw const request.destination) != 0
     {
         count(Counter::Passed);
         remember(ctx, &request.destination, &[0; 4]);

@@ -28,6 +28,11 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 /// # }
 /// ```
 ///
+/// The address of a client whose socket is connected is that of its socket, and comes to stand for another
+/// flow when the socket is connected elsewhere, or is closed and another gets its port. A service that
+/// keeps such a flow for long asks again now and then: another [`Flow::id`](crate::Flow::id) is another
+/// flow. Source tokens (127.64.0.0/10, fd43:6172:6e65:74::/64) are drawn at random and need no such care.
+///
 /// All of [`query_redirect_records`](crate::query_redirect_records),
 /// [`query_redirect_context`](crate::query_redirect_context), [`original_destination`],
 /// [`original_app`](crate::original_app) and [`flow`](crate::flow()) take it. It holds a socket of its
