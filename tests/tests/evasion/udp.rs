@@ -361,3 +361,57 @@ fn an_application_that_sends_to_a_source_token_or_to_the_service_itself() {
     let answer = question.query(abi::ORIGINAL_DESTINATION).map_err(|errno| errno.0);
     assert!(matches!(answer, Err(libc::ENODATA | libc::ENOTCONN)), "{answer:?}");
 }
+
+/// IPv6 lets everybody send from any address to a socket of this host. What such a datagram seems to
+/// begin is no flow of the other side's, which the application could go on with unseen.
+#[test]
+fn an_application_that_sends_to_itself_in_the_name_of_the_destination() {
+    const IPV6_FREEBIND: i32 = 78;
+    // A port that anybody may bind to.
+    let to: SocketAddr = (Topology::DESTINATION_V6, 5353).into();
+    let conditions = Conditions { ports: vec![to.port().into()], ..Conditions::default() };
+    let scene = Scene::with(conditions);
+    let post = scene.post();
+    scene.client.become_user(65534);
+    for connected in [false, true] {
+        let socket = open(&scene.client, to);
+        socket.bind((std::net::Ipv6Addr::UNSPECIFIED, 0).into()).must("bind");
+        let port = socket.local().must("ask for the port").port();
+        let own = (std::net::Ipv6Addr::LOCALHOST, port).into();
+        let pretender = open(&scene.client, to);
+        pretender.set(abi::SOL_IPV6, IPV6_FREEBIND, &1_i32.to_ne_bytes()).must("bind freely");
+        pretender.bind(to).must("bind to the destination's address");
+        if connected {
+            pretender.connect(own).must("connect");
+            pretender.send(b"hello").must("send");
+        } else {
+            pretender.send_to(own, b"hello").must("send");
+        }
+        assert_eq!(socket.receive_from(), Ok((b"hello".to_vec(), to)));
+        socket.send_to(to, b"marco").must("send");
+        post.exchanges(&socket, to);
+    }
+}
+
+/// The source token of a flow is the name under which its service answers.
+#[test]
+fn an_application_that_sends_from_a_source_token() {
+    let conditions = Conditions { ports: vec![53.into()], ..Conditions::default() };
+    let scene = Scene::with(conditions);
+    let post = scene.post();
+    let [to, v6, _] = Scene::destinations();
+    for (to, protocol, free_bind) in [(to, abi::SOL_IP, 15), (v6, abi::SOL_IPV6, 78)] {
+        let socket = open(&scene.client, to);
+        socket.send_to(to, b"marco").must("send");
+        let (_, token) = post.takes(to);
+        let intruder = open(&scene.client, to);
+        intruder.set(protocol, free_bind, &1_i32.to_ne_bytes()).must("bind freely");
+        intruder.bind(SocketAddr::new(token.ip(), 0)).must("bind to the token");
+        let own = if to.is_ipv4() { "127.0.0.1:9" } else { "[::1]:9" };
+        let mut client: SocketAddr = own.parse().expect("an address");
+        client.set_port(socket.local().must("ask for the port").port());
+        let refused = Err(Errno(libc::EADDRNOTAVAIL));
+        assert_eq!(intruder.send_to(client, b"false"), refused);
+        assert_eq!(intruder.connect(client), refused);
+    }
+}
