@@ -31,6 +31,13 @@ pub use service::{Report, Running};
 /// The longest that a test waits for anything that takes moments, even on an emulated processor.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
+/// How many rounds a test of load goes: so many, or fewer where `cargo xtask vm` says so, since the
+/// processor is emulated there.
+pub fn rounds(ordinarily: u32) -> u32 {
+    let set = env::var("CARNET_TESTS_ROUNDS").ok().and_then(|number| number.parse().ok());
+    set.unwrap_or(ordinarily)
+}
+
 /// Success, or a panic that says what did not work and why, with all causes.
 pub trait Must<T> {
     /// The value. `what` completes the sentence "cannot …".

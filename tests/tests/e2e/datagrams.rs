@@ -1,7 +1,6 @@
 //! UDP: what the application sees of the redirect is nothing, and datagrams never cross.
 
 use std::{
-    env,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     thread,
     time::{Duration, Instant},
@@ -21,6 +20,7 @@ use carnet_testbed::{
 use carnet_tests::{
     Lab, Must as _, PATIENCE, Plan, Report, Running, handed_on,
     puppet::{Family, Hand, Kind, Receiving},
+    rounds,
     service::Behaviour,
 };
 
@@ -681,13 +681,11 @@ fn a_flow_can_be_asked_about_when_its_client_has_gone() {
 }
 
 /// 300,000 datagrams through two services. The window is chosen so that no socket's buffer, even
-/// one that nobody widened, can be full. Where the processor is emulated there are fewer: `cargo xtask
-/// vm` sets the number.
+/// one that nobody widened, can be full.
 #[test]
 fn a_thousand_clients_and_three_servers_through_two_services() {
     const CLIENTS: u32 = 1000;
-    let rounds = env::var("CARNET_TESTS_ROUNDS").ok().and_then(|number| number.parse().ok());
-    let rounds: u32 = rounds.unwrap_or(100);
+    let rounds = rounds(100);
     // No flow is to end meanwhile, however slow the machine is.
     let lab = Lab::with_udp_idle(Duration::from_secs(3600));
     let servers: Vec<_> = (0..3).map(|_| server(&lab)).collect();

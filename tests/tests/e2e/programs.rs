@@ -10,7 +10,7 @@ use std::{
 };
 
 use carnet_testbed::{DatagramClients, DatagramServer, Process, Topology, datagrams::DatagramPlan};
-use carnet_tests::{Lab, Must as _, PATIENCE, program, until};
+use carnet_tests::{Lab, Must as _, PATIENCE, program, rounds, until};
 
 /// A directory that is gone afterwards.
 pub(crate) struct Directory(pub(crate) PathBuf);
@@ -360,7 +360,7 @@ for sockets in range(turns):
 #[test]
 fn many_udp_clients_through_two_inspecting_services() {
     const CLIENTS: u32 = 200;
-    const ROUNDS: u32 = 20;
+    let rounds = rounds(20);
     let lab = Lab::new();
     let directory = Directory::new("many");
     let topology = &lab.network().topology;
@@ -379,7 +379,7 @@ fn many_udp_clients_through_two_inspecting_services() {
         let plan = DatagramPlan {
             to: servers.iter().map(DatagramServer::address).collect(),
             clients: CLIENTS,
-            rounds: ROUNDS,
+            rounds,
             window: 256,
             connected,
             timeout: PATIENCE,
@@ -387,7 +387,7 @@ fn many_udp_clients_through_two_inspecting_services() {
         let clients = DatagramClients::start(&plan, Some(&topology.client), Some(lab.apps()));
         let report = clients.must("start clients").finish(PATIENCE).must("run clients");
         assert!(report.is_perfect(), "{report:#?}");
-        assert_eq!(report.answered, u64::from(3 * CLIENTS * ROUNDS));
+        assert_eq!(report.answered, u64::from(3 * CLIENTS * rounds));
         due += report.answered;
     }
     for (service, log) in services.into_iter().zip(&logs) {
