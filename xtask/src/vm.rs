@@ -29,8 +29,9 @@ const TOOLS: [(&str, &str); 4] = [
     ("cpio", "cpio"),
     ("strip", "binutils"),
 ];
-/// What every program needs, and what compiles one without shared libraries.
-const LIBRARIES: [&str; 3] = ["libc6", "libc6-dev", "libgcc-s1"];
+/// What every program needs, what compiles one without shared libraries, and a shell: that of Busybox
+/// would take Busybox's own `ip` for the one that scripts mean.
+const BASE: [&str; 4] = ["libc6", "libc6-dev", "libgcc-s1", "dash"];
 /// The programs, as `cargo build` is told.
 const PACKAGES: [&str; 4] = ["carnet-cli", "carnet-inspect", "carnet-testbed", "carnet-tests"];
 /// The suites that are run, and what they are given besides: the matrix is to show itself.
@@ -136,7 +137,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 /// Debian's packages that are on board.
 fn packages() -> Vec<String> {
     let programs = PROGRAMS.iter().map(|(_, package)| package);
-    programs.chain(&LIBRARIES).map(|package| (*package).to_owned()).collect()
+    programs.chain(&BASE).map(|package| (*package).to_owned()).collect()
 }
 
 /// Installs what is missing, where it may.

@@ -63,8 +63,6 @@ impl Contents<'_> {
                 .with_context(|| format!("cannot create {}", path.display()))?;
         }
         fs::create_dir_all(own.join("usr/bin")).context("cannot create usr/bin")?;
-        std::os::unix::fs::symlink("busybox", own.join("usr/bin/sh"))
-            .context("cannot link the shell")?;
         let busybox = process::find_program("busybox").context("busybox is not installed")?;
         copy(&busybox, &own.join("usr/bin/busybox"))?;
         write(&own.join("init"), INIT)?;

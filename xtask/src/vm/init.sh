@@ -2,8 +2,7 @@
 # The first process of the machine that `cargo xtask vm` boots. What it runs writes to the first
 # serial port; the kernel's messages, and whatever goes wrong before, go to the second.
 
-# Busybox has an `ip` of its own in sbin, which cannot do what that of iproute2 can.
-export PATH=/usr/bin:/usr/sbin HOME=/root NO_COLOR=1 RUST_BACKTRACE=1 CARNET_TESTS_ROUNDS=4
+export PATH=/usr/sbin:/usr/bin HOME=/root NO_COLOR=1 RUST_BACKTRACE=1 CARNET_TESTS_ROUNDS=4
 busybox mount -t proc none /proc
 busybox --install -s
 mount -t sysfs none /sys
