@@ -8,12 +8,13 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use carnet_core::object::Conditions;
+use carnet_core::{event::Counter, object::Conditions};
 use carnet_testbed::{DatagramServer, Process, Topology, answer_of};
 use carnet_tests::{
     Lab, Must as _, PATIENCE, Plan, Running,
     dns::{ANSWER, answer},
     puppet::Hand,
+    rounds,
     service::Behaviour,
     until,
 };
@@ -289,4 +290,38 @@ fn a_quic_client_whose_quic_is_refused_falls_back_to_tcp() {
         ],
         "{lines:#?}"
     );
+}
+
+/// Sends a datagram from each of many sockets, and closes them at once. Prints the errors that there were.
+const FIRE_AND_FORGET: &str = r#"
+import collections, socket, sys
+errors = collections.Counter()
+for _ in range(int(sys.argv[1])):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            s.sendto(b"farewell", (sys.argv[2], 514))
+        except OSError as error:
+            errors[error.errno] += 1
+print(dict(errors))
+"#;
+
+/// A flow can be asked about for a while after its end, and there is room for 65,536. Those that have
+/// ended make room when there is none.
+#[test]
+fn more_clients_that_send_and_close_than_there_is_room_for() {
+    const CLIENTS: u32 = 140_000;
+    let lab = Lab::new();
+    lab.service("alpha", 1);
+    // It does not read: what is lost is lost in its buffer.
+    let alpha = lab.puppet_of("alpha");
+    let registered = alpha.udp(LOOPBACK_RESOLVER);
+    registered.bind("127.0.0.1:0".parse().expect("an address")).must("bind");
+    registered.register(&[]).must("register");
+    let clients = rounds(CLIENTS);
+    let mut client = Command::new(installed("python3"));
+    client.args(["-I", "-c", FIRE_AND_FORGET, &clients.to_string()]);
+    client.arg(Topology::DESTINATION_V4.to_string());
+    let (_, errors) = run_inside(&lab, &mut client);
+    assert_eq!(errors, "{}");
+    assert_eq!(lab.counter(Counter::Redirected), u64::from(clients));
 }
