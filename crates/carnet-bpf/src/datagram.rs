@@ -42,7 +42,9 @@ use crate::{
     end::guard_begins,
     idle,
     listener::{LOOPBACK_V4, ONE, registered_in, same},
-    maps::{BLANK_LEG, CORRESPONDENTS, DATAGRAM_LEGS, LEGS, SOCKET_TOKENS, TOKENS, TimedLeg},
+    maps::{
+        BLANK_LEG, CORRESPONDENTS, DATAGRAM_LEGS, LEGS, PASSING, SOCKET_TOKENS, TOKENS, TimedLeg,
+    },
     process::{carnet_identify, carnet_service},
     report::{count, now},
     socket::{ESTABLISHED, Socket, copy_record, is_datagram},
@@ -227,11 +229,18 @@ pub(crate) fn known(
     ctx: *mut bpf_sock_addr,
     correspondent: &Endpoint,
 ) -> Option<&'static Correspondent> {
-    let known = CORRESPONDENTS.get_ptr_mut(key_of(ctx, correspondent))?;
+    let key = key_of(ctx, correspondent);
+    let now = now();
+    // In this order: what has passed since a service had the flow is the newer decision.
+    fresh(PASSING.get_ptr_mut(&key), now).or_else(|| fresh(CORRESPONDENTS.get_ptr_mut(&key), now))
+}
+
+/// A decision about a flow that is not idle; it has a datagram now.
+#[inline(always)]
+fn fresh(known: Option<*mut Correspondent>, now: u64) -> Option<&'static Correspondent> {
     // SAFETY: the entry stays allocated until the program ends; whoever changes it meanwhile writes
     // another whole decision about the same flow, or another time, of which any value will do.
-    let known = unsafe { &mut *known };
-    let now = now();
+    let known = unsafe { &mut *known? };
     if now.wrapping_sub(known.seen_ns) > idle::limit() {
         return None;
     }
@@ -243,8 +252,13 @@ pub(crate) fn known(
 #[inline(never)]
 pub(crate) fn remember(ctx: *mut bpf_sock_addr, correspondent: &Endpoint, token: &[u32; 4]) {
     let known = Correspondent { seen_ns: now(), token: *token };
+    let key = key_of(ctx, correspondent);
     // Without memory for it the next datagram is decided anew.
-    let _full = CORRESPONDENTS.insert(key_of(ctx, correspondent), &known, BPF_ANY.into());
+    let _full = if known.passes() {
+        PASSING.insert(&key, &known, BPF_ANY.into())
+    } else {
+        CORRESPONDENTS.insert(&key, &known, BPF_ANY.into())
+    };
 }
 
 #[inline(always)]

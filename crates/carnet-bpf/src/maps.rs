@@ -153,11 +153,16 @@ pub(crate) static DATAGRAM_LEGS: HashMap<PeerKey, TimedLeg, 65536, NO_PREALLOC> 
 #[btf_map]
 pub(crate) static BLANK_LEG: Array<[u8; size_of::<TimedLeg>()], 1> = Array::new();
 
-/// What was decided for the flows of unconnected UDP sockets. Writer: sendmsg; recvmsg for flows that
-/// the other side began. Reader: sendmsg.
+/// The flows of unconnected UDP sockets that go to services. Writer and reader: sendmsg.
 #[btf_map]
 pub(crate) static CORRESPONDENTS: LruHashMap<CorrespondentKey, Correspondent, 65536> =
     LruHashMap::new();
+
+/// The flows of unconnected UDP sockets that pass. Apart from those that go to services, which a server
+/// with very many clients would displace. Writer: sendmsg; recvmsg for flows that the other side began.
+/// Reader: sendmsg.
+#[btf_map]
+pub(crate) static PASSING: LruHashMap<CorrespondentKey, Correspondent, 65536> = LruHashMap::new();
 
 /// IPv6 addresses from which local UDP sockets have sent. Writer: connect6, sendmsg6; entries stay, and
 /// who finds no room is refused. Reader: recvmsg6.

@@ -197,7 +197,18 @@ pub struct PeerKey {
 /// Key of what is remembered of an unconnected UDP socket's flows: the socket, and whom it talks to
 /// (contract U7).
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
 )]
 #[repr(C)]
 pub struct CorrespondentKey {

@@ -134,7 +134,7 @@ impl Inquiry<'_> {
         for leg in &legs {
             round.legs.entry((leg.netns, leg.cookie)).or_default().push(leg);
         }
-        for (key, _) in self.engine.reading(Tables::correspondents)? {
+        for key in self.engine.reading(Tables::correspondents)? {
             round.correspondents.entry(key.cookie).or_default().push(key);
         }
         for Namespace { cookie: netns, diagnosis } in namespaces {

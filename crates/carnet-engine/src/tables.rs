@@ -72,6 +72,9 @@ struct TimedLeg {
     held: DatagramLeg,
 }
 
+/// The maps of what was decided for the flows of unconnected UDP sockets.
+const CORRESPONDENTS: [&str; 2] = ["PASSING", "CORRESPONDENTS"];
+
 /// A page of `DOCUMENT`.
 const PAGE: usize = 4096;
 /// Bytes of the document for each filter: about twice what one with a few conditions takes.
@@ -288,33 +291,37 @@ impl Tables {
         Ok(held.filter(|held| held.leg.kind != 0).collect())
     }
 
-    /// What was decided for the flows of unconnected UDP sockets.
-    pub(crate) fn correspondents(&self) -> Result<Vec<(CorrespondentKey, Correspondent)>, Error> {
-        let known = self.known_correspondents()?;
-        // One that goes while the others are read is missed.
-        Ok(known.iter().filter_map(Result::ok).map(|(Wire(k), Wire(v))| (k, v)).collect())
+    /// With whom unconnected UDP sockets have flows, be it that they pass or go to services.
+    pub(crate) fn correspondents(&self) -> Result<BTreeSet<CorrespondentKey>, Error> {
+        let mut keys = BTreeSet::new();
+        for name in CORRESPONDENTS {
+            // One that goes while the others are read is missed.
+            keys.extend(self.decided(name)?.keys().filter_map(Result::ok).map(|Wire(key)| key));
+        }
+        Ok(keys)
     }
 
     /// Forgets what was decided for such a flow, so that its next datagram is decided anew; `false`
     /// if it had gone by itself.
     pub(crate) fn forget_correspondent(&self, key: &CorrespondentKey) -> Result<bool, Error> {
-        match self.known_correspondents()?.remove(&Wire(*key)) {
-            Ok(()) => Ok(true),
-            Err(MapError::KeyNotFound) => Ok(false),
-            Err(MapError::SyscallError(error))
-                if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
-            {
-                Ok(false)
+        let mut forgotten = false;
+        for name in CORRESPONDENTS {
+            match self.decided(name)?.remove(&Wire(*key)) {
+                Ok(()) => forgotten = true,
+                Err(MapError::KeyNotFound) => {}
+                Err(MapError::SyscallError(error))
+                    if error.io_error.raw_os_error() == Some(libc::ENOENT) => {}
+                Err(error) => return Err(Error::map(name)(error)),
             }
-            Err(error) => Err(Error::map("CORRESPONDENTS")(error)),
         }
+        Ok(forgotten)
     }
 
-    fn known_correspondents(
+    fn decided(
         &self,
+        name: &'static str,
     ) -> Result<HashMap<MapData, Wire<CorrespondentKey>, Wire<Correspondent>>, Error> {
-        const NAME: &str = "CORRESPONDENTS";
-        Map::LruHashMap(self.open(NAME)?).try_into().map_err(Error::map::<MapError>(NAME))
+        Map::LruHashMap(self.open(name)?).try_into().map_err(Error::map::<MapError>(name))
     }
 
     /// Makes and writes `INSTANCE`.
