@@ -70,8 +70,8 @@ extern "C" fn ring(map: *mut c_void, key: *mut PeerKey, timed: *mut TimedLeg) ->
     0
 }
 
-/// Ends the idle flows that have no timer, and forgets those that have ended, to make room. Done at most once a second, since it looks at
-/// all flows; gives whether it was.
+/// Ends idle flows that have no timer and forgets those that have ended, to make room: at most once
+/// a second, since it looks at all flows. Gives whether it was done.
 #[inline(never)]
 pub(crate) fn sweep() -> bool {
     const SECOND: u64 = 1_000_000_000;

@@ -2,8 +2,8 @@
 //!
 //! The kernel runs the hooks of a cgroup for the flows of TCP and UDP sockets, however they are
 //! made. Other sockets reach the network without passing them: raw and packet sockets, SCTP, the
-//! sockets of `ping`; of UDP-Lite, those that are connected. `carnet up --refuse-unseen` refuses to make the internet ones among them,
-//! `carnet doctor` finds those that are there.
+//! sockets of `ping`, UDP-Lite ones that are connected. `carnet up --refuse-unseen` refuses to make
+//! the internet ones among them, `carnet doctor` finds those that are there.
 
 use crate::address::{AF_INET, AF_INET6};
 

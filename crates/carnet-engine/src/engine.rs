@@ -99,9 +99,10 @@ impl Engine {
     /// # Errors
     /// Before anything is touched: [`Error::NotPrivileged`], [`Error::KernelTooOld`],
     /// [`Error::NoBtf`], [`Error::NoCgroup2`], [`Error::NotACgroup`], [`Error::BadMaxFilters`],
-    /// [`Error::BadUdpIdle`], [`Error::AlreadyUp`]. Then [`Error::UnknownKernel`], [`Error::Object`], [`Error::Program`]
-    /// if the kernel refuses the engine, and [`Error::Attach`] if it cannot be attached, for
-    /// example since somebody else's program claims the cgroup for itself.
+    /// [`Error::BadUdpIdle`], [`Error::AlreadyUp`]. Then [`Error::UnknownKernel`],
+    /// [`Error::Object`], [`Error::Program`] if the kernel refuses the engine, and
+    /// [`Error::Attach`] if it cannot be attached, for example since somebody else's program claims
+    /// the cgroup for itself.
     pub fn up(location: &Location, options: &UpOptions) -> Result<Self, Error> {
         check_privileges()?;
         kernel::check_version()?;

@@ -3,7 +3,8 @@
 //! It has three phases. It *serves*; it *drains*, when no more connections are accepted and those
 //! that are there go on to their ends, for a limited time; it is *stopped*, when what is left is
 //! reset. Flows of datagrams end sooner while it drains, when they are idle; those that begin then
-//! are served too, for the socket that sends the answers of the others gets their datagrams. [`Control`] moves it from phase to phase and replaces its rules.
+//! are served too, for the socket that sends the answers of the others gets their datagrams.
+//! [`Control`] moves it from phase to phase and replaces its rules.
 
 use crate::datagrams::Relay;
 use crate::flow::Context;
