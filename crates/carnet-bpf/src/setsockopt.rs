@@ -29,6 +29,7 @@ use carnet_core::{
 use crate::{
     bank::{Bank, repeat},
     ctx::{load32, load64, opaque, store32},
+    end::abandon,
     listener::same,
     mac::carnet_mac,
     maps::{CONFIG, LEGS, LISTENERS, REGISTERED, SECOND_RECORDS},
@@ -112,7 +113,7 @@ fn set_record(ctx: *mut bpf_sockopt, socket: Socket, service: u64) -> Result<(),
         return Err(errno::ENOMEM);
     };
     // Left by a connect that failed before anything was sent.
-    leg.kind = 0;
+    abandon(leg);
     if leg.set_hops == 0 {
         receive(ctx, &mut leg.record, given, service)?;
     } else {
