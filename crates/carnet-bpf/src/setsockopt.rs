@@ -30,7 +30,7 @@ use carnet_core::{
 use crate::{
     bank::{Bank, repeat},
     ctx::{load32, load64, opaque, store32},
-    end::datagrams_end,
+    end::abandon,
     listener::same,
     mac::verify,
     maps::{LEGS, LISTENERS, REGISTERED, SECOND_RECORDS},
@@ -112,12 +112,9 @@ fn set_record(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -> Result<
     let Some(leg) = socket.get_or_create(&LEGS) else {
         return Err(errno::ENOMEM);
     };
-    if socket.is_datagram() {
-        // Left by a connect that was dissolved, which no hook sees.
-        datagrams_end(leg);
-    }
-    // Left by a connect that failed before anything was sent.
-    leg.kind = 0;
+    // Left by a connect that failed before anything was sent, or of UDP by one that was dissolved,
+    // which no hook sees.
+    abandon(leg);
     if leg.set_hops == 0 {
         let result = receive(ctx, &mut leg.record, given, caller);
         if result.is_err() {

@@ -30,6 +30,7 @@
 //! | `object` | the kernel engine as it was built, and how it is loaded |
 //! | `kernel` | where things lie in the running kernel's structures |
 //! | `flows`, `events`, `listeners`, `status` | what is going on |
+//! | `account` | what became of all redirects |
 //! | `existing` | ending connections that a new filter refuses |
 //! | `members`, `sockets` | whose flows pass the hooks: cgroups, processes, sockets |
 //! | `files`, `namespace`, [`cgroup`] | names of the kernel for what people name |
@@ -38,6 +39,7 @@
 //! | `clock` | the clock that the kernel engine uses |
 //! | `sys` | system calls for which there is no safe library |
 
+mod account;
 mod btf;
 pub mod cgroup;
 mod clock;
@@ -64,6 +66,7 @@ mod sys;
 mod tables;
 mod transaction;
 
+pub use account::{Account, RefusedAccount, TcpAccount, UdpAccount};
 pub use engine::{Engine, UpOptions, UpgradeReport};
 pub use error::Error;
 pub use events::EventReader;
@@ -73,4 +76,4 @@ pub use keys::KeyStatus;
 pub use listeners::{Listener, ProcessSockets, Reach};
 pub use location::Location;
 pub use object::BuildId;
-pub use status::{LinkStatus, ProgramStatus, Status, TableStatus};
+pub use status::{LinkStatus, MapStatus, ProgramStatus, Status, TableStatus};

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, MapType, PerCpuArray};
 use carnet_core::{
     abi::MAX_CONTEXT,
     compile::{CompiledPolicy, max_candidates, max_nodes},
@@ -24,7 +24,7 @@ use crate::{
     Error, Location,
     keys::draw,
     object::{BuildId, LAYOUT},
-    sys::{Wire, write_elements},
+    sys::{Wire, count_entries, write_elements},
 };
 
 /// The instance's identity towards the programs: an element of `CONFIG`.
@@ -228,6 +228,32 @@ impl Tables {
     /// Opens a map.
     pub(crate) fn open(&self, name: &'static str) -> Result<MapData, Error> {
         MapData::from_pin(self.directory.join(name)).map_err(Error::map(name))
+    }
+
+    /// How many entries a hash map has.
+    pub(crate) fn entries(&self, name: &'static str) -> Result<usize, Error> {
+        count_entries(&self.open(name)?).map_err(Error::map(name))
+    }
+
+    /// The maps that grow and shrink with what goes on: kind of content, name.
+    pub(crate) const CHANGING: [(&'static str, &'static str); 8] = [
+        ("connections under way to a service", "HANDOVER"),
+        ("UDP flows of unconnected sockets", "DATAGRAM_LEGS"),
+        ("decisions for those", "CORRESPONDENTS"),
+        ("decisions for those that pass", "PASSING"),
+        ("IPv6 sources of UDP", "LOCAL_SOURCES"),
+        ("destinations that services hold", "GUARD"),
+        ("listeners", "LISTENERS"),
+        ("services' cgroups", "SVC_CGROUPS"),
+    ];
+
+    /// How full a map is, how full it can be, and whether the oldest give way in it.
+    pub(crate) fn fill(&self, name: &'static str) -> Result<(usize, usize, bool), Error> {
+        let map = self.open(name)?;
+        let info = map.info().map_err(Error::map(name))?;
+        let kind = info.map_type().map_err(Error::map(name))?;
+        let used = count_entries(&map).map_err(Error::map(name))?;
+        Ok((used, info.max_entries() as usize, kind == MapType::LruHash))
     }
 
     pub(crate) fn array<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
@@ -534,12 +560,6 @@ impl Tables {
     /// Forgets the listeners with these keys.
     pub(crate) fn remove_listeners(&self, unwanted: &[ListenerKey]) -> Result<(), Error> {
         self.retain::<ListenerKey, ListenerEntry>("LISTENERS", |key| !unwanted.contains(key))
-    }
-
-    /// Number of registered listeners that there are and can be.
-    pub(crate) fn listener_use(&self) -> Result<(usize, usize), Error> {
-        let info = self.open("LISTENERS")?.info().map_err(Error::map("LISTENERS"))?;
-        Ok((self.listeners()?.len(), info.max_entries() as usize))
     }
 
     /// Removes the entries whose keys are not wanted.
