@@ -26,9 +26,9 @@ use carnet_core::{
 };
 
 use crate::{
+    accepted::delivered_to,
     ctx::{load32, load64, store32},
     mac::carnet_mac,
-    maps::DELIVERED,
     socket::{CLOSE, LISTEN, SYN_SENT, Socket},
 };
 
@@ -52,7 +52,7 @@ pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
         unsafe { bpf_set_retval(error) };
     } else if name == abi::SO_ORIGINAL_DST && (level == abi::SOL_IP || level == abi::SOL_IPV6) {
         // Whoever asks on a connection that was not redirected gets the kernel's own answer.
-        if let Some(leg) = delivered(socket)
+        if let Some(leg) = delivered(ctx, socket)
             && let Some(length) = original_destination(ctx, level, &leg.requested)
         {
             store32!(ctx, 32, length);
@@ -66,8 +66,8 @@ pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
 /// The leg with which the socket was accepted. It can still be asked for when the connection is
 /// over, but not when the socket has been connected elsewhere since.
 #[inline(always)]
-fn delivered(socket: Socket) -> Option<&'static mut LegState> {
-    let leg = socket.get(&DELIVERED)?;
+fn delivered(ctx: *mut bpf_sockopt, socket: Socket) -> Option<&'static mut LegState> {
+    let leg = delivered_to(ctx, socket)?;
     if leg.kind != 0 || socket.state() == CLOSE { Some(leg) } else { None }
 }
 
@@ -87,7 +87,7 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
     {
         return Err(errno::EOPNOTSUPP);
     }
-    let Some(leg) = delivered(socket) else {
+    let Some(leg) = delivered(ctx, socket) else {
         let state = socket.state();
         return Err(if state == CLOSE || state == LISTEN || state == SYN_SENT {
             errno::ENOTCONN

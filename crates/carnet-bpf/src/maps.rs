@@ -117,9 +117,15 @@ pub(crate) static REGISTERED: SkStorage<Registration> = SkStorage::new();
 #[btf_map]
 pub(crate) static LEGS: SkStorage<LegState> = SkStorage::new();
 
-/// On an accepted socket: the leg that ended here. Writer: sockops, which at the connection's end
-/// sets its kind to 0; connect, on the socket by which a service asks about a UDP flow. Reader:
-/// getsockopt.
+/// The legs that ended at accepted sockets, by the cookies of those. Apart from the sockets, since their
+/// storage costs several times as much to make and to free. Writer: sockops, which at the connection's
+/// end sets its kind to 0. Reader: getsockopt. See [`accepted`](crate::accepted).
+#[btf_map]
+pub(crate) static ACCEPTED: HashMap<u64, LegState, 65536, NO_PREALLOC> = HashMap::new();
+
+/// The same on the socket itself, where that cannot be: the socket by which a service asks about a UDP
+/// flow, Multipath TCP, more accepted sockets than [`ACCEPTED`] has room for. Writer: sockops, connect.
+/// Reader: getsockopt.
 #[btf_map]
 pub(crate) static DELIVERED: SkStorage<LegState> = SkStorage::new();
 

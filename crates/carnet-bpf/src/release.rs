@@ -1,8 +1,9 @@
-//! `cgroup/sock_release` (since Linux 5.9): the end of UDP flows.
+//! `cgroup/sock_release` (since Linux 5.9): the end of UDP flows and of accepted sockets.
 //!
 //! **What it does.** Ends the flows of a UDP socket that is closed for good: the leg of a connected
 //! one, and the newest of those that a socket that is not connected has; the rest end by their timers.
 //! Their services can ask about them for a moment more: many a client sends one datagram and closes.
+//! When an accepted socket is closed, nobody can ask about its leg any more.
 //!
 //! **Why this hook.** UDP knows no end of a connection, and what hangs on a socket goes without a word.
 //!
@@ -23,6 +24,7 @@ use carnet_core::{
 };
 
 use crate::{
+    accepted::socket_ends,
     bank::repeat,
     end::datagrams_end,
     idle,
@@ -37,12 +39,17 @@ pub fn carnet_release(ctx: SockContext) -> i32 {
     let Some(socket) = Socket::new(ctx) else {
         return 1;
     };
+    // SAFETY: the helper takes this context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+    if socket.is_tcp() {
+        socket_ends(cookie);
+        return 1;
+    }
     if !socket.is_datagram() {
         return 1;
     }
-    // SAFETY: the helpers take this context.
-    let (netns, cookie) =
-        unsafe { (bpf_get_netns_cookie(ctx.cast()), bpf_get_socket_cookie(ctx.cast())) };
+    // SAFETY: the helper takes this context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
     if let Some(leg) = socket.get(&LEGS) {
         let redirected = leg.kind == LEG_REDIRECTED;
         datagrams_end(leg);

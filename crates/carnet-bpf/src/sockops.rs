@@ -31,11 +31,12 @@ use carnet_core::{
 };
 
 use crate::{
+    accepted::{connection_ends, deliver},
     bank::repeat,
     ctx::{load32, load64},
-    end::{guard_begins, guard_ends, report_end},
+    end::{guard_begins, report_end},
     listener::same,
-    maps::{DELIVERED, HANDOVER, LEGS, LISTENERS},
+    maps::{HANDOVER, LEGS, LISTENERS},
     report::count,
     socket::{CLOSE, CLOSING, FIN_WAIT2, LAST_ACK, LISTEN, Socket, TCP},
 };
@@ -119,7 +120,7 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
     let Some(leg) = HANDOVER.get_ptr_mut(&key) else {
         return;
     };
-    if socket.put(&DELIVERED, leg) {
+    if deliver(ctx, socket, leg) {
         watch_state(ctx);
         count(Counter::Delivered);
         // SAFETY: the entry stays allocated until the program ends, and only this side of the
@@ -169,12 +170,7 @@ impl Step for Unlisten {
 /// A connection, or an attempt at one, has ended; `before` is the state that it was in.
 #[inline(always)]
 fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
-    if let Some(leg) = socket.get(&DELIVERED)
-        && leg.kind != 0
-    {
-        leg.kind = 0;
-        guard_ends(leg);
-    }
+    connection_ends(ctx, socket);
     let Some(leg) = socket.get(&LEGS) else {
         return;
     };
