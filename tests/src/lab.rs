@@ -387,11 +387,12 @@ impl Default for Lab {
     }
 }
 
-/// How many legs the kernel keeps apart from sockets: those that wait to be handed over to the
-/// accepting side, and those that were.
+/// How many legs the kernel keeps apart from sockets: those that connect, that wait to be handed over
+/// to the accepting side, and that were.
 #[track_caller]
 fn kept(engine: &Engine) -> usize {
-    entries::<{ size_of::<Tuple>() }>(engine, "HANDOVER")
+    entries::<{ size_of::<u64>() }>(engine, "CONNECTING")
+        + entries::<{ size_of::<Tuple>() }>(engine, "HANDOVER")
         + entries::<{ size_of::<u64>() }>(engine, "ACCEPTED")
 }
 

@@ -14,7 +14,8 @@
 //! | [`sock_create`] | `cgroup/sock_create` | refuse sockets whose flows no hook sees |
 //! | [`iter`] | `iter/bpf_sk_storage_map`, `iter/task_file` | list live flows; identify a file |
 //!
-//! Beside them: [`maps`] (all state), [`accepted`] (the legs of accepted sockets), [`bank`] (core's tables over the maps),
+//! Beside them: [`maps`] (all state), [`connecting`] and [`accepted`] (the legs of
+//! sockets), [`bank`] (core's tables over the maps),
 //! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`end`] and [`idle`] (the
 //! end of legs), [`client`] (whose UDP flow an address stands for), [`source`] (from where UDP may
 //! send), [`listener`] (a service's live listener), [`mac`], [`socket`] (state of
@@ -29,6 +30,7 @@ mod attempt;
 mod bank;
 mod client;
 mod connect;
+mod connecting;
 mod ctx;
 mod datagram;
 mod decide;

@@ -24,8 +24,9 @@ use carnet_core::{
 };
 
 use crate::{
-    accepted::socket_ends,
+    accepted,
     bank::repeat,
+    connecting,
     end::datagrams_end,
     idle,
     maps::{BLANK_LEG, DATAGRAM_LEGS, LEGS, SOCKET_TOKENS, SocketTokens, TOKENS},
@@ -42,7 +43,8 @@ pub fn carnet_release(ctx: SockContext) -> i32 {
     // SAFETY: the helper takes this context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     if socket.is_tcp() {
-        socket_ends(cookie);
+        connecting::socket_ends(cookie);
+        accepted::socket_ends(cookie);
         return 1;
     }
     if !socket.is_datagram() {

@@ -139,10 +139,12 @@ fn read_legs(program: &std::path::Path, tables: &Tables) -> Result<Vec<LegState>
     let mut file = File::from(sys::iterate(program.as_fd(), &target).map_err(failed())?);
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).map_err(failed())?;
-    // A Multipath TCP connection has its leg twice: on itself and on its first subflow.
+    // A Multipath TCP connection has its leg twice: on itself and on its first subflow. A map may
+    // give one twice when others go meanwhile.
     let mut seen = BTreeSet::new();
     let states = bytes.chunks_exact(size_of::<LegState>());
     let states = states.filter_map(|bytes| LegState::read_from_bytes(bytes).ok());
+    let states = states.chain(tables.connecting_legs()?);
     // Others have no connection, or not yet.
     let is_there = |leg: &LegState| matches!(leg.kind, LEG_REDIRECTED | LEG_ONWARD);
     Ok(states.filter(|leg| is_there(leg) && seen.insert((leg.cookie, leg.netns))).collect())

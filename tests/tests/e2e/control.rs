@@ -12,6 +12,7 @@ use carnet_tests::{
     Lab, Must as _, PATIENCE, Plan, Report,
     puppet::{Errno, Family, Hand, Kind, Puppet},
     service::read_record,
+    until,
 };
 use zerocopy::FromBytes as _;
 
@@ -88,6 +89,56 @@ fn every_option_answers_and_asking_again_gives_the_same() {
     let app = AppIdentity::read_from_bytes(&app).expect("328 bytes");
     assert_eq!(app, record.app);
     assert_eq!((app.pid, app.uid, app.cgroup), (client.id(), 0, lab.apps().id()));
+}
+
+/// Whatever ends first: a leg can be asked about as long as there is a socket to ask on, and then
+/// nothing is left of it.
+#[test]
+fn a_leg_is_kept_until_its_connection_is_over_and_its_socket_closed() {
+    let (lab, service, client) = scene();
+    let listener = service.serve(loopback());
+    let over = || {
+        let flows = || lab.engine().flows().must("list the flows");
+        until("the end of the connection", flows, Vec::is_empty);
+    };
+    let answers = |accepted: &Hand<'_>| GET.map(|(option, _)| accepted.query(option).must("query"));
+
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let before = answers(&accepted);
+    accepted.end_sending().must("end");
+    drop(connection);
+    over();
+    assert_eq!(answers(&accepted), before);
+    drop(accepted);
+    lab.settle();
+
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    drop(accepted);
+    drop(connection);
+    lab.settle();
+
+    // Reset before it was accepted.
+    let connection = client.connect(lab.v4()).must("connect");
+    reset(connection);
+    over();
+    let accepted = listener.accept().must("accept");
+    assert_eq!(answers(&accepted).map(|answer| answer.len()), GET.map(|(_, length)| length));
+    drop(accepted);
+    lab.settle();
+
+    // Never accepted.
+    let connection = client.connect(lab.v4()).must("connect");
+    drop(listener);
+    drop(connection);
+    lab.settle();
+}
+
+/// Closes a connection with a reset.
+#[track_caller]
+fn reset(connection: Hand<'_>) {
+    // struct linger { on, 0 seconds }.
+    let linger = [1_u32.to_ne_bytes(), 0_u32.to_ne_bytes()].concat();
+    connection.set(libc::SOL_SOCKET, libc::SO_LINGER, &linger).must("set");
 }
 
 #[test]
