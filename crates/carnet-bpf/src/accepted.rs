@@ -48,16 +48,29 @@ fn insert(cookie: u64, leg: *mut LegState) -> bool {
 /// The leg with which the socket of a socket-option hook was accepted.
 #[inline(always)]
 pub(crate) fn delivered_to(ctx: *mut bpf_sockopt, socket: Socket) -> Option<&'static mut LegState> {
-    if let Some(leg) = socket.get(&DELIVERED) {
-        return Some(leg);
+    match socket.get(&DELIVERED) {
+        Some(leg) => Some(leg),
+        None => find(cookie_of(ctx)),
     }
-    // No helper tells this hook the cookie. An accepted socket has been given one.
-    let sk: u64 = read(ctx as u64, offset!(sockopt_socket));
-    find(read(sk, offset!(sock_cookie)))
 }
 
+/// By what [`find`] finds the leg of such a socket; 0 if it does not.
 #[inline(always)]
-fn find(cookie: u64) -> Option<&'static mut LegState> {
+pub(crate) fn ticket(ctx: *mut bpf_sockopt, socket: Socket) -> u64 {
+    if socket.get(&DELIVERED).is_some() { 0 } else { cookie_of(ctx) }
+}
+
+/// The cookie of the socket of a socket-option hook, which no helper tells it. An accepted socket has
+/// been given one.
+#[inline(always)]
+fn cookie_of(ctx: *mut bpf_sockopt) -> u64 {
+    let sk: u64 = read(ctx as u64, offset!(sockopt_socket));
+    read(sk, offset!(sock_cookie))
+}
+
+/// The leg of the accepted socket with this cookie.
+#[inline(always)]
+pub(crate) fn find(cookie: u64) -> Option<&'static mut LegState> {
     // SAFETY: the entry stays allocated until the program ends; what lies in maps is shared, and
     // written only as its fields allow.
     ACCEPTED.get_ptr_mut(&cookie).map(|leg| unsafe { &mut *leg })

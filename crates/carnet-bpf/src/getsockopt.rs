@@ -19,14 +19,14 @@ use aya_ebpf::{
     programs::SockoptContext,
 };
 use carnet_core::{
-    abi::{self, FlowInfo, errno},
+    abi::{self, FlowInfo, OnwardsInfo, errno},
     address::{AF_INET, AF_INET6, Endpoint},
     flow::LegState,
     record::{AppIdentity, MAX_RECORD},
 };
 
 use crate::{
-    accepted::delivered_to,
+    accepted::{delivered_to, ticket},
     ctx::{load32, load64, store32},
     mac::carnet_mac,
     socket::{CLOSE, LISTEN, SYN_SENT, Socket},
@@ -81,7 +81,7 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
         return Err(errno::EINVAL);
     }
     if name < abi::QUERY_REDIRECT_RECORDS
-        || name > abi::FLOW
+        || name > abi::ONWARDS
         || name == abi::SET_REDIRECT_RECORDS
         || name == abi::REGISTER_LISTENER
     {
@@ -121,6 +121,9 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
             put(ctx, leg.context_length)
         }
         abi::ORIGINAL_DESTINATION => put(ctx, leg.requested),
+        abi::ONWARDS => {
+            put(ctx, OnwardsInfo { destination: leg.requested, ticket: ticket(ctx, socket) })
+        }
         abi::ORIGINAL_APP => copy_out::<{ size_of::<AppIdentity>() / 8 }>(
             ctx,
             ptr::from_ref(&leg.record.app).cast(),

@@ -15,7 +15,7 @@
 //! | [`iter`] | `iter/bpf_sk_storage_map`, `iter/task_file` | list live flows; identify a file |
 //!
 //! Beside them: [`maps`] (all state), [`connecting`] and [`accepted`] (the legs of
-//! sockets), [`bank`] (core's tables over the maps),
+//! sockets), [`carry_on`] (from the one to the other), [`bank`] (core's tables over the maps),
 //! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`end`] and [`idle`] (the
 //! end of legs), [`client`] (whose UDP flow an address stands for), [`source`] (from where UDP may
 //! send), [`listener`] (a service's live listener), [`mac`], [`socket`] (state of
@@ -28,6 +28,7 @@
 mod accepted;
 mod attempt;
 mod bank;
+mod carry_on;
 mod client;
 mod connect;
 mod connecting;

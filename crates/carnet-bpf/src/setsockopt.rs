@@ -28,6 +28,7 @@ use carnet_core::{
 
 use crate::{
     bank::{Bank, repeat},
+    carry_on::carry_on,
     ctx::{load32, load64, opaque, store32},
     listener::same,
     mac::carnet_mac,
@@ -72,7 +73,10 @@ fn take(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<(), i32> {
     if !socket.is_inet() {
         return Err(errno::EOPNOTSUPP);
     }
-    if name != abi::SET_REDIRECT_RECORDS && name != abi::REGISTER_LISTENER {
+    if name != abi::SET_REDIRECT_RECORDS
+        && name != abi::REGISTER_LISTENER
+        && name != abi::CARRY_ON
+    {
         return Err(errno::EOPNOTSUPP);
     }
     if !socket.is_tcp() && !socket.is_datagram() {
@@ -85,6 +89,8 @@ fn take(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<(), i32> {
     }
     if name == abi::SET_REDIRECT_RECORDS {
         set_record(ctx, socket, service)
+    } else if name == abi::CARRY_ON {
+        carry_on(ctx, socket, service)
     } else {
         register(ctx, socket, service, privileged)
     }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use carnet_core::{
-    abi::{self, FlowInfo},
+    abi::{self, FlowInfo, OnwardsInfo},
     address::Endpoint,
     event::{Counter, EventKind},
     record::{AppIdentity, RecordError},
@@ -14,10 +14,10 @@ use carnet_tests::{
     service::read_record,
     until,
 };
-use zerocopy::FromBytes as _;
+use zerocopy::{FromBytes as _, IntoBytes as _};
 
 /// Options that are got, with the length of the answer of a first hop.
-const GET: [(i32, usize); 7] = [
+const GET: [(i32, usize); 8] = [
     (abi::QUERY_REDIRECT_RECORDS, 416),
     (abi::QUERY_REDIRECT_CONTEXT, 5),
     (abi::REDIRECT_RECORDS_LENGTH, 4),
@@ -25,6 +25,7 @@ const GET: [(i32, usize); 7] = [
     (abi::ORIGINAL_DESTINATION, 24),
     (abi::ORIGINAL_APP, 328),
     (abi::FLOW, 40),
+    (abi::ONWARDS, 32),
 ];
 
 fn loopback() -> SocketAddr {
@@ -188,13 +189,12 @@ fn asking_the_wrong_socket() {
         assert!([libc::ENOPROTOOPT, libc::EOPNOTSUPP].contains(&errno), "{errno}");
     }
     // What cannot be got.
-    for option in
-        [0, 80, 219, abi::SET_REDIRECT_RECORDS, abi::REGISTER_LISTENER, abi::FLOW + 1, i32::MAX, -1]
-    {
+    let set = [abi::SET_REDIRECT_RECORDS, abi::REGISTER_LISTENER, abi::CARRY_ON];
+    for option in [0, 80, 219, 231, i32::MAX, -1].into_iter().chain(set) {
         assert_eq!(accepted.query(option), fails(libc::EOPNOTSUPP), "option {option}");
     }
     // What cannot be set.
-    for option in GET.map(|(option, _)| option).into_iter().chain([0, 219, 229, -1]) {
+    for option in GET.map(|(option, _)| option).into_iter().chain([0, 219, 231, -1]) {
         let answer = idle.set(abi::LEVEL, option, &[0; 8]);
         assert_eq!(answer, fails(libc::EOPNOTSUPP), "option {option}");
     }
@@ -306,6 +306,63 @@ fn a_record_is_set_before_the_connect_or_not_at_all() {
         again.connect(lab.v6()).must("connect onwards");
     }
     assert_eq!(lab.counter(Counter::Onward), 6);
+}
+
+/// The ticket of an accepted connection.
+#[track_caller]
+fn ticket(accepted: &Hand<'_>) -> [u8; 8] {
+    let answer = accepted.query(abi::ONWARDS).must("query");
+    let info = OnwardsInfo::read_from_bytes(&answer).expect("32 bytes");
+    assert_eq!(accepted.query(abi::ORIGINAL_DESTINATION), Ok(info.destination.as_bytes().to_vec()));
+    assert_ne!(info.ticket, 0);
+    info.ticket.to_ne_bytes()
+}
+
+#[test]
+fn a_ticket_carries_a_flow_on_as_its_record_does() {
+    let (lab, service, client) = scene();
+    lab.service("bravo", 1);
+    let other = lab.puppet_of("bravo");
+    let (listener, other_listener) = (service.serve(loopback()), other.serve(loopback()));
+    let (_connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let carry_on = |socket: &Hand<'_>, ticket: &[u8]| socket.set(abi::LEVEL, abi::CARRY_ON, ticket);
+    let flow = |accepted: &Hand<'_>| {
+        let answer = accepted.query(abi::FLOW).must("query");
+        FlowInfo::read_from_bytes(&answer).expect("40 bytes")
+    };
+
+    let first = ticket(&accepted);
+    let onward = service.tcp(lab.v4());
+    carry_on(&onward, &first).must("carry the flow on");
+    onward.connect(lab.v4()).must("connect onwards");
+    let second_accepted = other_listener.accept().must("accept");
+    let second = ticket(&second_accepted);
+    let record = second_accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+    let record = read_record(&record);
+    let handles: Vec<_> = record.hops.iter().take(2).map(|hop| hop.handle).collect();
+    assert_eq!(handles, [lab.handle_of("alpha"), lab.handle_of("bravo")]);
+    assert_eq!((record.flow, record.app.pid), (flow(&accepted).flow, client.id()));
+    let last = other.tcp(lab.v4());
+    carry_on(&last, &second).must("carry the flow on");
+    last.connect(lab.v4()).must("connect onwards");
+    assert_eq!(lab.counter(Counter::Onward), 1);
+    assert_eq!(lab.counter(Counter::RecordsSet), 2);
+
+    // It serves only the service that the flow was delivered to, and only before the connect.
+    assert_eq!(carry_on(&other.tcp(lab.v4()), &first), fails(libc::EACCES));
+    assert_eq!(carry_on(&service.tcp(lab.v4()), &second), fails(libc::EACCES));
+    assert_eq!(lab.counter(Counter::AccessDenied), 2);
+    assert_eq!(carry_on(&onward, &first), fails(libc::EINVAL), "a connected socket");
+    for wrong in [&[][..], &first[..7], &[0; 8], &[0xff; 8], &[first, first].concat()] {
+        let answer = carry_on(&service.tcp(lab.v4()), wrong);
+        assert_eq!(answer, fails(libc::EINVAL), "{wrong:?}");
+    }
+    // And as long as its socket is open.
+    drop(second_accepted);
+    drop(last);
+    drop(onward);
+    let again = || carry_on(&other.tcp(lab.v4()), &second);
+    until("the end of the ticket", again, |answer| *answer == fails(libc::EINVAL));
 }
 
 #[test]
