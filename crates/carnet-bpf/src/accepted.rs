@@ -18,16 +18,31 @@ use crate::{
 };
 
 /// Gives the socket that has just been established on the accepting side its leg, which lies in a map.
-/// Gives `false` when out of memory.
+/// `None`: out of memory.
 #[inline(always)]
-pub(crate) fn deliver(ctx: *mut bpf_sock_ops, socket: Socket, leg: *mut LegState) -> bool {
+pub(crate) fn deliver(
+    ctx: *mut bpf_sock_ops,
+    socket: Socket,
+    leg: *mut LegState,
+) -> Option<&'static mut LegState> {
     // A service asks on the Multipath TCP connection, not on its subflow.
-    if socket.multipath().is_some() {
-        return socket.put(&DELIVERED, leg);
+    if socket.multipath().is_none() {
+        // SAFETY: the helper takes this context.
+        let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+        if insert(cookie, leg) {
+            return find(cookie);
+        }
     }
+    if socket.put(&DELIVERED, leg) { socket.get(&DELIVERED) } else { None }
+}
+
+/// Takes it back.
+#[inline(always)]
+pub(crate) fn withdraw(ctx: *mut bpf_sock_ops, socket: Socket) {
     // SAFETY: the helper takes this context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
-    insert(cookie, leg) || socket.put_on_socket(&DELIVERED, leg)
+    let _absent = ACCEPTED.remove(&cookie);
+    socket.delete(&DELIVERED);
 }
 
 #[inline(always)]

@@ -5,21 +5,27 @@
 use aya_ebpf::{bindings::bpf_sockopt, helpers::generated::bpf_probe_read_kernel};
 use carnet_core::{
     abi::errno,
+    access::Caller,
     event::Counter,
-    record::{LIFETIME_NS, MAX_RECORD},
+    record::{LIFETIME_NS, MAX_RECORD, RecordError},
 };
 
 use crate::{
     accepted::find,
     ctx::{load32, load64, opaque},
+    end::abandon,
     maps::LEGS,
     report::{count, now},
+    setsockopt::refused,
     socket::{CLOSE, Socket},
 };
 
 /// Puts the record of the accepted connection that the caller names on a socket that is to be connected.
 #[inline(always)]
-pub(crate) fn carry_on(ctx: *mut bpf_sockopt, socket: Socket, service: u64) -> Result<(), i32> {
+pub(crate) fn carry_on(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -> Result<(), i32> {
+    if !caller.may_act() {
+        return Err(refused(RecordError::NotDelivered, caller));
+    }
     if socket.state() != CLOSE || load32!(ctx, 32) != size_of::<u64>() as u32 {
         return Err(errno::EINVAL);
     }
@@ -32,13 +38,14 @@ pub(crate) fn carry_on(ctx: *mut bpf_sockopt, socket: Socket, service: u64) -> R
     let Some(delivered) = find(ticket) else {
         return Err(errno::EINVAL);
     };
-    // Contract S30, as for the record itself.
-    if service != 0 && delivered.handle != service {
-        return Err(errno::EACCES);
+    if !caller.may_set(&delivered.record) {
+        return Err(refused(RecordError::NotDelivered, caller));
     }
-    if now().wrapping_sub(delivered.record.issued_ns) > LIFETIME_NS {
-        count(Counter::RecordsExpired);
-        return Err(errno::EINVAL);
+    // As if the service had just asked for the record.
+    if delivered.kind != 0 {
+        delivered.record.renew(now());
+    } else if now().wrapping_sub(delivered.record.issued_ns) > LIFETIME_NS {
+        return Err(refused(RecordError::Expired, caller));
     }
     let length = opaque(delivered.record.length.into());
     if length > MAX_RECORD as u64 {
@@ -47,7 +54,8 @@ pub(crate) fn carry_on(ctx: *mut bpf_sockopt, socket: Socket, service: u64) -> R
     let Some(leg) = socket.get_or_create(&LEGS) else {
         return Err(errno::ENOMEM);
     };
-    leg.kind = 0;
+    // Left by a connect that failed before anything was sent.
+    abandon(leg);
     // SAFETY: both are whole records in map values, of which `length` is a part.
     unsafe {
         bpf_probe_read_kernel(

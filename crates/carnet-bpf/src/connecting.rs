@@ -12,6 +12,7 @@ use aya_ebpf::{
 use carnet_core::flow::{LEG_STARTING, LegState};
 
 use crate::{
+    end::abandon,
     maps::{BLANK_LEG, CONNECTING, LEGS},
     socket::Socket,
 };
@@ -42,16 +43,17 @@ pub(crate) fn place_for(
     socket: Socket,
     is_tcp: bool,
 ) -> Option<&'static mut LegState> {
+    // SAFETY: the helper takes this context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+    if let Some(earlier) = find(cookie) {
+        abandon(earlier);
+    }
     if let Some(leg) = socket.get(&LEGS) {
         return Some(leg);
     }
     // Socket options and addresses of Multipath TCP are asked of the connection, not of this subflow.
-    if is_tcp && socket.multipath().is_none() {
-        // SAFETY: the helper takes this context.
-        let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
-        if begin(cookie) {
-            return find(cookie);
-        }
+    if is_tcp && socket.multipath().is_none() && begin(cookie) {
+        return find(cookie);
     }
     socket.get_or_create(&LEGS)
 }
@@ -80,13 +82,19 @@ pub(crate) fn connection_ends(cookie: u64) {
     let _absent = CONNECTING.remove(&cookie);
 }
 
-/// The socket with this cookie has been closed, for good. Its connection, if it came to one, may go on
+/// A socket, with this cookie, has been closed, for good. Its connection, if it came to one, may go on
 /// for a while.
 #[inline(always)]
-pub(crate) fn socket_ends(cookie: u64) {
+pub(crate) fn socket_ends(socket: Socket, cookie: u64) {
+    if let Some(leg) = socket.get(&LEGS)
+        && leg.kind & LEG_STARTING != 0
+    {
+        abandon(leg);
+    }
     if let Some(leg) = find(cookie)
         && (leg.kind == 0 || leg.kind & LEG_STARTING != 0)
     {
+        abandon(leg);
         let _absent = CONNECTING.remove(&cookie);
     }
 }

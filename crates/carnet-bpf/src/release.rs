@@ -1,6 +1,8 @@
-//! `cgroup/sock_release` (since Linux 5.9): the end of UDP flows and of accepted sockets.
+//! `cgroup/sock_release` (since Linux 5.9): the end of UDP flows, of connects that failed, and of accepted
+//! sockets.
 //!
-//! **What it does.** Ends the flows of a UDP socket that is closed for good: the leg of a connected
+//! **What it does.** Counts a redirected TCP connect that ends before its SYN was sent: no other hook
+//! sees that. Ends the flows of a UDP socket that is closed for good: the leg of a connected
 //! one, and the newest of those that a socket that is not connected has; the rest end by their timers.
 //! Their services can ask about them for a moment more: many a client sends one datagram and closes.
 //! When an accepted socket is closed, nobody can ask about its leg any more.
@@ -43,7 +45,7 @@ pub fn carnet_release(ctx: SockContext) -> i32 {
     // SAFETY: the helper takes this context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     if socket.is_tcp() {
-        connecting::socket_ends(cookie);
+        connecting::socket_ends(socket, cookie);
         accepted::socket_ends(cookie);
         return 1;
     }
