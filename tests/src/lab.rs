@@ -368,6 +368,16 @@ impl Lab {
         found.expect("every counter").1
     }
 
+    /// Waits until the kernel keeps nothing of any socket that connected, or tried to: once all of them
+    /// are closed.
+    #[track_caller]
+    pub fn settle_sockets(&self) {
+        self.settle();
+        let engine = self.engine();
+        let connecting = || entries::<{ size_of::<u64>() }>(&engine, "CONNECTING");
+        until("the end of all sockets' legs", connecting, |legs| *legs == 0);
+    }
+
     /// Waits until the kernel keeps nothing of any connection any more: no flow is listed, and no
     /// leg waits to be handed over or asked about.
     #[track_caller]
@@ -387,12 +397,11 @@ impl Default for Lab {
     }
 }
 
-/// How many legs the kernel keeps apart from sockets: those that connect, that wait to be handed over
-/// to the accepting side, and that were.
+/// How many legs of connections the kernel keeps apart from sockets: those that wait to be handed over
+/// to the accepting side, and those that were.
 #[track_caller]
 fn kept(engine: &Engine) -> usize {
-    entries::<{ size_of::<u64>() }>(engine, "CONNECTING")
-        + entries::<{ size_of::<Tuple>() }>(engine, "HANDOVER")
+    entries::<{ size_of::<Tuple>() }>(engine, "HANDOVER")
         + entries::<{ size_of::<u64>() }>(engine, "ACCEPTED")
 }
 

@@ -111,12 +111,12 @@ fn a_leg_is_kept_until_its_connection_is_over_and_its_socket_closed() {
     over();
     assert_eq!(answers(&accepted), before);
     drop(accepted);
-    lab.settle();
+    lab.settle_sockets();
 
     let (connection, accepted) = redirected(&client, lab.v4(), &listener);
     drop(accepted);
     drop(connection);
-    lab.settle();
+    lab.settle_sockets();
 
     // Reset before it was accepted.
     let connection = client.connect(lab.v4()).must("connect");
@@ -125,13 +125,13 @@ fn a_leg_is_kept_until_its_connection_is_over_and_its_socket_closed() {
     let accepted = listener.accept().must("accept");
     assert_eq!(answers(&accepted).map(|answer| answer.len()), GET.map(|(_, length)| length));
     drop(accepted);
-    lab.settle();
+    lab.settle_sockets();
 
     // Never accepted.
     let connection = client.connect(lab.v4()).must("connect");
     drop(listener);
     drop(connection);
-    lab.settle();
+    lab.settle_sockets();
 }
 
 /// Closes a connection with a reset.
@@ -362,7 +362,7 @@ fn a_ticket_carries_a_flow_on_as_its_record_does() {
     drop(last);
     drop(onward);
     let again = || carry_on(&other.tcp(lab.v4()), &second);
-    until("the end of the ticket", again, |answer| *answer == fails(libc::EINVAL));
+    let _refused = until("the end of the ticket", again, |answer| *answer == fails(libc::EINVAL));
 }
 
 #[test]
