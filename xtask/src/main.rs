@@ -10,9 +10,11 @@
 //! | [`evasion`] | every way to open a flow, and what becomes of it |
 //! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
+//! | [`unsafety`] | lists unsafe code with its reasons |
 //! | [`vm`] | boots other kernels, and tests there |
 //! | [`ci`] | what CI checks beside the tests |
 //! | [`bench`](mod@bench) | build the benchmarks and start them as root |
+//! | [`page`] | writes the parts of pages that are generated |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
 
 mod bench;
@@ -23,8 +25,10 @@ mod conformance;
 mod contract;
 mod evasion;
 mod host;
+mod page;
 mod process;
 mod test;
+mod unsafety;
 mod vm;
 mod windows;
 mod winsock;
@@ -65,7 +69,9 @@ enum Command {
     Windows(windows::Options),
     /// Run the demonstration and the end-to-end tests on other kernels, in virtual machines
     Vm(vm::Options),
-    /// Check what CI checks beside the tests: format, lints, docs, licences, the committed object
+    /// List every piece of unsafe code with its reason, and how much the dependencies have
+    Unsafe(unsafety::Options),
+    /// Check what CI checks beside the tests: format, lints, docs, licences, advisories, the committed object
     Ci,
     /// Build and run the benchmarks as root; everything given is handed on to them
     Bench {
@@ -95,6 +101,7 @@ fn run(command: Command) -> Result<()> {
         Command::Winsock(options) => winsock::run(&options),
         Command::Windows(options) => windows::run(&options),
         Command::Vm(options) => vm::run(&options),
+        Command::Unsafe(options) => unsafety::run(&options),
         Command::Ci => ci::run(),
         Command::Bench { arguments } => bench::run(&arguments),
     }
