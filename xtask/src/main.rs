@@ -12,6 +12,7 @@
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`unsafety`] | lists unsafe code with its reasons |
 //! | [`vm`] | boots other kernels, and tests there |
+//! | [`dist`] | what a release ships, built reproducibly |
 //! | [`ci`] | what CI checks beside the tests |
 //! | [`bench`](mod@bench) | build the benchmarks and start them as root |
 //! | [`page`] | writes the parts of pages that are generated |
@@ -23,6 +24,7 @@ mod cargo;
 mod ci;
 mod conformance;
 mod contract;
+mod dist;
 mod evasion;
 mod host;
 mod page;
@@ -71,6 +73,8 @@ enum Command {
     Vm(vm::Options),
     /// List every piece of unsafe code with its reason, and how much the dependencies have
     Unsafe(unsafety::Options),
+    /// Build what a release ships: static programs, what they are made of, checksums
+    Dist(dist::Options),
     /// Check what CI checks beside the tests: format, lints, docs, licences, advisories, the committed object
     Ci,
     /// Build and run the benchmarks as root; everything given is handed on to them
@@ -102,6 +106,7 @@ fn run(command: Command) -> Result<()> {
         Command::Windows(options) => windows::run(&options),
         Command::Vm(options) => vm::run(&options),
         Command::Unsafe(options) => unsafety::run(&options),
+        Command::Dist(options) => dist::run(&options),
         Command::Ci => ci::run(),
         Command::Bench { arguments } => bench::run(&arguments),
     }
