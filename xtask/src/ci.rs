@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::bpf::MANIFEST as BPF_MANIFEST;
 use crate::process::{self, announce};
-use crate::{bpf, cargo, unsafety};
+use crate::{advisories, bpf, cargo, unsafety, workflows};
 
 /// The cargo-deny that is installed when there is none.
 const CARGO_DENY: &str = "0.20.2";
@@ -18,12 +18,14 @@ type Check = fn(&Path) -> Result<()>;
 
 pub(crate) fn run() -> Result<()> {
     let root = cargo::workspace_root()?;
-    let checks: [(&str, Check); 7] = [
+    let checks: [(&str, Check); 9] = [
         ("format", format),
         ("lints", lints),
         ("documentation", documentation),
         ("licences and sources of dependencies", dependencies),
+        ("advisories about dependencies", |_| advisories::run(&advisories::Options::lenient())),
         ("unsafe code and its reasons", |_| unsafety::run(&unsafety::Options::check())),
+        ("the workflows of CI", workflows::check),
         ("paths of this machine in tracked files", paths),
         ("the committed kernel engine", |_| bpf::run(bpf::Options::check())),
     ];

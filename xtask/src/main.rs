@@ -12,12 +12,15 @@
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`unsafety`] | lists unsafe code with its reasons |
 //! | [`vm`] | boots other kernels, and tests there |
+//! | [`advisories`] | what is known about dependencies |
+//! | [`workflows`] | whether CI uses nothing that can change under it |
 //! | [`dist`] | what a release ships, built reproducibly |
 //! | [`ci`] | what CI checks beside the tests |
 //! | [`bench`](mod@bench) | build the benchmarks and start them as root |
 //! | [`page`] | writes the parts of pages that are generated |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
 
+mod advisories;
 mod bench;
 mod bpf;
 mod cargo;
@@ -34,6 +37,7 @@ mod unsafety;
 mod vm;
 mod windows;
 mod winsock;
+mod workflows;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -75,6 +79,8 @@ enum Command {
     Unsafe(unsafety::Options),
     /// Build what a release ships: static programs, what they are made of, checksums
     Dist(dist::Options),
+    /// Check whether advisories concern a dependency, where their database can be reached
+    Advisories(advisories::Options),
     /// Check what CI checks beside the tests: format, lints, docs, licences, advisories, the committed object
     Ci,
     /// Build and run the benchmarks as root; everything given is handed on to them
@@ -107,6 +113,7 @@ fn run(command: Command) -> Result<()> {
         Command::Vm(options) => vm::run(&options),
         Command::Unsafe(options) => unsafety::run(&options),
         Command::Dist(options) => dist::run(&options),
+        Command::Advisories(options) => advisories::run(&options),
         Command::Ci => ci::run(),
         Command::Bench { arguments } => bench::run(&arguments),
     }
