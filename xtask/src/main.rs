@@ -12,6 +12,7 @@
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`unsafety`] | lists unsafe code with its reasons |
 //! | [`vm`] | boots other kernels, and tests there |
+//! | [`miri`] | what needs no kernel, under Miri |
 //! | [`advisories`] | what is known about dependencies |
 //! | [`workflows`] | whether CI uses nothing that can change under it |
 //! | [`dist`] | what a release ships, built reproducibly |
@@ -30,6 +31,7 @@ mod contract;
 mod dist;
 mod evasion;
 mod host;
+mod miri;
 mod page;
 mod process;
 mod test;
@@ -81,6 +83,8 @@ enum Command {
     Dist(dist::Options),
     /// Check whether advisories concern a dependency, where their database can be reached
     Advisories(advisories::Options),
+    /// Run what needs no kernel under Miri, which finds undefined behaviour
+    Miri,
     /// Check what CI checks beside the tests: format, lints, docs, licences, advisories, the committed object
     Ci,
     /// Build and run the benchmarks as root; everything given is handed on to them
@@ -114,6 +118,7 @@ fn run(command: Command) -> Result<()> {
         Command::Unsafe(options) => unsafety::run(&options),
         Command::Dist(options) => dist::run(&options),
         Command::Advisories(options) => advisories::run(&options),
+        Command::Miri => miri::run(),
         Command::Ci => ci::run(),
         Command::Bench { arguments } => bench::run(&arguments),
     }
