@@ -118,6 +118,12 @@ fn bpffs() -> Finding {
     }
 }
 
+/// What to do about a kernel that is too old.
+fn run_newer() -> String {
+    let (major, minor) = kernel::OLDEST;
+    format!("run Linux {major}.{minor} or newer")
+}
+
 /// What of a list the kernel lacks, as a finding.
 fn complete<'a>(name: &str, parts: impl IntoIterator<Item = (&'a str, bool)>) -> Finding {
     let (there, lacking): (Vec<_>, Vec<_>) = parts.into_iter().partition(|(_, there)| *there);
@@ -128,9 +134,11 @@ fn complete<'a>(name: &str, parts: impl IntoIterator<Item = (&'a str, bool)>) ->
         return Finding::ok(name, join(there));
     }
     let detail = format!("without {}", join(lacking));
-    let advice = "run a kernel with CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF and CONFIG_BPF_JIT, and \
-                  this command as root";
-    Finding::new(State::Missing, name, detail, advice)
+    let advice = format!(
+        "{} with CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF and CONFIG_BPF_JIT, and this command as root",
+        run_newer()
+    );
+    Finding::new(State::Missing, name, detail, &advice)
 }
 
 fn program_types() -> Finding {
@@ -183,6 +191,10 @@ fn helpers() -> Finding {
 /// Whether the kernel takes the whole engine: the verifier's word is the only one that counts.
 fn engine() -> Finding {
     const NAME: &str = "kernel engine";
+    // What such a kernel says of it is nothing to report.
+    if kernel::check_version().is_err() {
+        return Finding::new(State::Missing, NAME, "not tried", &run_newer());
+    }
     match object::load(None, None) {
         Ok(loaded) => {
             let count = loaded.programs().count();
