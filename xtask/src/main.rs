@@ -11,6 +11,7 @@
 //! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`unsafety`] | lists unsafe code with its reasons |
+//! | [`verifier`] | what the verifier makes of each program, against what is noted |
 //! | [`vm`] | boots other kernels, and tests there |
 //! | [`miri`] | what needs no kernel, under Miri |
 //! | [`advisories`] | what is known about dependencies |
@@ -36,6 +37,7 @@ mod page;
 mod process;
 mod test;
 mod unsafety;
+mod verifier;
 mod vm;
 mod windows;
 mod winsock;
@@ -79,6 +81,8 @@ enum Command {
     Vm(vm::Options),
     /// List every piece of unsafe code with its reason, and how much the dependencies have
     Unsafe(unsafety::Options),
+    /// Measure what the verifier makes of each program, and compare it with what is noted
+    Verifier(verifier::Options),
     /// Build what a release ships: static programs, what they are made of, checksums
     Dist(dist::Options),
     /// Check whether advisories concern a dependency, where their database can be reached
@@ -116,6 +120,7 @@ fn run(command: Command) -> Result<()> {
         Command::Windows(options) => windows::run(&options),
         Command::Vm(options) => vm::run(&options),
         Command::Unsafe(options) => unsafety::run(&options),
+        Command::Verifier(options) => verifier::run(&options),
         Command::Dist(options) => dist::run(&options),
         Command::Advisories(options) => advisories::run(&options),
         Command::Miri => miri::run(),
