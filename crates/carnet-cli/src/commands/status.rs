@@ -50,8 +50,12 @@ struct Status {
     links: Vec<Link>,
     /// The counters.
     counters: Vec<Count>,
-    /// How full the tables are.
+    /// What became of the redirects.
+    account: Account,
+    /// How full the policy's tables are.
     tables: Vec<Use>,
+    /// How full the maps are that grow and shrink with what goes on.
+    maps: Vec<MapUse>,
 }
 
 #[derive(Serialize)]
@@ -100,6 +104,59 @@ struct Link {
 struct Count {
     name: &'static str,
     value: u64,
+}
+
+/// What became of the redirects; `docs/counters.md` has the equations.
+#[derive(Serialize)]
+struct Account {
+    tcp: Tcp,
+    udp: Udp,
+    refused: Refused,
+}
+
+/// Redirected TCP connections.
+#[derive(Serialize)]
+struct Tcp {
+    redirected: u64,
+    delivered: u64,
+    handover_failed: u64,
+    unsent: u64,
+    unanswered: u64,
+    starting: u64,
+    connecting: u64,
+    /// What the others do not add up to: 0 when nothing is under way.
+    difference: i64,
+}
+
+/// Redirected UDP flows.
+#[derive(Serialize)]
+struct Udp {
+    redirected: u64,
+    ended: u64,
+    live: u64,
+    difference: i64,
+}
+
+/// Refused connects and UDP flows.
+#[derive(Serialize)]
+struct Refused {
+    refused: u64,
+    by_filter: u64,
+    service_unavailable: u64,
+    loops_ended: u64,
+    out_of_memory: u64,
+    address_in_use: u64,
+    difference: i64,
+}
+
+#[derive(Serialize)]
+struct MapUse {
+    /// The map's name.
+    name: &'static str,
+    #[serde(flatten)]
+    of: Use,
+    /// Whether the oldest give way where there is no room.
+    oldest_give_way: bool,
 }
 
 #[derive(Serialize)]
@@ -162,7 +219,81 @@ impl From<engine::Status> for Status {
                 .into_iter()
                 .map(|table| Use { what: table.what, used: table.used, capacity: table.capacity })
                 .collect(),
+            account: Account::from(status.account),
+            maps: status
+                .maps
+                .into_iter()
+                .map(|map| MapUse {
+                    name: map.name,
+                    of: Use { what: map.what, used: map.used, capacity: map.capacity },
+                    oldest_give_way: map.oldest_give_way,
+                })
+                .collect(),
         }
+    }
+}
+
+impl From<engine::Account> for Account {
+    fn from(account: engine::Account) -> Self {
+        let engine::Account { tcp, udp, refused, .. } = account;
+        Self {
+            tcp: Tcp {
+                redirected: tcp.redirected,
+                delivered: tcp.delivered,
+                handover_failed: tcp.handover_failed,
+                unsent: tcp.unsent,
+                unanswered: tcp.unanswered,
+                starting: tcp.starting,
+                connecting: tcp.connecting,
+                difference: tcp.difference(),
+            },
+            udp: Udp {
+                redirected: udp.redirected,
+                ended: udp.ended,
+                live: udp.live,
+                difference: udp.difference(),
+            },
+            refused: Refused {
+                refused: refused.refused,
+                by_filter: refused.by_filter,
+                service_unavailable: refused.service_unavailable,
+                loops_ended: refused.loops_ended,
+                out_of_memory: refused.out_of_memory,
+                address_in_use: refused.address_in_use,
+                difference: refused.difference(),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Account {
+    /// A line for each protocol, of sums that add up.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { tcp, udp, refused } = self;
+        write!(
+            f,
+            "TCP      {} redirected = {} delivered + {} handover failed + {} unsent + {} unanswered \
+             + {} under way",
+            tcp.redirected,
+            tcp.delivered,
+            tcp.handover_failed,
+            tcp.unsent,
+            tcp.unanswered,
+            tcp.starting + tcp.connecting,
+        )?;
+        let udp = (udp.redirected, udp.ended, udp.live);
+        write!(f, "\nUDP      {} redirected = {} ended + {} live", udp.0, udp.1, udp.2)?;
+        write!(
+            f,
+            "\nrefused  {} = {} by a filter + {} without service + {} loops + {} without memory \
+             + {} for an address in use",
+            refused.refused,
+            refused.by_filter,
+            refused.service_unavailable,
+            refused.loops_ended,
+            refused.out_of_memory,
+            refused.address_in_use,
+        )
     }
 }
 
@@ -219,7 +350,11 @@ impl fmt::Display for Status {
         for Use { what, used, capacity } in &self.tables {
             table.row([(*what).into(), used.to_string(), capacity.to_string()]);
         }
+        for MapUse { of: Use { what, used, capacity }, .. } in &self.maps {
+            table.row([(*what).into(), used.to_string(), capacity.to_string()]);
+        }
         writeln!(f, "\n{table}\n")?;
+        writeln!(f, "{}\n{}\n", styled(HEADING, "ACCOUNT"), self.account)?;
 
         write!(f, "{}", styled(HEADING, "COUNTED"))?;
         let mut counted = self.counters.iter().filter(|count| count.value > 0).peekable();
