@@ -333,6 +333,15 @@ mod tests {
     }
 
     #[test]
+    fn the_committed_programs_fit() {
+        let object = include_bytes!("../../../crates/carnet-engine/prebuilt/carnet.bpfel.o");
+        let chains = chains(object).unwrap();
+        assert!(chains["carnet_connect4"].frames.len() > 1, "it calls others");
+        let deep = chains.iter().find(|(_, chain)| chain.depth() > LIMIT);
+        assert_eq!(deep, None);
+    }
+
+    #[test]
     fn a_function_that_calls_itself_is_refused() {
         let mut own = function("own", (2, 0));
         own.called.insert(own.place);
