@@ -12,7 +12,7 @@
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`vm`] | boots other kernels, and tests there |
 //! | [`ci`] | what CI checks beside the tests |
-//! | [`bench`](mod@bench) | build the benchmarks and start them as root |
+//! | [`bench`](mod@bench) | build the benchmarks, or the soak, and start them as root |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
 
 mod bench;
@@ -72,6 +72,13 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Load of long duration, as root: 50,000 connections at once, then half an hour of churn at full
+    /// rate; everything given is handed on (`--help`)
+    #[command(disable_help_flag = true)]
+    Soak {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -96,6 +103,10 @@ fn run(command: Command) -> Result<()> {
         Command::Windows(options) => windows::run(&options),
         Command::Vm(options) => vm::run(&options),
         Command::Ci => ci::run(),
-        Command::Bench { arguments } => bench::run(&arguments),
+        Command::Bench { arguments } => bench::run(bench::BENCH, &arguments),
+        Command::Soak { arguments } => {
+            let arguments: Vec<_> = [OsString::from("run")].into_iter().chain(arguments).collect();
+            bench::run(bench::SOAK, &arguments)
+        }
     }
 }
