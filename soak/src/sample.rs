@@ -90,7 +90,7 @@ impl Sample {
         descriptors.insert("server".to_owned(), self::descriptors(site.server.id())?);
         for (name, worker) in crate::board::SERVICES.iter().zip(&site.workers) {
             if let Some(worker) = worker {
-                descriptors.insert((*name).to_owned(), self::descriptors(worker.process.id())?);
+                descriptors.insert((*name).to_owned(), self::descriptors(worker.id())?);
             }
         }
         let [near, far] = [&site.topology.client, &site.topology.destination].map(Sockets::of);

@@ -42,19 +42,12 @@ pub(crate) fn destinations() -> Vec<SocketAddr> {
     addresses.into_iter().flat_map(|ip| ports.map(|port| SocketAddr::new(ip, port))).collect()
 }
 
-/// A process of a service at work.
-#[derive(Debug)]
-pub(crate) struct Worker {
-    pub(crate) process: Process,
-    /// Descriptors that it had open when it was ready.
-    pub(crate) descriptors: usize,
-}
-
 /// The site. See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Site {
     // In the order in which they are to go.
-    pub(crate) workers: [Option<Worker>; SERVICES.len()],
+    /// The process of each service.
+    pub(crate) workers: [Option<Process>; SERVICES.len()],
     pub(crate) server: Process,
     pub(crate) engine: Engine,
     pub(crate) carnet: Carnet,
@@ -184,8 +177,8 @@ impl Site {
         let Some(mut worker) = self.workers[place].take() else {
             return Ok(());
         };
-        worker.process.signal(rustix::process::Signal::KILL)?;
-        worker.process.wait(PATIENCE)?;
+        worker.signal(rustix::process::Signal::KILL)?;
+        worker.wait(PATIENCE)?;
         Ok(())
     }
 
@@ -219,7 +212,7 @@ impl Site {
         self.board.update(place, |entry| entry.living(false))
     }
 
-    fn spawn(&self, place: usize) -> Result<Worker> {
+    fn spawn(&self, place: usize) -> Result<Process> {
         let mut command = command("relay")?;
         command.args(["--place", &place.to_string()]);
         command.args(["--source", &source(place).to_string()]);
@@ -230,9 +223,7 @@ impl Site {
         }
         self.cgroups[place].enter_command(&mut command)?;
         self.topology.client.enter_command(&mut command)?;
-        let process = ready(command)?;
-        let descriptors = crate::sample::descriptors(process.id())?;
-        Ok(Worker { process, descriptors })
+        ready(command)
     }
 
     /// Starts the clients.

@@ -83,7 +83,7 @@ pub(crate) fn run(options: &Options, memory: Option<&MemoryGroup>) -> Result<Soa
     let during = course.under_load(load, seed)?;
     let lasted = begun.elapsed();
     eprintln!("    coming to rest");
-    course.closed()?;
+    course.closed(&start)?;
     let end = course.rest()?;
     let Course { samples, mut violations, .. } = course;
 
@@ -150,18 +150,19 @@ impl Course<'_> {
         last_line(&clients).context("the clients have told nothing")
     }
 
-    /// Checks that the services have closed all that belonged to flows.
-    fn closed(&mut self) -> Result<()> {
+    /// Checks that the services have closed all that belonged to flows: then they have as much open as
+    /// those at the start, to which none had come.
+    fn closed(&mut self, start: &Sample) -> Result<()> {
         let deadline = Instant::now() + CLOSING;
         for (name, worker) in SERVICES.iter().zip(&self.site.workers) {
             let worker = worker.as_ref().context("a service has no process")?;
+            let before = start.descriptors.get(*name).copied().unwrap_or_default();
             loop {
-                let now = descriptors(worker.process.id())?;
-                if now == worker.descriptors {
+                let now = descriptors(worker.id())?;
+                if now == before {
                     break;
                 }
                 if Instant::now() > deadline {
-                    let before = worker.descriptors;
                     let violation = format!("{name} has {now} descriptors open, not {before}");
                     self.violations.push(violation);
                     break;
