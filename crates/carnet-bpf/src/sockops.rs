@@ -23,19 +23,16 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use carnet_core::{
-    abi::LISTENER_SLOTS,
     address::{AF_INET, Endpoint},
     event::Counter,
-    flow::{LEG_REDIRECTED, LEG_STARTING, ListenerKey, Registration, Tuple},
-    table::Step,
+    flow::{LEG_REDIRECTED, LEG_STARTING, Tuple},
 };
 
 use crate::{
-    bank::repeat,
     ctx::{load32, load64},
     end::{guard_begins, guard_ends, report_end},
-    listener::same,
-    maps::{DELIVERED, HANDOVER, LEGS, LISTENERS},
+    listener::{same, unlisten},
+    maps::{DELIVERED, HANDOVER, LEGS},
     report::count,
     socket::{CLOSE, CLOSING, FIN_WAIT2, LAST_ACK, LISTEN, Socket, TCP},
 };
@@ -63,7 +60,9 @@ pub fn carnet_sockops(ctx: SockOpsContext) -> u32 {
     } else if load32!(ctx, 8) == CLOSE {
         let before = load32!(ctx, 4);
         if before == LISTEN {
-            unlisten(socket);
+            if let Some(registration) = socket.registration() {
+                unlisten(registration, TCP, &socket.local());
+            }
         } else {
             closed(ctx, socket, before);
         }
@@ -129,41 +128,6 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
         count(Counter::HandoverFailed);
     }
     let _absent = HANDOVER.remove(&key);
-}
-
-/// A listening socket has been closed: if it was registered, others may take its slot.
-#[inline(always)]
-fn unlisten(socket: Socket) {
-    let Some(&Registration { handle, netns }) = socket.registration() else {
-        return;
-    };
-    let local = socket.local();
-    let key = ListenerKey { handle, netns, family: local.family, protocol: TCP as u16, slot: 0 };
-    repeat(LISTENER_SLOTS, &mut Unlisten { key, local });
-}
-
-/// The way through the slots of a service to that of a listener.
-struct Unlisten {
-    key: ListenerKey,
-    local: Endpoint,
-}
-
-impl Step for Unlisten {
-    #[inline(always)]
-    fn step(&mut self, slot: u32) -> bool {
-        self.key.slot = slot;
-        if let Some(entry) = LISTENERS.get_ptr_mut(&self.key) {
-            // SAFETY: the entry stays allocated until the program ends. Connects count in it too;
-            // whichever store comes last, it is not 0, unless a connect has found another socket
-            // that listens there.
-            let entry = unsafe { &mut *entry };
-            if entry.home == self.key.netns && same(&entry.local, &self.local) {
-                entry.missed = 1;
-                return false;
-            }
-        }
-        true
-    }
 }
 
 /// A connection, or an attempt at one, has ended; `before` is the state that it was in.
