@@ -44,7 +44,8 @@ pub const USERS: [u32; 7] = [0, 1, 999, 1000, 1001, 1999, 65_534];
 
 const PROTOCOLS: [Protocol; 2] = [Protocol::TCP, Protocol::UDP];
 const PORTS: [u16; 12] = [1, 22, 53, 79, 80, 81, 442, 443, 444, 8080, 65_534, 65_535];
-const NETWORKS_V4: [[u8; 4]; 4] = [[10, 1, 2, 0], [10, 1, 128, 0], [192, 0, 2, 0], [203, 0, 113, 0]];
+const NETWORKS_V4: [[u8; 4]; 4] =
+    [[10, 1, 2, 0], [10, 1, 128, 0], [192, 0, 2, 0], [203, 0, 113, 0]];
 const NETWORKS_V6: [u128; 3] = [0x2001_0db8 << 96, 0x2001_0db8_0001 << 80, 0xfd00_0001 << 96];
 const LENGTHS_V4: [u8; 11] = [0, 1, 8, 15, 16, 17, 23, 24, 30, 31, 32];
 const LENGTHS_V6: [u8; 11] = [0, 1, 7, 32, 47, 48, 64, 95, 96, 127, 128];
@@ -70,8 +71,7 @@ pub fn replace(
     clear(policy)?;
     let services: Vec<String> = policy.services().iter().map(|s| s.name.clone()).collect();
     for name in &services {
-        let on_failure =
-            if choices.one_in(2) { FailurePolicy::Skip } else { FailurePolicy::Block };
+        let on_failure = if choices.one_in(2) { FailurePolicy::Skip } else { FailurePolicy::Block };
         policy.set_on_failure(name, on_failure)?;
         policy.set_trust(name, trust(name, &services, choices))?;
     }
@@ -85,8 +85,7 @@ pub fn replace(
     let most = *choices.pick(&[1, 4, 12, 40, most_filters]);
     for _ in 0..1 + choices.below(most.min(most_filters)) {
         let sublayer = format!("layer{}", choices.below(layers));
-        let weight =
-            if choices.one_in(2) { Weight::Auto } else { Weight::Exact(choices.below(4)) };
+        let weight = if choices.one_in(2) { Weight::Auto } else { Weight::Exact(choices.below(4)) };
         let conditions = conditions(world, choices);
         let action = action(&services, choices);
         policy.add_filter(NewFilter { name: None, sublayer, weight, conditions, action })?;

@@ -8,7 +8,10 @@
 //! the differential test in `tests/` (the kernel's decisions through real sockets), and the fuzz
 //! target `decision`. Nothing that is shipped depends on it.
 
-#![expect(clippy::unwrap_used, reason = "cases that the model cannot read are mistakes of its user")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "cases that the model cannot read are mistakes of its user"
+)]
 
 pub mod generate;
 

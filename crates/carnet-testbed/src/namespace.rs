@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     future::{Future, ready},
     io,
-    net::{IpAddr, Ipv4Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
@@ -182,6 +182,25 @@ impl NetworkNamespace {
         let subject = format!("{prefix} via {gateway}");
         self.netlink("add route", subject, &[], |handle, _| async move {
             handle.route().add(route).execute().await.map_err(netlink_error)
+        })
+    }
+
+    /// Routes all of IPv4 and IPv6, groups included, to a link that is up and on which it asks nobody
+    /// for neighbours: whatever is sent leaves by it at once, whether somebody is there or not.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if there is no such link (`ENODEV`), or if there are such routes (`EEXIST`).
+    pub fn route_all_to(&self, link: &str) -> Result<(), Error> {
+        let silent = LinkUnspec::new_with_name(link).arp(false).build();
+        self.netlink("route all to link", link, &[], |handle, _| async move {
+            handle.link().set(silent).execute().await.map_err(netlink_error)?;
+            let index = link_index(&handle, link).await?;
+            let v4 = RouteMessageBuilder::<Ipv4Addr>::new().output_interface(index).build();
+            let v6 = RouteMessageBuilder::<Ipv6Addr>::new().output_interface(index).build();
+            for route in [v4, v6] {
+                handle.route().add(route).execute().await.map_err(netlink_error)?;
+            }
+            Ok(())
         })
     }
 
