@@ -14,6 +14,8 @@ const CARGO_DENY: &str = "0.20.2";
 
 /// The kernel engine's own workspace.
 const BPF_MANIFEST: &str = "crates/carnet-bpf/Cargo.toml";
+/// The fuzz targets' own workspace.
+const FUZZ_MANIFEST: &str = "fuzz/Cargo.toml";
 
 /// One check of the checkout at this path.
 type Check = fn(&Path) -> Result<()>;
@@ -45,7 +47,16 @@ pub(crate) fn run() -> Result<()> {
 
 fn format(root: &Path) -> Result<()> {
     process::run(cargo::cargo(root).args(["fmt", "--all", "--", "--check"]))?;
-    process::run(cargo::cargo(root).args(["fmt", "--manifest-path", BPF_MANIFEST, "--", "--check"]))
+    for manifest in [BPF_MANIFEST, FUZZ_MANIFEST] {
+        process::run(cargo::cargo(root).args([
+            "fmt",
+            "--manifest-path",
+            manifest,
+            "--",
+            "--check",
+        ]))?;
+    }
+    Ok(())
 }
 
 fn lints(root: &Path) -> Result<()> {
@@ -79,7 +90,7 @@ fn dependencies(root: &Path) -> Result<()> {
                 .arg(cargo::target_directory(root).join("tools")),
         )?;
     }
-    for manifest in ["Cargo.toml", BPF_MANIFEST] {
+    for manifest in ["Cargo.toml", BPF_MANIFEST, FUZZ_MANIFEST] {
         process::run(
             cargo::cargo(root)
                 .args(["deny", "--locked", "--config"])

@@ -139,17 +139,22 @@ fn read_legs(program: &std::path::Path, tables: &Tables) -> Result<Vec<LegState>
     let mut file = File::from(sys::iterate(program.as_fd(), &target).map_err(failed())?);
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).map_err(failed())?;
+    Ok(legs_in(&bytes))
+}
+
+/// The legs of flows in what the iterator has written.
+pub(crate) fn legs_in(bytes: &[u8]) -> Vec<LegState> {
     // A Multipath TCP connection has its leg twice: on itself and on its first subflow.
     let mut seen = BTreeSet::new();
     let states = bytes.chunks_exact(size_of::<LegState>());
     let states = states.filter_map(|bytes| LegState::read_from_bytes(bytes).ok());
     // Others have no connection, or not yet.
     let is_there = |leg: &LegState| matches!(leg.kind, LEG_REDIRECTED | LEG_ONWARD);
-    Ok(states.filter(|leg| is_there(leg) && seen.insert((leg.cookie, leg.netns))).collect())
+    states.filter(|leg| is_there(leg) && seen.insert((leg.cookie, leg.netns))).collect()
 }
 
 impl Flow {
-    fn new(leg: &LegState, name: impl Fn(u64) -> Option<String>) -> Self {
+    pub(crate) fn new(leg: &LegState, name: impl Fn(u64) -> Option<String>) -> Self {
         let redirected = leg.kind == LEG_REDIRECTED;
         let record = &leg.record;
         let hops = record.hops.iter().take(record.hop_count as usize);

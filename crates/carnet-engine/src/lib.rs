@@ -45,6 +45,8 @@ mod events;
 mod existing;
 mod files;
 mod flows;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod kernel;
 mod links;
 mod listeners;
