@@ -3,7 +3,7 @@
 
 use std::{ffi::c_void, io, ptr};
 
-use carnet_winsock::ffi::{WSAGetLastError, WSAIoctl};
+use carnet_winsock::ffi::{WSAGetLastError, WSAIoctl, WSAStartup};
 
 /// Bytes of the buffers of which all is checked.
 pub(crate) const SIZE: usize = 8192;
@@ -115,6 +115,14 @@ impl Arena {
         };
         if status == 0 { 0 } else { WSAGetLastError() }
     }
+}
+
+/// Has the C library begin.
+pub(crate) fn start_library() {
+    // `WSADATA` has 408 bytes.
+    let mut about = [0_u64; 64];
+    // SAFETY: there is room for what is to be told.
+    assert_eq!(unsafe { WSAStartup(0x0202, about.as_mut_ptr().cast()) }, 0);
 }
 
 fn outcome(result: i32) -> Result<i32, i32> {

@@ -117,7 +117,7 @@ fn option(random: &mut fastrand::Rng) -> (i32, i32) {
     let name = match random.u8(..8) {
         0 => random.i32(..),
         1 => random.i32(215..232),
-        _ => random.i32(..90),
+        _ => random.i32(0..90),
     };
     (level, name)
 }

@@ -22,7 +22,7 @@ use carnet_core::abi;
 use socket2::Socket;
 
 use crate::{
-    memory::{Arena, CANARY, Place, SIZE},
+    memory::{self, Arena, CANARY, Place, SIZE},
     sockets::{KINDS, open},
     tally::Tally,
     twins::{self, Twins},
@@ -67,8 +67,20 @@ const OF_SET: [i32; 9] = [
     libc::EFAULT,
 ];
 /// What `docs/winsock.md` says that a control code can end with.
-const OF_IOCTL: [i32; 12] =
-    [0, 122, 997, 10013, 10014, 10022, 10035, 10038, 10045, 10050, 10055, 10057];
+const OF_IOCTL: [i32; 11] = [
+    0,
+    122,
+    10013,
+    10014,
+    10022,
+    10038,
+    10045,
+    10050,
+    10055,
+    10057,
+    // FWP_E_NOT_FOUND: there is no record or no context.
+    0x8032_0008_u32.cast_signed(),
+];
 /// The control codes for records and context.
 const CODES: [u32; 4] = [0x9800_00DC, 0x9800_00DD, 0x9800_00DE, 0x9800_00DF];
 
@@ -88,6 +100,7 @@ pub(crate) fn work() {
     let mut rest = Vec::new();
     std::io::stdin().read_to_end(&mut rest).expect("a pipe that is closed");
 
+    memory::start_library();
     let pool: Pool = std::array::from_fn(|_| Mutex::default());
     let over = AtomicBool::new(false);
     let mut tally = Tally::default();
@@ -194,7 +207,10 @@ impl<'a> Hammer<'a> {
                     7 => drop(socket.shutdown(std::net::Shutdown::Both)),
                     _ => {}
                 }
-                socket.accept().ok().map(|(accepted, _)| (*kind, accepted))
+                let accepted = socket.accept().ok().map(|(accepted, _)| accepted);
+                // Nothing here may wait, or the others would wait for the slot.
+                let accepted = accepted.filter(|accepted| accepted.set_nonblocking(true).is_ok());
+                accepted.map(|accepted| (*kind, accepted))
             }
         };
         match accepted {
@@ -214,7 +230,7 @@ impl<'a> Hammer<'a> {
             1 => Place::Kernel,
             2 => Place::Nowhere,
             // Reaches into the page that may not be touched.
-            3 => Place::BeforeEnd(length / 2),
+            3 => Place::BeforeEnd((length / 2).min(SIZE)),
             _ => Place::BeforeEnd(length.min(SIZE)),
         }
     }
@@ -225,9 +241,9 @@ impl<'a> Hammer<'a> {
             1 => -1,
             2 => 0,
             3 => self.random.i32(4090..4100),
-            4 => self.random.i32(..64),
+            4 => self.random.i32(0..64),
             5 => *self.random.choice(&[4, 8, 16, 24, 28, 40, 328]).expect("one"),
-            _ => self.random.i32(..SIZE as i32),
+            _ => self.random.i32(0..SIZE as i32),
         }
     }
 
