@@ -2,7 +2,10 @@
 //! understood is printed so that it is understood as the same.
 #![no_main]
 
-use std::{fmt::{Debug, Display}, str::FromStr};
+use std::{
+    fmt::{Debug, Display},
+    str::FromStr,
+};
 
 use carnet_core::object::{Context, PortRange, Prefix, Protocol, UserRange, Weight};
 use libfuzzer_sys::fuzz_target;

@@ -101,7 +101,8 @@ fuzz_target!(|bytes: &[u8]| {
             })
             .collect();
         let legs = handles.len() as u32 + choices.below(18) as u32;
-        let mut host = Host { alive: choices.below(u64::MAX), forgotten_legs: choices.below(18) as u32 };
+        let mut host =
+            Host { alive: choices.below(u64::MAX), forgotten_legs: choices.below(18) as u32 };
         let mut record = Record::new_zeroed();
         for handle in &handles {
             record.push(Hop { handle: *handle, filter: 0 });
@@ -116,7 +117,8 @@ fuzz_target!(|bytes: &[u8]| {
         assert_eq!(Answer::of_core(&policy, &decision), expected);
 
         let process = connection.process.clone();
-        let all = explain(&policy, &compiled, &connection, &|h, _| live(h), &|_, _| process.clone());
+        let all =
+            explain(&policy, &compiled, &connection, &|h, _| live(h), &|_, _| process.clone());
         assert!(all.len() <= policy.services().len() + 1, "a flow does not end");
     }
 });

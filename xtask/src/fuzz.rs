@@ -117,7 +117,8 @@ fn prepare(root: &Path) -> Result<()> {
 fn cargo_fuzz(root: &Path, verb: &str) -> Command {
     let mut command = Command::new("rustup");
     command.args(["run", "nightly", "cargo", "fuzz", verb, "--fuzz-dir"]).arg(root.join("fuzz"));
-    command.arg("--target-dir").arg(root.join("target/fuzz")).current_dir(root);
+    command.arg("--target-dir").arg(root.join("target/fuzz")).arg("--all-features");
+    command.current_dir(root);
     command
 }
 

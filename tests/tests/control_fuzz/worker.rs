@@ -115,14 +115,25 @@ pub(crate) fn work() {
         let end = Instant::now() + Duration::from_secs(seconds);
         let mut random = fastrand::Rng::with_seed(seed);
         let mut twins = Twins::new(spare);
+        // Also when a pair differs: then nobody is to go on.
+        let all_stop = AtEnd(&over);
         while Instant::now() < end && twins.compare(&mut random, &mut tally) {}
         thread::sleep(end.saturating_duration_since(Instant::now()));
-        over.store(true, Ordering::Relaxed);
+        drop(all_stop);
         for hammer in hammers {
             tally.add(hammer.join().expect("a thread that found nothing"));
         }
     });
     println!("\n{}", tally.to_line());
+}
+
+/// Has the threads stop when it goes.
+struct AtEnd<'a>(&'a AtomicBool);
+
+impl Drop for AtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 struct Hammer<'a> {
@@ -198,7 +209,10 @@ impl<'a> Hammer<'a> {
                 let any = if to.is_ipv4() { "127.0.0.1:0" } else { "[::1]:0" };
                 let any: SocketAddr = any.parse().expect("an address");
                 match what {
-                    0 => drop(socket.bind(&any.into()).and_then(|()| socket.listen(64))),
+                    0 => {
+                        let listens = socket.bind(&any.into()).and_then(|()| socket.listen(64));
+                        drop(listens.map(|()| carnet::register_listener(socket)));
+                    }
                     1 => drop(socket.bind(&any.into())),
                     2 | 3 => drop(socket.connect(&to.into())),
                     4 => drop(socket.send_to(b"word", &to.into())),
