@@ -10,16 +10,21 @@
 //! | [`differential`] | the kernel's decisions against the core's and a naive model's |
 //! | [`fuzz`] | arbitrary input for every parser, and for the control interface |
 //! | [`evasion`] | every way to open a flow, and what becomes of it |
+//! | [`attacks`] | every attack that was tried, and what becomes of it |
 //! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`vm`] | boots other kernels, and tests there |
 //! | [`ci`] | what CI checks beside the tests |
 //! | [`bench`](mod@bench) | build the benchmarks and start them as root |
+//! | [`catalogue`] | what was tried, each with its tests: ways, attacks |
+//! | [`page`] | writes the parts of pages that are generated |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
 
+mod attacks;
 mod bench;
 mod bpf;
 mod cargo;
+mod catalogue;
 mod ci;
 mod conformance;
 mod contract;
@@ -27,6 +32,7 @@ mod differential;
 mod evasion;
 mod fuzz;
 mod host;
+mod page;
 mod process;
 mod test;
 mod vm;
@@ -67,6 +73,8 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Try every way to open a flow, and print what becomes of each
     Evasion(evasion::Options),
+    /// Carry out every attack on the records and what guards them, and print what becomes of each
+    Attacks(attacks::Options),
     /// Build and install the C library carnet-winsock, or check it thoroughly
     Winsock(winsock::Options),
     /// Build what runs on Windows, and run its tests under Wine
@@ -102,6 +110,7 @@ fn run(command: Command) -> Result<()> {
         Command::Differential(options) => differential::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Evasion(options) => evasion::run(&options),
+        Command::Attacks(options) => attacks::run(&options),
         Command::Winsock(options) => winsock::run(&options),
         Command::Windows(options) => windows::run(&options),
         Command::Vm(options) => vm::run(&options),

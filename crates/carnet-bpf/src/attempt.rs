@@ -21,8 +21,8 @@ use crate::{
     decide::{Request, netns_of},
     maps::{CONFIG, CONTEXTS},
     process::{self, Process},
-    report::{count, event_of_caller, now},
-    socket::Socket,
+    report::{count, count_passed, event_of_caller, now},
+    socket::{Socket, is_datagram},
 };
 
 /// Go on, with the destination as it then is.
@@ -47,7 +47,7 @@ impl Request {
         let untouched = !decision.redirects() && !decision.blocks() && record.is_none();
         let passes = untouched || Process::current().is_kernel_thread();
         if passes {
-            count(Counter::Passed);
+            count_passed();
         }
         passes
     }
@@ -125,6 +125,9 @@ impl Attempt<'_> {
     #[inline(always)]
     pub(crate) fn report_redirected(&self, record: &Record) {
         count(Counter::Redirected);
+        if is_datagram(self.request.protocol) {
+            count(Counter::DatagramFlows);
+        }
         self.report(EventKind::Redirected, self.request.decision.handle, Some(record));
     }
 
@@ -150,21 +153,25 @@ impl Attempt<'_> {
         errno::ENOMEM
     }
 
+    /// Counts and reports that it is refused since another socket has its address; gives the errno.
+    #[inline(always)]
+    pub(crate) fn address_in_use(&self) -> i32 {
+        count(Counter::AddressInUse);
+        self.report_refused();
+        errno::EADDRINUSE
+    }
+
     /// Counts and reports that it is refused as was decided; gives the errno.
     #[inline(always)]
     pub(crate) fn blocked(&self) -> i32 {
         self.report_refused();
-        match self.request.decision.reason {
-            Reason::Loop => {
-                count(Counter::Loops);
-                errno::ELOOP
-            }
-            Reason::ServiceUnavailable => {
-                count(Counter::ServiceUnavailable);
-                errno::ECONNREFUSED
-            }
-            Reason::NoFilter | Reason::Filter => errno::EPERM,
-        }
+        let (counter, error) = match self.request.decision.reason {
+            Reason::Loop => (Counter::Loops, errno::ELOOP),
+            Reason::ServiceUnavailable => (Counter::ServiceUnavailable, errno::ECONNREFUSED),
+            Reason::NoFilter | Reason::Filter => (Counter::BlockedByFilter, errno::EPERM),
+        };
+        count(counter);
+        error
     }
 
     #[inline(always)]

@@ -62,7 +62,7 @@ pub(crate) extern "C" fn carnet_client(ctx: *mut bpf_sock_addr, peer: *mut Endpo
         return 0;
     };
     if !is_source_token(peer) && find_client(ctx, peer, service, Some(socket)) {
-        count(Counter::Delivered);
+        count(Counter::Asked);
         return 1;
     }
     let Some(timed) = held_at(ctx, peer) else {
@@ -73,7 +73,7 @@ pub(crate) extern "C" fn carnet_client(ctx: *mut bpf_sock_addr, peer: *mut Endpo
     }
     socket.delete(&DELIVERED);
     if !socket.put_on_socket(&DELIVERED, &raw mut timed.held.leg) {
-        count(Counter::HandoverFailed);
+        count(Counter::AskFailed);
         return 0;
     }
     // It may have ended, but has been delivered.
@@ -81,7 +81,7 @@ pub(crate) extern "C" fn carnet_client(ctx: *mut bpf_sock_addr, peer: *mut Endpo
         leg.kind = LEG_REDIRECTED;
     }
     peer.address = timed.held.client.address;
-    count(Counter::Delivered);
+    count(Counter::Asked);
     1
 }
 

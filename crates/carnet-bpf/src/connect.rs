@@ -20,9 +20,7 @@
 
 use aya_ebpf::{bindings::bpf_sock_addr, macros::cgroup_sock_addr, programs::SockAddrContext};
 use carnet_core::{
-    abi::errno,
     address::Endpoint,
-    event::Counter,
     flow::{LEG_ONWARD, LEG_REDIRECTED, LEG_STARTING, LegState, SAME_NAMESPACE},
     record::Record,
 };
@@ -32,11 +30,11 @@ use crate::{
     client::carnet_client,
     ctx::{load32, load64, store32},
     decide::{Request, concerns_somebody, destination_concerns_somebody},
-    end::{datagrams_end, guard_begins},
+    end::{abandon, datagrams_end, guard_begins},
     listener::{Found, same},
     maps::{DELIVERED, LEGS},
     process::carnet_identify,
-    report::count,
+    report::count_passed,
     socket::{ESTABLISHED, Socket, TCP, copy_record, is_datagram},
     source::look_at,
 };
@@ -86,7 +84,7 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
         if !destination_concerns_somebody(TCP, &destination)
             || socket.is_blank() && !concerns_somebody(ctx, TCP, &destination)
         {
-            count(Counter::Passed);
+            count_passed();
             return PASS;
         }
         set_record(socket)
@@ -104,7 +102,7 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
         if !destination_concerns_somebody(protocol, &destination)
             || record.is_none() && !concerns_somebody(ctx, protocol, &destination)
         {
-            count(Counter::Passed);
+            count_passed();
             return PASS;
         }
         record
@@ -149,11 +147,11 @@ fn set_record_of_datagrams(socket: Socket) -> Option<&'static Record> {
 #[inline(always)]
 fn take_back(holder: Socket) -> Option<&'static Record> {
     let leg = holder.get(&LEGS)?;
+    abandon(leg);
     if leg.set_hops == 0 {
         holder.delete(&LEGS);
         return None;
     }
-    leg.kind = 0;
     leg.record.take_back(leg.set_hops);
     Some(&leg.record)
 }
@@ -165,8 +163,7 @@ fn carry_out(attempt: &Attempt<'_>) -> i32 {
     attempt.report_forgetful();
     if request.decision.redirects() {
         if is_datagram(request.protocol) && is_taken(attempt) {
-            attempt.report_refused();
-            return errno::EADDRINUSE;
+            return attempt.address_in_use();
         }
         if redirect(attempt) {
             attempt.unbind_device();

@@ -76,6 +76,25 @@ pub(crate) unsafe fn fetch_add(number: *mut i64, change: i64) -> i64 {
     value
 }
 
+/// Puts another number in place of `number`, atomically; gives what was there.
+///
+/// # Safety
+/// `number` points to a number in a map value that lives until the program ends.
+#[inline(always)]
+pub(crate) unsafe fn exchange(number: *mut u32, other: u32) -> u32 {
+    let mut value = other;
+    // SAFETY: by the caller.
+    unsafe {
+        core::arch::asm!(
+            "{value} = xchg32_32({number} + 0, {value})",
+            value = inout(wreg) value,
+            number = in(reg) number,
+            options(nostack, preserves_flags),
+        );
+    }
+    value
+}
+
 /// Hides from LLVM what it knows about a number, so that the comparison that follows is made with
 /// the register that is used afterwards: the verifier does not carry bounds from one register to
 /// another that was computed beside it; before Linux 6.2 not even from the lower half of a register

@@ -26,7 +26,6 @@ use aya_ebpf::{
 use carnet_core::{
     abi::errno,
     address::Endpoint,
-    event::Counter,
     flow::{
         Correspondent, CorrespondentKey, LEG_REDIRECTED, PeerKey, SAME_NAMESPACE, is_source_token,
         source_token,
@@ -46,7 +45,7 @@ use crate::{
         BLANK_LEG, CORRESPONDENTS, DATAGRAM_LEGS, LEGS, PASSING, SOCKET_TOKENS, TOKENS, TimedLeg,
     },
     process::{carnet_identify, carnet_service},
-    report::{count, now},
+    report::{count_passed, now},
     socket::{ESTABLISHED, Socket, copy_record, is_datagram},
     source::look_at,
 };
@@ -165,7 +164,7 @@ fn send(
         || record.is_none() && !concerns_somebody(ctx, protocol, &request.destination)
         || carnet_answers(ctx, &raw const request.destination) != 0
     {
-        count(Counter::Passed);
+        count_passed();
         remember(ctx, &request.destination, &[0; 4]);
         return PASS;
     }

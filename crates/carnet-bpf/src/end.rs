@@ -2,11 +2,16 @@
 
 use aya_ebpf::bindings::BPF_ANY;
 use carnet_core::{
-    event::EventKind,
-    flow::{GuardEntry, GuardKey, LEG_REDIRECTED, LegState},
+    event::{Counter, EventKind},
+    flow::{GuardEntry, GuardKey, LEG_REDIRECTED, LEG_STARTING, LegState},
 };
 
-use crate::{ctx::fetch_add, maps::GUARD, report::event};
+use crate::{
+    ctx::{exchange, fetch_add},
+    maps::GUARD,
+    report::{count, event},
+    socket::is_datagram,
+};
 
 #[inline(always)]
 fn guard_key(leg: &LegState) -> GuardKey {
@@ -73,9 +78,29 @@ pub(crate) fn datagrams_end(leg: &mut LegState) {
     if leg.kind == 0 {
         return;
     }
-    if leg.kind == LEG_REDIRECTED {
+    // Its timer, its socket and a datagram to a service that is gone may end it at the same time.
+    // SAFETY: the leg is in a map value.
+    let kind = unsafe { exchange(&raw mut leg.kind, 0) };
+    if kind == 0 {
+        return;
+    }
+    if kind == LEG_REDIRECTED {
         guard_ends(leg);
+        count(Counter::DatagramFlowsEnded);
+    }
+    report_end(leg, 0, 0);
+}
+
+/// What an earlier connect left on a socket ends here: of UDP a flow, of TCP a connect that failed
+/// before its SYN was sent.
+#[inline(always)]
+pub(crate) fn abandon(leg: &mut LegState) {
+    if is_datagram(leg.protocol) {
+        datagrams_end(leg);
+        return;
+    }
+    if leg.kind == LEG_REDIRECTED | LEG_STARTING {
+        count(Counter::Unsent);
     }
     leg.kind = 0;
-    report_end(leg, 0, 0);
 }

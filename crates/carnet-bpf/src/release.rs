@@ -1,6 +1,9 @@
-//! `cgroup/sock_release` (since Linux 5.9): the end of UDP flows, and of services' UDP sockets.
+//! `cgroup/sock_release` (since Linux 5.9): the end of UDP flows, of services' UDP sockets, and of
+//! connects that failed.
 //!
-//! **What it does.** Marks the slot of a registered socket as free to take, as `sockops` does for TCP. Ends the flows of a UDP socket that is closed for good: the leg of a connected
+//! **What it does.** Counts a redirected TCP connect that ends before its SYN was sent: no other hook
+//! sees that. Marks the slot of a registered UDP socket as free to take, as `sockops` does for TCP.
+//! Ends the flows of a UDP socket that is closed for good: the leg of a connected
 //! one, and the newest of those that a socket that is not connected has; the rest end by their timers.
 //! Their services can ask about them for a moment more: many a client sends one datagram and closes.
 //!
@@ -18,13 +21,13 @@ use aya_ebpf::{
 };
 use carnet_core::{
     address::{AF_INET, Endpoint},
-    flow::{DATAGRAM_LINGER_NS, LEG_REDIRECTED, LegState, PeerKey},
+    flow::{DATAGRAM_LINGER_NS, LEG_REDIRECTED, LEG_STARTING, LegState, PeerKey},
     table::Step,
 };
 
 use crate::{
     bank::repeat,
-    end::datagrams_end,
+    end::{abandon, datagrams_end},
     idle,
     listener::unlisten,
     maps::{BLANK_LEG, DATAGRAM_LEGS, LEGS, REGISTERED, SOCKET_TOKENS, SocketTokens, TOKENS},
@@ -39,6 +42,11 @@ pub fn carnet_release(ctx: SockContext) -> i32 {
         return 1;
     };
     if !socket.is_datagram() {
+        if let Some(leg) = socket.get(&LEGS)
+            && leg.kind & LEG_STARTING != 0
+        {
+            abandon(leg);
+        }
         return 1;
     }
     // SAFETY: the helpers take this context.

@@ -4,6 +4,7 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
 use carnet_core::event::{Counter, Event, EventKind};
 
 use crate::{
+    ctx::fetch_add,
     maps::{COUNTERS, EVENTS},
     process,
 };
@@ -15,10 +16,19 @@ pub(crate) fn now() -> u64 {
     unsafe { bpf_ktime_get_boot_ns() }
 }
 
-/// Adds one to a counter.
+/// Adds one to a counter, exactly: a program that interrupts this one may count as well.
 #[inline(always)]
 pub(crate) fn count(counter: Counter) {
     if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: the slot lives as long as the map, and is touched atomically.
+        unsafe { fetch_add(value.cast(), 1) };
+    }
+}
+
+/// Counts what passes. Most connects pay for this, so it is not atomic.
+#[inline(always)]
+pub(crate) fn count_passed() {
+    if let Some(value) = COUNTERS.get_ptr_mut(Counter::Passed as u32) {
         // SAFETY: the slot is this CPU's; a program that interrupts this one may make it lose a
         // count, never more.
         unsafe { *value = (*value).wrapping_add(1) };

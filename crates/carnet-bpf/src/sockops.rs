@@ -30,7 +30,7 @@ use carnet_core::{
 
 use crate::{
     ctx::{load32, load64},
-    end::{guard_begins, guard_ends, report_end},
+    end::{abandon, guard_begins, guard_ends, report_end},
     listener::{same, unlisten},
     maps::{DELIVERED, HANDOVER, LEGS},
     report::count,
@@ -79,7 +79,11 @@ fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
     let (local, remote) = ends(ctx);
     // A leg that an earlier connect left has lost its mark, or leads elsewhere.
     let fresh = leg.kind & LEG_STARTING != 0 && same(&remote, &leg.target);
-    leg.kind = if fresh { leg.kind & !LEG_STARTING } else { 0 };
+    if fresh {
+        leg.kind &= !LEG_STARTING;
+    } else {
+        abandon(leg);
+    }
     if let Some(connection) = socket.multipath()
         && let Some(copy) = connection.get(&LEGS)
     {
@@ -118,16 +122,20 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
     let Some(leg) = HANDOVER.get_ptr_mut(&key) else {
         return;
     };
-    if socket.put(&DELIVERED, leg) {
-        watch_state(ctx);
-        count(Counter::Delivered);
-        // SAFETY: the entry stays allocated until the program ends, and only this side of the
-        // connection uses it now.
-        guard_begins(unsafe { &*leg });
-    } else {
-        count(Counter::HandoverFailed);
+    let delivered = socket.put(&DELIVERED, leg);
+    if HANDOVER.remove(&key).is_err() {
+        // The connecting side has just ended, and has removed it and counted.
+        socket.delete(&DELIVERED);
+        return;
     }
-    let _absent = HANDOVER.remove(&key);
+    match socket.get(&DELIVERED) {
+        Some(leg) if delivered => {
+            watch_state(ctx);
+            count(Counter::Delivered);
+            guard_begins(leg);
+        }
+        _ => count(Counter::HandoverFailed),
+    }
 }
 
 /// A connection, or an attempt at one, has ended; `before` is the state that it was in.
@@ -148,7 +156,9 @@ fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
     if leg.kind == LEG_REDIRECTED {
         // Only a connection that was never established has still got an entry.
         let (local, remote) = ends(ctx);
-        let _absent = HANDOVER.remove(&tuple(leg.home, &local, &remote));
+        if HANDOVER.remove(&tuple(leg.home, &local, &remote)).is_ok() {
+            count(Counter::Unanswered);
+        }
     }
     leg.kind = 0;
     // The kernel counts SYN and FIN as bytes.

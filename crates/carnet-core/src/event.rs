@@ -19,7 +19,7 @@ pub enum EventKind {
     RecordForgotten = 4,
     /// A redirected or onward connection ended.
     Closed = 5,
-    /// A record that somebody tried to set was refused.
+    /// A record that somebody tried to set was refused, or was not his to set.
     RecordRefused = 6,
     /// A service registered a listener.
     ListenerRegistered = 7,
@@ -99,7 +99,8 @@ pub struct Event {
 const _: () = assert!(size_of::<Event>() == 64 + 24 + 8 + 16 + 16 + 8 + 8);
 
 /// Counters of the engine, each a slot of a per-CPU array. The first group adds up to the number of
-/// connects that were classified.
+/// connects that were classified; what the others add up to, see `docs/counters.md`. All are exact but
+/// [`Counter::Passed`], which may lose a count now and then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum Counter {
@@ -120,13 +121,13 @@ pub enum Counter {
     Skipped = 6,
     /// Times a service's process connected without the record of the flow that it holds.
     Forgotten = 7,
-    /// Redirected connections that a service accepted with their record.
+    /// Redirected TCP connections that were established at their service, with their record.
     Delivered = 8,
     /// Records that were set.
     RecordsSet = 9,
     /// Records that were refused as malformed.
     RecordsMalformed = 10,
-    /// Records that were refused as forged.
+    /// Records that were refused as forged, or under a key that is no longer accepted.
     RecordsForged = 11,
     /// Records that were refused as another instance's.
     RecordsForeign = 12,
@@ -139,15 +140,34 @@ pub enum Counter {
     /// Connections that could not be redirected because kernel memory or a map was exhausted; they
     /// are refused.
     OutOfMemory = 16,
-    /// Redirected connections whose leg could not be handed over to the accepting side.
+    /// Redirected TCP connections whose leg could not be handed over to the accepting side.
     HandoverFailed = 17,
     /// Sockets that were not made, since no hook would see their flows.
     SocketsRefused = 18,
+    /// Of the refused: by a filter.
+    BlockedByFilter = 19,
+    /// Of the refused: another UDP socket is connected from the same address to the same service.
+    AddressInUse = 20,
+    /// Redirected TCP connections that ended before their SYN was sent: no route, no port, closed
+    /// before the first byte of a fast open.
+    Unsent = 21,
+    /// Redirected TCP connections that ended before they were established at their service: it refused
+    /// or reset them, it never answered, or the client gave up.
+    Unanswered = 22,
+    /// Of the redirected: UDP flows.
+    DatagramFlows = 23,
+    /// Redirected UDP flows that have ended: their socket was closed or connected elsewhere, they were
+    /// idle, or their service was gone.
+    DatagramFlowsEnded = 24,
+    /// Times that a service connected a socket to ask about a UDP flow.
+    Asked = 25,
+    /// Times that it could not be told, for want of memory.
+    AskFailed = 26,
 }
 
 impl Counter {
     /// Number of counters.
-    pub const COUNT: usize = 19;
+    pub const COUNT: usize = 27;
 
     /// All counters with the names under which they are shown.
     pub const ALL: [(Self, &'static str); Self::COUNT] = [
@@ -170,5 +190,13 @@ impl Counter {
         (Self::OutOfMemory, "out_of_memory"),
         (Self::HandoverFailed, "handover_failed"),
         (Self::SocketsRefused, "sockets_refused"),
+        (Self::BlockedByFilter, "blocked_by_filter"),
+        (Self::AddressInUse, "address_in_use"),
+        (Self::Unsent, "unsent"),
+        (Self::Unanswered, "unanswered"),
+        (Self::DatagramFlows, "udp_flows"),
+        (Self::DatagramFlowsEnded, "udp_flows_ended"),
+        (Self::Asked, "udp_flows_asked"),
+        (Self::AskFailed, "udp_ask_failed"),
     ];
 }

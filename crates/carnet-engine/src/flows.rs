@@ -118,7 +118,8 @@ impl Engine {
     /// [`Error::NotUp`], [`Error::UnknownLayout`]; [`Error::Io`] if the kernel does not list them.
     pub fn flows(&self) -> Result<Vec<Flow>, Error> {
         let (legs, policy) = self.reading(|tables| {
-            let mut legs = read_legs(&self.program_path(object::FLOWS), tables)?;
+            let legs = read_legs(&self.program_path(object::FLOWS), tables)?;
+            let mut legs: Vec<_> = live_legs(&legs).copied().collect();
             legs.extend(tables.datagram_legs()?.into_iter().map(|held| held.leg));
             Ok((legs, tables.in_force()?.policy))
         })?;
@@ -130,7 +131,11 @@ impl Engine {
     }
 }
 
-fn read_legs(program: &std::path::Path, tables: &Tables) -> Result<Vec<LegState>, Error> {
+/// The legs that hang on the connecting sockets, be they alive or not.
+pub(crate) fn read_legs(
+    program: &std::path::Path,
+    tables: &Tables,
+) -> Result<Vec<LegState>, Error> {
     let failed = || Error::io("list", "the flows");
     let program =
         sys::open_pin(program).map_err(Error::io("open the program", program.display()))?;
@@ -148,9 +153,12 @@ pub(crate) fn legs_in(bytes: &[u8]) -> Vec<LegState> {
     let mut seen = BTreeSet::new();
     let states = bytes.chunks_exact(size_of::<LegState>());
     let states = states.filter_map(|bytes| LegState::read_from_bytes(bytes).ok());
-    // Others have no connection, or not yet.
-    let is_there = |leg: &LegState| matches!(leg.kind, LEG_REDIRECTED | LEG_ONWARD);
-    states.filter(|leg| is_there(leg) && seen.insert((leg.cookie, leg.netns))).collect()
+    states.filter(|leg| seen.insert((leg.cookie, leg.netns))).collect()
+}
+
+/// Of these legs those of connections: others have none, or not yet.
+pub(crate) fn live_legs(legs: &[LegState]) -> impl Iterator<Item = &LegState> {
+    legs.iter().filter(|leg| matches!(leg.kind, LEG_REDIRECTED | LEG_ONWARD))
 }
 
 impl Flow {

@@ -25,19 +25,24 @@
 //! | `engine` | up, open, upgrade, down |
 //! | `transaction` | changing the policy, all of it or not at all |
 //! | `tables` | the maps: layouts, sizes, contents |
+//! | `keys` | the keys of the records' MACs, and their rotation |
 //! | `links` | which program is attached to which cgroup |
 //! | `object` | the kernel engine as it was built, and how it is loaded |
 //! | `kernel` | where things lie in the running kernel's structures |
 //! | `flows`, `events`, `listeners`, `status` | what is going on |
+//! | `account` | what became of all redirects |
 //! | `existing` | ending connections that a new filter refuses |
 //! | `members`, `sockets` | whose flows pass the hooks: cgroups, processes, sockets |
 //! | `files`, `namespace`, [`cgroup`] | names of the kernel for what people name |
 //! | `netlink` | routes, and numbers of network namespaces |
 //! | [`doctor`] | whether Carnet can work here |
+//! | `clock` | the clock that the kernel engine uses |
 //! | `sys` | system calls for which there is no safe library |
 
+mod account;
 mod btf;
 pub mod cgroup;
+mod clock;
 pub mod doctor;
 mod engine;
 mod error;
@@ -48,6 +53,7 @@ mod flows;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod kernel;
+mod keys;
 mod links;
 mod listeners;
 mod location;
@@ -62,12 +68,14 @@ mod sys;
 mod tables;
 mod transaction;
 
+pub use account::{Account, RefusedAccount, TcpAccount, UdpAccount};
 pub use engine::{Engine, UpOptions, UpgradeReport};
 pub use error::Error;
 pub use events::EventReader;
 pub use existing::Ended;
 pub use flows::{Flow, FlowApp, FlowHop, LegKind};
+pub use keys::KeyStatus;
 pub use listeners::{Listener, ProcessSockets, Reach};
 pub use location::Location;
 pub use object::BuildId;
-pub use status::{LinkStatus, ProgramStatus, Status, TableStatus};
+pub use status::{LinkStatus, MapStatus, ProgramStatus, Status, TableStatus};

@@ -5,7 +5,8 @@ use std::{os::fd::AsFd as _, path::PathBuf, time::Duration};
 use carnet_core::{compile::compile, event::Counter, object::Policy};
 
 use crate::{
-    BuildId, Engine, Error, cgroup::Place, links::list, object::LAYOUT, sys, tables::Tables,
+    Account, BuildId, Engine, Error, KeyStatus, cgroup::Place, links::list, object::LAYOUT, sys,
+    tables::Tables,
 };
 
 /// What an instance is and does.
@@ -24,6 +25,8 @@ pub struct Status {
     pub scope_alive: bool,
     /// The epoch: records of another one are refused.
     pub epoch: u64,
+    /// The key under which records are issued.
+    pub key: KeyStatus,
     /// Number of the last transaction; 0 if there has been none.
     pub generation: u64,
     /// Number of flows that have begun.
@@ -46,8 +49,12 @@ pub struct Status {
     pub links: Vec<LinkStatus>,
     /// The counters, in the order of their numbers.
     pub counters: Vec<(Counter, u64)>,
-    /// How full the tables are.
+    /// What became of the redirects.
+    pub account: Account,
+    /// How full the policy's tables are.
     pub tables: Vec<TableStatus>,
+    /// How full the maps are that grow and shrink with what goes on.
+    pub maps: Vec<MapStatus>,
 }
 
 /// A program.
@@ -98,6 +105,22 @@ pub struct TableStatus {
     pub capacity: usize,
 }
 
+/// How full a map is that grows and shrinks with what goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MapStatus {
+    /// Its name, that of its pin.
+    pub name: &'static str,
+    /// What it holds.
+    pub what: &'static str,
+    /// How many there are.
+    pub used: usize,
+    /// How many there can be.
+    pub capacity: usize,
+    /// Whether the oldest give way where there is no room: entries stay that nobody needs any more.
+    pub oldest_give_way: bool,
+}
+
 impl Engine {
     /// What the instance is and does.
     ///
@@ -117,9 +140,7 @@ impl Engine {
         let compiled = compile(&in_force.policy, in_force.generation)?;
         // In an empty instance there is no document yet.
         let document = if in_force.generation == 0 { 0 } else { in_force.policy.to_bytes().len() };
-        let mut uses = tables.capacities()?.uses(&compiled, document).to_vec();
-        let (registered, capacity) = tables.listener_use()?;
-        uses.push(("listeners", registered, capacity));
+        let uses = tables.capacities()?.uses(&compiled, document);
         let table = |(what, used, capacity)| TableStatus { what, used, capacity };
         let scope_alive = Place::at(self.scope()).is_ok_and(|scope| scope.id == instance.scope_id);
         Ok(Status {
@@ -129,6 +150,7 @@ impl Engine {
             scope_id: instance.scope_id,
             scope_alive,
             epoch,
+            key: tables.key_status()?,
             generation: in_force.generation,
             flows_begun,
             layout: LAYOUT,
@@ -140,7 +162,9 @@ impl Engine {
             programs: self.programs()?,
             links: self.link_status(&in_force.policy, scope_alive.then_some(instance.scope_id))?,
             counters: tables.counters()?,
+            account: self.account_of(tables)?,
             tables: uses.into_iter().map(table).collect(),
+            maps: maps_of(tables)?,
         })
     }
 
@@ -187,4 +211,12 @@ impl Engine {
         }
         Ok(links)
     }
+}
+
+fn maps_of(tables: &Tables) -> Result<Vec<MapStatus>, Error> {
+    let fill = |(what, name)| {
+        let (used, capacity, oldest_give_way) = tables.fill(name)?;
+        Ok(MapStatus { name, what, used, capacity, oldest_give_way })
+    };
+    Tables::CHANGING.into_iter().map(fill).collect()
 }

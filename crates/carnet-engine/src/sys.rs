@@ -462,6 +462,35 @@ pub(crate) fn write_elements<T: IntoBytes + Immutable>(
     Ok(())
 }
 
+/// Counts the entries of a hash map. Those that come and go meanwhile may be counted or not.
+pub(crate) fn count_entries(map: &MapData) -> Result<usize, MapError> {
+    let info = map.info()?;
+    let mut key = vec![0_u8; info.key_size() as usize];
+    let mut next = key.clone();
+    let mut attributes = MapElement {
+        map: number(map.fd().as_fd()),
+        zero: 0,
+        key: 0,
+        // The command takes it for the address of the next key.
+        value: address(next.as_mut_ptr()),
+        flags: 0,
+    };
+    // A map that changes can lead round in circles.
+    for count in 0..=info.max_entries() as usize {
+        // SAFETY: the kernel reads a key at the one address, unless that is null, and writes one to the
+        // other; both buffers have its size and outlive the call.
+        match unsafe { bpf(bpf_cmd::BPF_MAP_GET_NEXT_KEY, &mut attributes) } {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(count),
+            Err(error) => return Err(error.into()),
+        }
+        std::mem::swap(&mut key, &mut next);
+        attributes.key = address(key.as_ptr());
+        attributes.value = address(next.as_mut_ptr());
+    }
+    Ok(info.max_entries() as usize)
+}
+
 /// `setsockopt(2)`.
 pub(crate) fn set_option(
     socket: BorrowedFd<'_>,

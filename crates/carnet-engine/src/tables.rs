@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, MapType, PerCpuArray};
 use carnet_core::{
     abi::MAX_CONTEXT,
     compile::{CompiledPolicy, max_candidates, max_nodes},
@@ -18,20 +18,19 @@ use carnet_core::{
     object::Policy,
     table::{HeaderRow, MAX_CANDIDATES},
 };
-use rustix::rand::{GetRandomFlags, getrandom};
 use zerocopy::{FromBytes, FromZeros as _, Immutable, IntoBytes};
 
 use crate::{
     Error, Location,
+    keys::draw,
     object::{BuildId, LAYOUT},
-    sys::{Wire, write_elements},
+    sys::{Wire, count_entries, write_elements},
 };
 
 /// The instance's identity towards the programs: an element of `CONFIG`.
 #[derive(Clone, Copy, FromBytes, Immutable, IntoBytes)]
 #[repr(C)]
 struct Config {
-    key: [u64; 2],
     epoch: u64,
     flows: u64,
     datagram_idle_ns: u64,
@@ -231,7 +230,33 @@ impl Tables {
         MapData::from_pin(self.directory.join(name)).map_err(Error::map(name))
     }
 
-    fn array<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
+    /// How many entries a hash map has.
+    pub(crate) fn entries(&self, name: &'static str) -> Result<usize, Error> {
+        count_entries(&self.open(name)?).map_err(Error::map(name))
+    }
+
+    /// The maps that grow and shrink with what goes on: kind of content, name.
+    pub(crate) const CHANGING: [(&'static str, &'static str); 8] = [
+        ("connections under way to a service", "HANDOVER"),
+        ("UDP flows of unconnected sockets", "DATAGRAM_LEGS"),
+        ("decisions for those", "CORRESPONDENTS"),
+        ("decisions for those that pass", "PASSING"),
+        ("IPv6 sources of UDP", "LOCAL_SOURCES"),
+        ("destinations that services hold", "GUARD"),
+        ("listeners", "LISTENERS"),
+        ("services' cgroups", "SVC_CGROUPS"),
+    ];
+
+    /// How full a map is, how full it can be, and whether the oldest give way in it.
+    pub(crate) fn fill(&self, name: &'static str) -> Result<(usize, usize, bool), Error> {
+        let map = self.open(name)?;
+        let info = map.info().map_err(Error::map(name))?;
+        let kind = info.map_type().map_err(Error::map(name))?;
+        let used = count_entries(&map).map_err(Error::map(name))?;
+        Ok((used, info.max_entries() as usize, kind == MapType::LruHash))
+    }
+
+    pub(crate) fn array<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
         &self,
         name: &'static str,
     ) -> Result<Array<MapData, Wire<V>>, Error> {
@@ -246,14 +271,14 @@ impl Tables {
         Map::HashMap(self.open(name)?).try_into().map_err(Error::map::<MapError>(name))
     }
 
-    fn first<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
+    pub(crate) fn first<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
         &self,
         name: &'static str,
     ) -> Result<V, Error> {
         self.array(name)?.get(&0, 0).map(|Wire(value)| value).map_err(Error::map(name))
     }
 
-    fn set_first<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
+    pub(crate) fn set_first<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
         &self,
         name: &'static str,
         value: V,
@@ -261,18 +286,11 @@ impl Tables {
         self.array(name)?.set(0, Wire(value), 0).map_err(Error::map(name))
     }
 
-    /// Gives the instance a key that nobody knows, an epoch that no other has, and the time after
-    /// which a UDP flow of an unconnected socket ends.
+    /// Gives the instance an epoch that no other has, and the time after which a UDP flow of an
+    /// unconnected socket ends.
     pub(crate) fn write_config(&self, datagram_idle: Duration) -> Result<(), Error> {
-        let mut random = [0_u8; size_of::<[u64; 3]>()];
-        let mut filled = 0;
-        while filled < random.len() {
-            filled += getrandom(&mut random[filled..], GetRandomFlags::empty())
-                .map_err(Error::io("draw", "a key"))?;
-        }
         let mut config = Config::new_zeroed();
-        let secret = config.as_mut_bytes().iter_mut().zip(&random);
-        secret.for_each(|(to, from)| *to = *from);
+        draw(config.epoch.as_mut_bytes(), "an epoch")?;
         config.datagram_idle_ns = u64::try_from(datagram_idle.as_nanos()).unwrap_or(u64::MAX);
         self.set_first("CONFIG", config)
     }
@@ -542,12 +560,6 @@ impl Tables {
     /// Forgets the listeners with these keys.
     pub(crate) fn remove_listeners(&self, unwanted: &[ListenerKey]) -> Result<(), Error> {
         self.retain::<ListenerKey, ListenerEntry>("LISTENERS", |key| !unwanted.contains(key))
-    }
-
-    /// Number of registered listeners that there are and can be.
-    pub(crate) fn listener_use(&self) -> Result<(usize, usize), Error> {
-        let info = self.open("LISTENERS")?.info().map_err(Error::map("LISTENERS"))?;
-        Ok((self.listeners()?.len(), info.max_entries() as usize))
     }
 
     /// Removes the entries whose keys are not wanted.

@@ -3,6 +3,7 @@
 //! One module a story. Each test has namespaces, cgroups and an engine of its own (see
 //! `carnet_tests::Lab`), so they run side by side; all need root.
 
+mod accounts;
 mod chains;
 mod changes;
 mod control;
@@ -12,6 +13,7 @@ mod failures;
 mod families;
 mod filters;
 mod instances;
+mod keys;
 mod listeners;
 mod loops;
 mod namespaces;

@@ -32,6 +32,8 @@ struct Status {
     cgroup: Cgroup,
     /// The instance's epoch, in hexadecimal: records of another one are refused.
     epoch: String,
+    /// The key under which records are issued.
+    key: Key,
     /// Whether sockets are refused there whose flows would pass unseen.
     refuse_unseen: bool,
     /// Number of the last change of the policy; 0 if there was none.
@@ -50,8 +52,22 @@ struct Status {
     links: Vec<Link>,
     /// The counters.
     counters: Vec<Count>,
-    /// How full the tables are.
+    /// What became of the redirects.
+    account: Account,
+    /// How full the policy's tables are.
     tables: Vec<Use>,
+    /// How full the maps are that grow and shrink with what goes on.
+    maps: Vec<MapUse>,
+}
+
+#[derive(Serialize)]
+struct Key {
+    /// Its number, from 1.
+    generation: u64,
+    /// For how many seconds it has issued records.
+    age_seconds: u64,
+    /// For how many seconds the key before is still accepted; 0 if it is not.
+    previous_accepted_seconds: u64,
 }
 
 #[derive(Serialize)]
@@ -102,6 +118,59 @@ struct Count {
     value: u64,
 }
 
+/// What became of the redirects; `docs/counters.md` has the equations.
+#[derive(Serialize)]
+struct Account {
+    tcp: Tcp,
+    udp: Udp,
+    refused: Refused,
+}
+
+/// Redirected TCP connections.
+#[derive(Serialize)]
+struct Tcp {
+    redirected: u64,
+    delivered: u64,
+    handover_failed: u64,
+    unsent: u64,
+    unanswered: u64,
+    starting: u64,
+    connecting: u64,
+    /// What the others do not add up to: 0 when nothing is under way.
+    difference: i64,
+}
+
+/// Redirected UDP flows.
+#[derive(Serialize)]
+struct Udp {
+    redirected: u64,
+    ended: u64,
+    live: u64,
+    difference: i64,
+}
+
+/// Refused connects and UDP flows.
+#[derive(Serialize)]
+struct Refused {
+    refused: u64,
+    by_filter: u64,
+    service_unavailable: u64,
+    loops_ended: u64,
+    out_of_memory: u64,
+    address_in_use: u64,
+    difference: i64,
+}
+
+#[derive(Serialize)]
+struct MapUse {
+    /// The map's name.
+    name: &'static str,
+    #[serde(flatten)]
+    of: Use,
+    /// Whether the oldest give way where there is no room.
+    oldest_give_way: bool,
+}
+
 #[derive(Serialize)]
 struct Use {
     /// What the table holds.
@@ -145,6 +214,15 @@ impl From<engine::Status> for Status {
             instance: status.instance,
             directory: status.directory,
             cgroup: Cgroup { path: status.scope, id: status.scope_id, alive: status.scope_alive },
+            key: Key {
+                generation: status.key.generation,
+                age_seconds: status.key.age.as_secs(),
+                // A rest of a second is not nothing.
+                previous_accepted_seconds: status
+                    .key
+                    .predecessor
+                    .map_or(0, |left| left.as_secs() + u64::from(left.subsec_nanos() > 0)),
+            },
             epoch: format!("{:016x}", status.epoch),
             refuse_unseen: status.refuse_unseen,
             generation: status.generation,
@@ -162,7 +240,81 @@ impl From<engine::Status> for Status {
                 .into_iter()
                 .map(|table| Use { what: table.what, used: table.used, capacity: table.capacity })
                 .collect(),
+            account: Account::from(status.account),
+            maps: status
+                .maps
+                .into_iter()
+                .map(|map| MapUse {
+                    name: map.name,
+                    of: Use { what: map.what, used: map.used, capacity: map.capacity },
+                    oldest_give_way: map.oldest_give_way,
+                })
+                .collect(),
         }
+    }
+}
+
+impl From<engine::Account> for Account {
+    fn from(account: engine::Account) -> Self {
+        let engine::Account { tcp, udp, refused, .. } = account;
+        Self {
+            tcp: Tcp {
+                redirected: tcp.redirected,
+                delivered: tcp.delivered,
+                handover_failed: tcp.handover_failed,
+                unsent: tcp.unsent,
+                unanswered: tcp.unanswered,
+                starting: tcp.starting,
+                connecting: tcp.connecting,
+                difference: tcp.difference(),
+            },
+            udp: Udp {
+                redirected: udp.redirected,
+                ended: udp.ended,
+                live: udp.live,
+                difference: udp.difference(),
+            },
+            refused: Refused {
+                refused: refused.refused,
+                by_filter: refused.by_filter,
+                service_unavailable: refused.service_unavailable,
+                loops_ended: refused.loops_ended,
+                out_of_memory: refused.out_of_memory,
+                address_in_use: refused.address_in_use,
+                difference: refused.difference(),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Account {
+    /// A line for each protocol, of sums that add up.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { tcp, udp, refused } = self;
+        write!(
+            f,
+            "TCP      {} redirected = {} delivered + {} handover failed + {} unsent + {} unanswered \
+             + {} under way",
+            tcp.redirected,
+            tcp.delivered,
+            tcp.handover_failed,
+            tcp.unsent,
+            tcp.unanswered,
+            tcp.starting + tcp.connecting,
+        )?;
+        let udp = (udp.redirected, udp.ended, udp.live);
+        write!(f, "\nUDP      {} redirected = {} ended + {} live", udp.0, udp.1, udp.2)?;
+        write!(
+            f,
+            "\nrefused  {} = {} by a filter + {} without service + {} loops + {} without memory \
+             + {} for an address in use",
+            refused.refused,
+            refused.by_filter,
+            refused.service_unavailable,
+            refused.loops_ended,
+            refused.out_of_memory,
+            refused.address_in_use,
+        )
     }
 }
 
@@ -192,6 +344,12 @@ impl fmt::Display for Status {
         let unseen = if self.refuse_unseen { "refused" } else { "not refused" };
         writeln!(f, "unseen       sockets that connect past the hooks are {unseen}")?;
         writeln!(f, "policy       changed {} times", self.generation)?;
+        let Key { generation, age_seconds, previous_accepted_seconds } = &self.key;
+        let previous = match previous_accepted_seconds {
+            0 => String::new(),
+            left => format!("; the one before is accepted for {left} s more"),
+        };
+        writeln!(f, "key          number {generation}, for {age_seconds} s{previous}")?;
         writeln!(f, "flows begun  {}", self.flows_begun)?;
 
         let attached = self.links.iter().filter(|link| link.alive);
@@ -219,7 +377,11 @@ impl fmt::Display for Status {
         for Use { what, used, capacity } in &self.tables {
             table.row([(*what).into(), used.to_string(), capacity.to_string()]);
         }
+        for MapUse { of: Use { what, used, capacity }, .. } in &self.maps {
+            table.row([(*what).into(), used.to_string(), capacity.to_string()]);
+        }
         writeln!(f, "\n{table}\n")?;
+        writeln!(f, "{}\n{}\n", styled(HEADING, "ACCOUNT"), self.account)?;
 
         write!(f, "{}", styled(HEADING, "COUNTED"))?;
         let mut counted = self.counters.iter().filter(|count| count.value > 0).peekable();
