@@ -5,6 +5,7 @@
 //! - [`Running`]: a redirect service at work (the program `test-service`, on the library `carnet`),
 //!   which reports what it knows of every connection.
 //! - [`puppet::Puppet`]: a process that makes single socket calls as the test tells it to.
+//! - [`caller::Caller`]: a process that makes many calls at an order, one after another.
 //! - [`dns`]: a resolver that answers anything.
 //! - [`contract`]: the C programs of the contract suite, and what they ask of a lab.
 //!
@@ -18,6 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub mod caller;
 pub mod contract;
 pub mod dns;
 mod lab;

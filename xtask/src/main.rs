@@ -7,6 +7,8 @@
 //! | [`test`](mod@test) | runs everything that runs on the local kernel |
 //! | [`contract`] | Windows' contract, clause by clause: tests and table |
 //! | [`conformance`] | prints the matrix of all ways to open a flow |
+//! | [`differential`] | the kernel's decisions against the core's and a naive model's |
+//! | [`fuzz`] | arbitrary input for every parser, and for the control interface |
 //! | [`evasion`] | every way to open a flow, and what becomes of it |
 //! | [`attacks`] | every attack that was tried, and what becomes of it |
 //! | [`winsock`] | builds, installs and checks the C library |
@@ -33,8 +35,10 @@ mod catalogue;
 mod ci;
 mod conformance;
 mod contract;
+mod differential;
 mod dist;
 mod evasion;
+mod fuzz;
 mod host;
 mod miri;
 mod page;
@@ -75,6 +79,10 @@ enum Command {
     Contract(contract::Options),
     /// Run the conformance matrix and print it: families, protocols, binds, destinations, services
     Conformance,
+    /// Compare three deciders about random flows through real sockets: kernel, core, naive model
+    Differential(differential::Options),
+    /// Fuzz every parser and the control interface, and print a table
+    Fuzz(fuzz::Options),
     /// Try every way to open a flow, and print what becomes of each
     Evasion(evasion::Options),
     /// Carry out every attack on the records and what guards them, and print what becomes of each
@@ -128,6 +136,8 @@ fn run(command: Command) -> Result<()> {
         Command::Test { arguments } => test::run(&arguments),
         Command::Contract(options) => contract::run(&options),
         Command::Conformance => conformance::run(),
+        Command::Differential(options) => differential::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Evasion(options) => evasion::run(&options),
         Command::Attacks(options) => attacks::run(&options),
         Command::Winsock(options) => winsock::run(&options),
