@@ -9,6 +9,7 @@
 //! | [`conformance`] | prints the matrix of all ways to open a flow |
 //! | [`evasion`] | every way to open a flow, and what becomes of it |
 //! | [`attacks`] | every attack that was tried, and what becomes of it |
+//! | [`prove`] | explores the model of the protocol, and breaks its rules |
 //! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`vm`] | boots other kernels, and tests there |
@@ -30,6 +31,7 @@ mod evasion;
 mod host;
 mod page;
 mod process;
+mod prove;
 mod test;
 mod vm;
 mod windows;
@@ -67,6 +69,8 @@ enum Command {
     Evasion(evasion::Options),
     /// Carry out every attack on the records and what guards them, and print what becomes of each
     Attacks(attacks::Options),
+    /// Explore the model of the protocol exhaustively, and show that it notices broken rules
+    Prove(prove::Options),
     /// Build and install the C library carnet-winsock, or check it thoroughly
     Winsock(winsock::Options),
     /// Build what runs on Windows, and run its tests under Wine
@@ -101,6 +105,7 @@ fn run(command: Command) -> Result<()> {
         Command::Conformance => conformance::run(),
         Command::Evasion(options) => evasion::run(&options),
         Command::Attacks(options) => attacks::run(&options),
+        Command::Prove(options) => prove::run(&options),
         Command::Winsock(options) => winsock::run(&options),
         Command::Windows(options) => windows::run(&options),
         Command::Vm(options) => vm::run(&options),
