@@ -11,6 +11,7 @@
 //! | [`fuzz`] | arbitrary input for every parser, and for the control interface |
 //! | [`evasion`] | every way to open a flow, and what becomes of it |
 //! | [`attacks`] | every attack that was tried, and what becomes of it |
+//! | [`prove`] | explores the model of the protocol, and breaks its rules |
 //! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`unsafety`] | lists unsafe code with its reasons |
@@ -43,6 +44,7 @@ mod host;
 mod miri;
 mod page;
 mod process;
+mod prove;
 mod test;
 mod unsafety;
 mod verifier;
@@ -87,6 +89,8 @@ enum Command {
     Evasion(evasion::Options),
     /// Carry out every attack on the records and what guards them, and print what becomes of each
     Attacks(attacks::Options),
+    /// Explore the model of the protocol exhaustively, and show that it notices broken rules
+    Prove(prove::Options),
     /// Build and install the C library carnet-winsock, or check it thoroughly
     Winsock(winsock::Options),
     /// Build what runs on Windows, and run its tests under Wine
@@ -140,6 +144,7 @@ fn run(command: Command) -> Result<()> {
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Evasion(options) => evasion::run(&options),
         Command::Attacks(options) => attacks::run(&options),
+        Command::Prove(options) => prove::run(&options),
         Command::Winsock(options) => winsock::run(&options),
         Command::Windows(options) => windows::run(&options),
         Command::Vm(options) => vm::run(&options),

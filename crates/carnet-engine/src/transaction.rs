@@ -4,11 +4,12 @@
 //! both banks share and the new policy needs in addition, and then puts it in force with a single
 //! store. Until then nothing that it did makes a difference to any connection, and it is taken
 //! back on an error. Afterwards it waits until no hook runs any more that may have begun under the
-//! old policy, and removes what only that needed.
+//! old policy, and removes what only that needed. The order of the steps is core's.
 
 use carnet_core::{
     compile::{CompiledPolicy, compile},
     object::Policy,
+    transaction::{AFTERWARDS, Step, UNTIL_IN_FORCE},
 };
 
 use crate::{
@@ -52,22 +53,26 @@ impl Engine {
         self.tables().check_room(&compiled, &document)?;
         // All that can fail is prepared before the store.
         let grace = GracePeriod::prepare().map_err(Error::io("prepare", "a grace period"))?;
-        let stored = self
-            .prepare(&before.policy, after, &compiled)
-            .and_then(|()| self.tables().write_bank(bank, &compiled, &document))
-            .and_then(|()| self.tables().flip(bank));
-        if let Err(error) = stored {
-            if let Err(second) = self.take_back(before, bank) {
-                tracing::warn!("{second}");
+        let take = |step| match step {
+            Step::Wait => grace.wait().map_err(Error::io("wait for", "a grace period")),
+            Step::Prepare => self.prepare(&before.policy, after, &compiled),
+            Step::Write => self.tables().write_bank(bank, &compiled, &document),
+            Step::Flip => self.tables().flip(bank),
+            Step::Tidy => self.tidy(after, &compiled, before.bank),
+        };
+        for step in UNTIL_IN_FORCE {
+            if let Err(error) = take(step) {
+                // While it waits, nothing has been done, and hooks may read that bank.
+                if step != Step::Wait
+                    && let Err(second) = self.take_back(before, bank)
+                {
+                    tracing::warn!("{second}");
+                }
+                return Err(error);
             }
-            return Err(error);
         }
         // The new policy is in force: what cannot be tidied now, the next transaction tidies.
-        let tidied = grace
-            .wait()
-            .map_err(Error::io("wait for", "a grace period"))
-            .and_then(|()| self.tidy(after, &compiled, before.bank));
-        if let Err(error) = tidied {
+        if let Err(error) = AFTERWARDS.into_iter().try_for_each(take) {
             tracing::warn!("{error}");
         }
         Ok(())

@@ -370,10 +370,7 @@ mod tests {
     #[test]
     fn prefixes_are_checked() {
         assert_eq!(parse_prefix("192.0.2.10/24").unwrap(), (IpAddr::from([192, 0, 2, 10]), 24));
-        assert_eq!(
-            parse_prefix("::/0").unwrap(),
-            (IpAddr::from(Ipv6Addr::UNSPECIFIED), 0)
-        );
+        assert_eq!(parse_prefix("::/0").unwrap(), (IpAddr::from(Ipv6Addr::UNSPECIFIED), 0));
         for wrong in ["", "192.0.2.10", "192.0.2.10/33", "2001:db8::1/129", "host/24", "::1/-1"] {
             assert!(matches!(parse_prefix(wrong), Err(Error::Argument { .. })), "{wrong}");
         }
