@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData};
 use carnet_core::{
     event::{Counter, Event, EventKind},
     flow::{LegState, Tuple},
@@ -16,9 +16,11 @@ use carnet_core::{
         CgroupRef, Conditions, Context, FailurePolicy, FilterAction, NewFilter, NewService, Policy,
         Trust, Weight,
     },
+    siphash::Key,
 };
 use carnet_engine::{Engine, EventReader, Location, UpOptions};
 use carnet_testbed::{BpfDirectory, Cgroup, EchoServer, PeerClient, Topology, require_root};
+use zerocopy::FromBytes as _;
 
 use crate::{Must as _, PATIENCE, Report, Running, puppet::Puppet, service::Behaviour, until};
 
@@ -366,6 +368,24 @@ impl Lab {
         let counters = self.engine().counters().must("read the counters");
         let found = counters.iter().find(|(candidate, _)| *candidate == counter);
         found.expect("every counter").1
+    }
+
+    /// The two keys that the kernel has, as root can read them: the one under which records are issued,
+    /// and the other one.
+    #[track_caller]
+    pub fn keys(&self) -> [Key; 2] {
+        const KEY: usize = size_of::<Key>();
+        let pin = |name| {
+            let path = self.location.directory().join("maps").join(name);
+            Map::Array(MapData::from_pin(path).must("open a map"))
+        };
+        let current = Array::<_, u64>::try_from(pin("CURRENT_KEY")).must("read CURRENT_KEY");
+        let place = current.get(&0, 0).must("read CURRENT_KEY") as u32;
+        let keys = Array::<_, [u8; KEY]>::try_from(pin("KEYS")).must("read KEYS");
+        [place, place ^ 1].map(|place| {
+            let key = keys.get(&place, 0).must("read KEYS");
+            Key::read_from_bytes(&key).expect("the size of a key")
+        })
     }
 
     /// Waits until the kernel keeps nothing of any connection any more: no flow is listed, and no

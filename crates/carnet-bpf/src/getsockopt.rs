@@ -27,8 +27,10 @@ use carnet_core::{
 
 use crate::{
     ctx::{load32, load64, store32},
-    mac::carnet_mac,
+    mac::issue,
     maps::DELIVERED,
+    process,
+    report::now,
     socket::{CLOSE, LISTEN, SYN_SENT, Socket},
 };
 
@@ -98,15 +100,16 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
     match name {
         abi::QUERY_REDIRECT_RECORDS => {
             let length = u32::from(leg.record.length);
+            if leg.kind != 0 {
+                leg.record.renew(now());
+            }
             // Not done at every redirect: a service that only looks at the destination does not
             // need it.
-            leg.record.mac = carnet_mac(&leg.record);
+            issue(&mut leg.record);
             copy_out::<{ MAX_RECORD / 8 }>(ctx, ptr::from_ref(&leg.record).cast(), length)
         }
         abi::QUERY_REDIRECT_CONTEXT => {
-            if leg.context_length == 0 {
-                return Err(errno::ENODATA);
-            }
+            may_read_context(leg)?;
             copy_out::<{ abi::MAX_CONTEXT / 8 }>(
                 ctx,
                 leg.context.as_ptr().cast(),
@@ -115,9 +118,7 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
         }
         abi::REDIRECT_RECORDS_LENGTH => put(ctx, u32::from(leg.record.length)),
         abi::REDIRECT_CONTEXT_LENGTH => {
-            if leg.context_length == 0 {
-                return Err(errno::ENODATA);
-            }
+            may_read_context(leg)?;
             put(ctx, leg.context_length)
         }
         abi::ORIGINAL_DESTINATION => put(ctx, leg.requested),
@@ -138,6 +139,15 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
             },
         ),
     }
+}
+
+/// Whether there is a context, for this caller.
+#[inline(always)]
+fn may_read_context(leg: &LegState) -> Result<(), i32> {
+    if leg.context_length == 0 || !process::caller().may_read_context(leg.handle) {
+        return Err(errno::ENODATA);
+    }
+    Ok(())
 }
 
 /// Copies the first `length` bytes of a map value's part of `WORDS` 64-bit words to the caller.

@@ -15,7 +15,9 @@ use carnet_core::{
         Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, GuardKey, LegState,
         ListenerEntry, ListenerKey, LocalSourceKey, PeerKey, Registration, Tuple,
     },
+    key::KeyRow,
     record::Record,
+    siphash::Key,
     table::{ConditionRow, FilterRow, HeaderRow, LeafRow, MAX_SERVICES, NodeRow, ServiceRow},
 };
 
@@ -24,8 +26,6 @@ const NO_PREALLOC: usize = aya_ebpf::bindings::BPF_F_NO_PREALLOC as usize;
 /// The instance's identity, written once by `up`.
 #[repr(C)]
 pub(crate) struct Config {
-    /// The MAC's key. User mode draws it from the system's random source and forgets it.
-    pub(crate) key: [u64; 2],
     /// The instance's epoch: records of another epoch are foreign.
     pub(crate) epoch: u64,
     /// Number of flows begun so far: the next flow's id.
@@ -39,6 +39,21 @@ pub(crate) struct Config {
 /// Writer: `up`; flows, swept: the hooks. Reader: all hooks.
 #[btf_map]
 pub(crate) static CONFIG: Array<Config, 1> = Array::new();
+
+/// The keys of the records' MACs, in two places. User mode draws them from the system's random source and
+/// forgets them; it never reads this map. Writer: `up`; a rotation, only the place that does not count.
+/// Reader: getsockopt, setsockopt.
+#[btf_map]
+pub(crate) static KEYS: Array<Key, 2> = Array::new();
+
+/// What is known of the keys, in the same places. Writer, reader: as of the keys; `carnet status`.
+#[btf_map]
+pub(crate) static KEY_ROWS: Array<KeyRow, 2> = Array::new();
+
+/// The place of the key that issues records, 0 or 1. Writer: a rotation, with one store. Reader: as of
+/// the keys.
+#[btf_map]
+pub(crate) static CURRENT_KEY: Array<u64, 1> = Array::new();
 
 /// The bank that is in force, 0 or 1. Writer: a transaction, with one store. Reader: connect.
 #[btf_map]

@@ -10,6 +10,7 @@ use aya_ebpf::helpers::generated::{
     bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_uid_gid, bpf_probe_read_kernel,
 };
 use carnet_core::{
+    access::Caller,
     flow::LegState,
     record::{AppIdentity, FileId, MAX_PATH},
     table::{MAX_CGROUP_LEVEL, Repeat as _, Step},
@@ -199,6 +200,12 @@ impl Process {
             );
         }
     }
+}
+
+/// The calling process, as the rules of the control interface see it.
+#[inline(always)]
+pub(crate) fn caller() -> Caller {
+    Caller { service: carnet_service(), privileged: Process::current().is_privileged() }
 }
 
 /// Fills in the identity of the calling process in the record of a new leg. A global function, see

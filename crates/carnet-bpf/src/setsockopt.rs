@@ -20,6 +20,7 @@ use aya_ebpf::{
 };
 use carnet_core::{
     abi::{self, LISTENER_SLOTS, errno},
+    access::Caller,
     event::{Counter, EventKind},
     flow::{ListenerEntry, ListenerKey, Registration, SAME_NAMESPACE},
     record::{MAX_HOPS, MAX_RECORD, Record, RecordError},
@@ -31,10 +32,10 @@ use crate::{
     ctx::{load32, load64, opaque, store32},
     end::abandon,
     listener::same,
-    mac::carnet_mac,
-    maps::{CONFIG, LEGS, LISTENERS, REGISTERED, SECOND_RECORDS},
-    process::{self, Process},
-    report::{count, event_of_caller, now},
+    mac::verify,
+    maps::{LEGS, LISTENERS, REGISTERED, SECOND_RECORDS},
+    process,
+    report::{count, event_of_caller},
     socket::{CLOSE, LISTEN, Socket, TCP, copy_record},
 };
 
@@ -79,22 +80,21 @@ fn take(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<(), i32> {
     if !socket.is_tcp() && !socket.is_datagram() {
         return Err(errno::EINVAL);
     }
-    let service = process::carnet_service();
-    let privileged = Process::current().is_privileged();
-    if service == 0 && !privileged {
-        return Err(errno::EACCES);
-    }
+    let caller = process::caller();
     if name == abi::SET_REDIRECT_RECORDS {
-        set_record(ctx, socket, service)
+        set_record(ctx, socket, &caller)
     } else {
-        register(ctx, socket, service, privileged)
+        register(ctx, socket, &caller)
     }
 }
 
 /// Keeps a record on a socket that is to be connected. Nothing instead of one takes it off a UDP socket
 /// again.
 #[inline(always)]
-fn set_record(ctx: *mut bpf_sockopt, socket: Socket, service: u64) -> Result<(), i32> {
+fn set_record(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -> Result<(), i32> {
+    if !caller.may_act() {
+        return Err(refused(RecordError::NotDelivered, caller));
+    }
     if socket.state() != CLOSE {
         return Err(errno::EINVAL);
     }
@@ -107,20 +107,26 @@ fn set_record(ctx: *mut bpf_sockopt, socket: Socket, service: u64) -> Result<(),
         return Ok(());
     }
     if given == 0 || given as usize > MAX_RECORD {
-        return Err(refused(RecordError::Malformed, service));
+        return Err(refused(RecordError::Malformed, caller));
     }
     let Some(leg) = socket.get_or_create(&LEGS) else {
         return Err(errno::ENOMEM);
     };
-    // Left by a connect that failed before anything was sent.
+    // Left by a connect that failed before anything was sent, or of UDP by one that was dissolved,
+    // which no hook sees.
     abandon(leg);
     if leg.set_hops == 0 {
-        receive(ctx, &mut leg.record, given, service)?;
+        let result = receive(ctx, &mut leg.record, given, caller);
+        if result.is_err() {
+            // Nothing of a refused record stays.
+            socket.delete(&LEGS);
+        }
+        result?;
     } else {
         let Some(second) = socket.get_or_create(&SECOND_RECORDS) else {
             return Err(errno::ENOMEM);
         };
-        let result = receive(ctx, second, given, service);
+        let result = receive(ctx, second, given, caller);
         if result.is_ok() {
             copy_record(leg, second);
         }
@@ -134,7 +140,12 @@ fn set_record(ctx: *mut bpf_sockopt, socket: Socket, service: u64) -> Result<(),
 
 /// Takes the caller's record to its place, and verifies it there.
 #[inline(always)]
-fn receive(ctx: *mut bpf_sockopt, place: &mut Record, given: u32, service: u64) -> Result<(), i32> {
+fn receive(
+    ctx: *mut bpf_sockopt,
+    place: &mut Record,
+    given: u32,
+    caller: &Caller,
+) -> Result<(), i32> {
     let buffer = load64!(ctx, 8) as *const core::ffi::c_void;
     let given = opaque(given);
     if given > MAX_RECORD as u64 {
@@ -145,43 +156,30 @@ fn receive(ctx: *mut bpf_sockopt, place: &mut Record, given: u32, service: u64) 
     unsafe {
         bpf_probe_read_kernel(ptr::from_mut(place).cast(), given as u32, buffer);
     }
-    verified(place, given as u32, service)
-}
-
-#[inline(always)]
-fn verified(record: &Record, given: u32, service: u64) -> Result<(), i32> {
-    let Some(config) = CONFIG.get(0) else {
-        return Err(errno::EINVAL);
-    };
-    if !record.well_formed(given as usize) {
-        return Err(refused(RecordError::Malformed, service));
-    }
-    let mac = carnet_mac(record);
-    if let Err(error) = record.verify(given as usize, mac, config.epoch, now()) {
-        return Err(refused(error, service));
-    }
-    // Contract S30: a service sets only what was delivered to it.
+    verify(place, given as u32).map_err(|error| refused(error, caller))?;
     // The mask changes nothing, it tells the verifier a bound.
-    let newest = opaque(record.hop_count.wrapping_sub(1)) & (MAX_HOPS as u64 - 1);
-    let newest = record.hop(newest as u32).map_or(0, |hop| hop.handle);
-    if service != 0 && newest != service {
-        return Err(errno::EACCES);
+    let newest = opaque(place.hop_count.wrapping_sub(1)) & (MAX_HOPS as u64 - 1);
+    let delivered_to = place.hop(newest as u32).map_or(0, |hop| hop.handle);
+    if !caller.may_set(delivered_to) {
+        return Err(refused(RecordError::NotDelivered, caller));
     }
     Ok(())
 }
 
 /// Counts and reports a refused record; gives its errno.
 #[inline(always)]
-fn refused(error: RecordError, service: u64) -> i32 {
+fn refused(error: RecordError, caller: &Caller) -> i32 {
+    event_of_caller(EventKind::RecordRefused, |event| {
+        event.reason = error as u32;
+        event.handle = caller.service;
+    });
     count(match error {
         RecordError::Malformed => Counter::RecordsMalformed,
         RecordError::Forged => Counter::RecordsForged,
         RecordError::Foreign => Counter::RecordsForeign,
         RecordError::Expired => Counter::RecordsExpired,
-    });
-    event_of_caller(EventKind::RecordRefused, |event| {
-        event.reason = error as u32;
-        event.handle = service;
+        // Counted with the other calls that are.
+        RecordError::NotDelivered => return errno::EACCES,
     });
     errno::EINVAL
 }
@@ -189,12 +187,10 @@ fn refused(error: RecordError, service: u64) -> i32 {
 /// Notes a socket as one of a service's: a TCP socket that listens, or a UDP socket that is bound to a
 /// port and not connected.
 #[inline(always)]
-fn register(
-    ctx: *mut bpf_sockopt,
-    socket: Socket,
-    service: u64,
-    privileged: bool,
-) -> Result<(), i32> {
+fn register(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -> Result<(), i32> {
+    if !caller.may_act() {
+        return Err(errno::EACCES);
+    }
     let local = socket.local();
     let protocol = if socket.is_tcp() { TCP } else { socket.protocol() };
     let listens = if protocol == TCP {
@@ -206,7 +202,7 @@ fn register(
         return Err(errno::EINVAL);
     }
     let handle = match load32!(ctx, 32) {
-        0 => service,
+        0 => caller.service,
         8 => {
             let mut handle = 0_u64;
             let buffer = load64!(ctx, 8) as *const core::ffi::c_void;
@@ -214,14 +210,11 @@ fn register(
             unsafe {
                 bpf_probe_read_kernel((&raw mut handle).cast(), size_of::<u64>() as u32, buffer);
             }
-            if handle != service && !privileged {
-                return Err(errno::EACCES);
-            }
             handle
         }
         _ => return Err(errno::EINVAL),
     };
-    if handle == 0 {
+    if !caller.may_register(handle) {
         return Err(errno::EACCES);
     }
     let Some(registered) = socket.get_or_create(&REGISTERED) else {

@@ -26,9 +26,9 @@
 //! |---|---|
 //! | `ENOPROTOOPT`, `EOPNOTSUPP` | no engine serves this socket's cgroup: the kernel itself answers |
 //! | `EOPNOTSUPP` | not an IPv4 or IPv6 socket (S37b), or an option number that Carnet does not know |
-//! | `EINVAL` | not a TCP or UDP socket (S34c); for 222: a record that is malformed, forged, truncated, of another instance or expired, or a socket that is already connecting, connected or listening (S34b, S58); for 227: not a listening TCP socket or bound and unconnected UDP socket, or one that is bound to a device |
+//! | `EINVAL` | not a TCP or UDP socket (S34c); for 222: a record that is malformed, forged, truncated, of another instance, expired or under a key that is no longer accepted, or a socket that is already connecting, connected or listening (S34b, S58); for 227: not a listening TCP socket or bound and unconnected UDP socket, or one that is bound to a device |
 //! | `ENOTCONN` | get: the socket is not connected (it was not accepted) |
-//! | `ENODATA` | get: connected, but not by a redirect; 221, 224: the redirect carries no context (S52) |
+//! | `ENODATA` | get: connected, but not by a redirect; 221, 224: the redirect carries no context (S52), or the calling process is of another service |
 //! | `ERANGE` | get: the buffer is too small (ask 223 or 224 first) |
 //! | `EACCES` | 222, 227: the calling process is neither in a service's cgroup nor privileged; 222: the record was not delivered to this service (S30) |
 //! | `ENOSPC` | 227: the service has [`LISTENER_SLOTS`] listeners of this family and protocol in this network namespace |

@@ -19,7 +19,7 @@ pub enum EventKind {
     RecordForgotten = 4,
     /// A redirected or onward connection ended.
     Closed = 5,
-    /// A record that somebody tried to set was refused.
+    /// A record that somebody tried to set was refused, or was not his to set.
     RecordRefused = 6,
     /// A service registered a listener.
     ListenerRegistered = 7,
@@ -127,7 +127,7 @@ pub enum Counter {
     RecordsSet = 9,
     /// Records that were refused as malformed.
     RecordsMalformed = 10,
-    /// Records that were refused as forged.
+    /// Records that were refused as forged, or under a key that is no longer accepted.
     RecordsForged = 11,
     /// Records that were refused as another instance's.
     RecordsForeign = 12,

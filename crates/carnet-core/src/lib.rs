@@ -7,8 +7,10 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`abi`] | the control interface: socket-option level, names, layouts, errno table |
+//! | [`access`] | who may do what through it |
 //! | [`address`] | endpoints and 128-bit field values |
 //! | [`record`] | the redirect record: layout, MAC, verification |
+//! | [`key`] | the keys of the MACs: which of them count, and when |
 //! | [`chain`] | the four redirect states, trust, the hop guard |
 //! | [`table`] | the compiled policy: rows, and the trait over the tables that hold them |
 //! | [`arbitration`] | how permits, blocks and redirects of several sublayers combine |
@@ -36,6 +38,7 @@ extern crate std;
 compile_error!("Carnet's layouts are little-endian; a big-endian host is not supported yet");
 
 pub mod abi;
+pub mod access;
 pub mod address;
 pub mod arbitration;
 pub mod chain;
@@ -48,6 +51,7 @@ pub mod existing;
 #[cfg(feature = "host")]
 pub mod explain;
 pub mod flow;
+pub mod key;
 #[cfg(feature = "host")]
 pub mod object;
 pub mod record;

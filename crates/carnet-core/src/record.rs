@@ -4,6 +4,13 @@
 //! S55): a service queries it from the connection that it accepted and sets it, unchanged, on the
 //! socket with which it reaches the destination. Only the kernel engine reads and appends to it.
 //!
+//! What a record is good for: its service may set it as often as it likes, on any socket and for any
+//! destination, since services try again and try other addresses (S55); also when the connection that
+//! it came with is over, since some store and forward. It is good for nothing to anybody else
+//! ([`Caller::may_set`](crate::access::Caller::may_set)), in another instance or another life of this
+//! one (the epoch), an hour after its issue ([`LIFETIME_NS`]), and when its key is no longer accepted
+//! ([`KeyRow`](crate::key::KeyRow)).
+//!
 //! Layout, version 1 (little-endian; all offsets in bytes):
 //!
 //! | offset | size | field |
@@ -40,7 +47,8 @@ pub const MAX_RECORD: usize = size_of::<Record>();
 /// Length in bytes of a record without hops.
 pub const HEADER_LENGTH: usize = core::mem::offset_of!(Record, hops);
 /// How long after its issue a record may be set: an hour of the boot-time clock, in nanoseconds.
-/// A service sets a record within moments; a longer life would only serve replays.
+/// A service sets a record within moments; a longer life would only serve replays. As long as the
+/// connection is there, a query renews it ([`Record::renew`]).
 pub const LIFETIME_NS: u64 = 3_600_000_000_000;
 
 /// Longest executable path kept, in bytes.
@@ -170,19 +178,21 @@ const _: () = {
     assert!(align_of::<Record>() == 8);
 };
 
-/// Why a record is refused. All of them are `EINVAL` to the caller (contract S34b); the kernel
-/// counts them apart.
+/// Why a record is refused. To the caller all of them are `EINVAL` (contract S34b), but the last, which
+/// is `EACCES` (S30); the kernel counts them apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum RecordError {
     /// Not a record, of an unknown version, or of another length than it says.
     Malformed = 1,
-    /// The MAC is wrong: forged, or damaged on its way.
+    /// The MAC is wrong: forged, damaged on its way, or issued under a key that is no longer accepted.
     Forged = 2,
-    /// Issued by another engine instance, or before this one was brought up again.
+    /// Of another engine instance, or from before this one was brought up again, as it says itself.
     Foreign = 3,
     /// Issued longer ago than [`LIFETIME_NS`].
     Expired = 4,
+    /// In order, but the caller may not set it.
+    NotDelivered = 5,
 }
 
 impl Record {
@@ -217,12 +227,12 @@ impl Record {
         if !self.well_formed(given) {
             return Err(RecordError::Malformed);
         }
-        // One XOR of whole words: the time it takes says nothing of which bit differs.
-        if self.mac ^ mac != 0 {
-            return Err(RecordError::Forged);
-        }
+        // Before the MAC, which tells a foreign record from a forged one only under the same key.
         if self.epoch != epoch {
             return Err(RecordError::Foreign);
+        }
+        if !same_mac(self.mac, mac) {
+            return Err(RecordError::Forged);
         }
         if now_ns.wrapping_sub(self.issued_ns) > LIFETIME_NS {
             return Err(RecordError::Expired);
@@ -237,6 +247,16 @@ impl Record {
             return None;
         }
         self.hops.get(index as usize)
+    }
+
+    /// A service asks for the record at `now_ns` of the boot-time clock, while the connection is there:
+    /// when half of the record's life is over, it is issued anew. So a service can set the record of a
+    /// connection of any age; and two queries that are close in time give the same bytes.
+    #[inline(always)]
+    pub const fn renew(&mut self, now_ns: u64) {
+        if now_ns.wrapping_sub(self.issued_ns) > LIFETIME_NS / 2 {
+            self.issued_ns = now_ns;
+        }
     }
 
     /// Appends a hop. Gives `false`, and changes nothing, when the record is full.
@@ -259,6 +279,14 @@ impl Record {
         self.hop_count = hop_count;
         self.length = length_with(hop_count);
     }
+}
+
+/// Whether two MACs are the same, in constant time: the MAC is one 64-bit word, which BPF, and every
+/// 64-bit machine that runs it, compares with one instruction, so there is no first difference at which
+/// to stop. What the branch after it gives away, that the record was refused, the caller is told anyway.
+#[inline(always)]
+const fn same_mac(one: u64, other: u64) -> bool {
+    one ^ other == 0
 }
 
 /// Length in bytes of a record with so many hops.
@@ -398,6 +426,35 @@ mod tests {
     }
 
     #[test]
+    fn every_single_bit_of_the_mac_counts() {
+        let record = record(1);
+        for bit in 0..64 {
+            let flipped = Record { mac: record.mac ^ 1 << bit, ..record };
+            let given = flipped.length as usize;
+            let verdict = flipped.verify(given, mac_of(&flipped, &KEY), EPOCH, NOW);
+            assert_eq!(verdict, Err(RecordError::Forged), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn a_record_is_renewed_in_the_second_half_of_its_life() {
+        let young = record(1);
+        for (age, renewed) in [
+            (0, false),
+            (LIFETIME_NS / 2, false),
+            (LIFETIME_NS / 2 + 1, true),
+            (LIFETIME_NS + 1, true),
+            (9 * LIFETIME_NS, true),
+        ] {
+            let mut record = young;
+            let now = young.issued_ns + age;
+            record.renew(now);
+            let due = if renewed { now } else { young.issued_ns };
+            assert_eq!(record, Record { issued_ns: due, ..young }, "{age}");
+        }
+    }
+
+    #[test]
     fn foreign_and_expired_records_are_told_apart() {
         let mut foreign = record(1);
         foreign.epoch += 1;
@@ -405,6 +462,9 @@ mod tests {
         let given = foreign.length as usize;
         let check = |r: &Record, now| r.verify(given, mac_of(r, &KEY), EPOCH, now);
         assert_eq!(check(&foreign, NOW), Err(RecordError::Foreign));
+        // One of another key is told as foreign too, as real ones are.
+        let mac = mac_of(&foreign, &[1, 2]);
+        assert_eq!(foreign.verify(given, mac, EPOCH, NOW), Err(RecordError::Foreign));
         let fresh = record(1);
         assert_eq!(check(&fresh, fresh.issued_ns + LIFETIME_NS), Ok(()));
         assert_eq!(check(&fresh, fresh.issued_ns + LIFETIME_NS + 1), Err(RecordError::Expired));

@@ -7,7 +7,7 @@ use carnet_core::{
 
 use crate::{
     Engine, Error,
-    flows::{read_legs, live_legs},
+    flows::{live_legs, read_legs},
     object,
     tables::Tables,
 };

@@ -365,6 +365,7 @@ fn build(
     };
     let tables = Tables::at(maps);
     tables.write_config(options.udp_idle)?;
+    tables.create_keys()?;
     tables.create_instance(&instance)?;
     let plan = plan(&instance, &Policy::new())?;
     Links::of(&workshop.path).attach_missing(&plan, |_| false)?;

@@ -1,6 +1,6 @@
 //! The error of every operation.
 
-use std::{io, net::SocketAddr, path::PathBuf};
+use std::{io, net::SocketAddr, path::PathBuf, time::Duration};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 use carnet_core::{abi::LISTENER_SLOTS, compile::CompileError, object::DocumentError};
@@ -234,6 +234,20 @@ pub enum Error {
     /// A life of idle UDP flows of less than a millisecond.
     #[error("idle UDP flows cannot end at once: give them a millisecond or more")]
     BadUdpIdle,
+
+    /// An overlap of keys that is longer than records live.
+    #[error(
+        "a key cannot be accepted for {} seconds after its rotation, since its records live for {} \
+         seconds: name a shorter overlap",
+        given.as_secs_f64(),
+        longest.as_secs()
+    )]
+    BadOverlap {
+        /// What was asked for.
+        given: Duration,
+        /// The longest that there can be.
+        longest: Duration,
+    },
 
     /// The policy cannot be compiled.
     #[error(transparent)]

@@ -7,13 +7,10 @@ use std::{
 
 use aya::maps::{Map, MapData, MapError, RingBuf};
 use carnet_core::event::Event;
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    time::{ClockId, clock_gettime},
-};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use zerocopy::FromBytes as _;
 
-use crate::{Engine, Error, location::Lock};
+use crate::{Engine, Error, clock::boot_time_ns, location::Lock};
 
 const EVENTS: &str = "EVENTS";
 
@@ -88,10 +85,4 @@ impl AsFd for EventReader {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.ring.as_fd()
     }
-}
-
-/// Now, on the clock that the kernel engine uses.
-fn boot_time_ns() -> u64 {
-    let now = clock_gettime(ClockId::Boottime);
-    (now.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(now.tv_nsec as u64)
 }

@@ -25,6 +25,7 @@
 //! | `engine` | up, open, upgrade, down |
 //! | `transaction` | changing the policy, all of it or not at all |
 //! | `tables` | the maps: layouts, sizes, contents |
+//! | `keys` | the keys of the records' MACs, and their rotation |
 //! | `links` | which program is attached to which cgroup |
 //! | `object` | the kernel engine as it was built, and how it is loaded |
 //! | `kernel` | where things lie in the running kernel's structures |
@@ -35,11 +36,13 @@
 //! | `files`, `namespace`, [`cgroup`] | names of the kernel for what people name |
 //! | `netlink` | routes, and numbers of network namespaces |
 //! | [`doctor`] | whether Carnet can work here |
+//! | `clock` | the clock that the kernel engine uses |
 //! | `sys` | system calls for which there is no safe library |
 
 mod account;
 mod btf;
 pub mod cgroup;
+mod clock;
 pub mod doctor;
 mod engine;
 mod error;
@@ -48,6 +51,7 @@ mod existing;
 mod files;
 mod flows;
 mod kernel;
+mod keys;
 mod links;
 mod listeners;
 mod location;
@@ -68,6 +72,7 @@ pub use error::Error;
 pub use events::EventReader;
 pub use existing::Ended;
 pub use flows::{Flow, FlowApp, FlowHop, LegKind};
+pub use keys::KeyStatus;
 pub use listeners::{Listener, ProcessSockets, Reach};
 pub use location::Location;
 pub use object::BuildId;

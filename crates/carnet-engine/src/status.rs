@@ -5,7 +5,8 @@ use std::{os::fd::AsFd as _, path::PathBuf, time::Duration};
 use carnet_core::{compile::compile, event::Counter, object::Policy};
 
 use crate::{
-    Account, BuildId, Engine, Error, cgroup::Place, links::list, object::LAYOUT, sys, tables::Tables,
+    Account, BuildId, Engine, Error, KeyStatus, cgroup::Place, links::list, object::LAYOUT, sys,
+    tables::Tables,
 };
 
 /// What an instance is and does.
@@ -24,6 +25,8 @@ pub struct Status {
     pub scope_alive: bool,
     /// The epoch: records of another one are refused.
     pub epoch: u64,
+    /// The key under which records are issued.
+    pub key: KeyStatus,
     /// Number of the last transaction; 0 if there has been none.
     pub generation: u64,
     /// Number of flows that have begun.
@@ -149,6 +152,7 @@ impl Engine {
             scope_id: instance.scope_id,
             scope_alive,
             epoch,
+            key: tables.key_status()?,
             generation: in_force.generation,
             flows_begun,
             layout: LAYOUT,

@@ -20,11 +20,11 @@ use carnet_core::{
     object::Policy,
     table::{HeaderRow, MAX_CANDIDATES},
 };
-use rustix::rand::{GetRandomFlags, getrandom};
 use zerocopy::{FromBytes, FromZeros as _, Immutable, IntoBytes};
 
 use crate::{
     Error, Location, MapStatus,
+    keys::draw,
     object::{BuildId, LAYOUT},
     sys::{Wire, count_entries, write_elements},
 };
@@ -33,7 +33,6 @@ use crate::{
 #[derive(Clone, Copy, FromBytes, Immutable, IntoBytes)]
 #[repr(C)]
 struct Config {
-    key: [u64; 2],
     epoch: u64,
     flows: u64,
     datagram_idle_ns: u64,
@@ -265,7 +264,7 @@ impl Tables {
         })
     }
 
-    fn array<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
+    pub(crate) fn array<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
         &self,
         name: &'static str,
     ) -> Result<Array<MapData, Wire<V>>, Error> {
@@ -280,14 +279,14 @@ impl Tables {
         Map::HashMap(self.open(name)?).try_into().map_err(Error::map::<MapError>(name))
     }
 
-    fn first<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
+    pub(crate) fn first<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
         &self,
         name: &'static str,
     ) -> Result<V, Error> {
         self.array(name)?.get(&0, 0).map(|Wire(value)| value).map_err(Error::map(name))
     }
 
-    fn set_first<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
+    pub(crate) fn set_first<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
         &self,
         name: &'static str,
         value: V,
@@ -295,18 +294,11 @@ impl Tables {
         self.array(name)?.set(0, Wire(value), 0).map_err(Error::map(name))
     }
 
-    /// Gives the instance a key that nobody knows, an epoch that no other has, and the time after
-    /// which a UDP flow of an unconnected socket ends.
+    /// Gives the instance an epoch that no other has, and the time after which a UDP flow of an
+    /// unconnected socket ends.
     pub(crate) fn write_config(&self, datagram_idle: Duration) -> Result<(), Error> {
-        let mut random = [0_u8; size_of::<[u64; 3]>()];
-        let mut filled = 0;
-        while filled < random.len() {
-            filled += getrandom(&mut random[filled..], GetRandomFlags::empty())
-                .map_err(Error::io("draw", "a key"))?;
-        }
         let mut config = Config::new_zeroed();
-        let secret = config.as_mut_bytes().iter_mut().zip(&random);
-        secret.for_each(|(to, from)| *to = *from);
+        draw(config.epoch.as_mut_bytes(), "an epoch")?;
         config.datagram_idle_ns = u64::try_from(datagram_idle.as_nanos()).unwrap_or(u64::MAX);
         self.set_first("CONFIG", config)
     }

@@ -194,11 +194,13 @@ fn a_record_that_was_tampered_with_is_refused_and_the_one_before_stays() {
         refused(&flipped, "a flipped bit");
     }
     let of_bits = 8 * record.len() as u64;
-    let (malformed, forged) =
-        (lab.counter(Counter::RecordsMalformed), lab.counter(Counter::RecordsForged));
-    assert_eq!(malformed + forged, 12 + of_bits);
-    // Magic, version, length and number of hops are looked at before the MAC.
+    let [malformed, foreign, forged] =
+        [Counter::RecordsMalformed, Counter::RecordsForeign, Counter::RecordsForged]
+            .map(|counter| lab.counter(counter));
+    assert_eq!(malformed + foreign + forged, 12 + of_bits);
+    // Magic, version, length and number of hops are looked at before the MAC, and so is the epoch.
     assert_eq!(malformed, 12 + 8 * (4 + 2 + 2 + 4));
+    assert_eq!(foreign, 64);
 
     // A record of another instance.
     let (other_lab, other_service, other_client) = scene();
