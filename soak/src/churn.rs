@@ -112,7 +112,8 @@ impl Churn {
         if event == Event::RotateKey && !self.rotates {
             return Ok(());
         }
-        self.carry_out(event, site).with_context(|| format!("while it happened: {}", event.name()))?;
+        self.carry_out(event, site)
+            .with_context(|| format!("while it happened: {}", event.name()))?;
         *self.happened.entry(event).or_default() += 1;
         Ok(())
     }
@@ -250,7 +251,8 @@ fn look(site: &Site) -> Result<()> {
     for (place, name) in SERVICES.iter().enumerate() {
         let service = services.iter().find(|service| service["name"] == *name);
         let service = service.with_context(|| format!("{name} is missing"))?;
-        if site.workers[place].is_some() && service["listeners"].as_array().is_none_or(Vec::is_empty)
+        if site.workers[place].is_some()
+            && service["listeners"].as_array().is_none_or(Vec::is_empty)
         {
             bail!("{name} ({}) has no listener", ON_FAILURE[place]);
         }

@@ -210,7 +210,9 @@ impl Clients {
             let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
             let described = |what: &str| {
                 let took = began.elapsed();
-                format!("{what} after {took:?}: to {to}; demanded before: {demand:?}; after: {now:?}")
+                format!(
+                    "{what} after {took:?}: to {to}; demanded before: {demand:?}; after: {now:?}"
+                )
             };
             match result {
                 Ok(ended) => {
@@ -293,7 +295,11 @@ impl Clients {
         socket.set_nonblocking(true)?;
         socket.set_linger(Some(Duration::ZERO))?;
         let begun = socket.connect(&flow.to.into());
-        if begun.is_ok() || begun.is_err_and(|error| error.raw_os_error() == Some(rustix::io::Errno::INPROGRESS.raw_os_error())) {
+        if begun.is_ok()
+            || begun.is_err_and(|error| {
+                error.raw_os_error() == Some(rustix::io::Errno::INPROGRESS.raw_os_error())
+            })
+        {
             let after = chance.u64(0..2000);
             if after > 500 {
                 thread::sleep(Duration::from_micros(after));
@@ -345,4 +351,3 @@ fn read_answer(answer: &[u8], expected: u64) -> Result<()> {
     }
     Ok(())
 }
-

@@ -40,7 +40,8 @@ pub(crate) fn client(arguments: &ClientArguments) -> Result<()> {
     runtime.block_on(async {
         let begun = Instant::now();
         let to = &arguments.to;
-        let opened = (0..arguments.count as usize).map(|number| open(number, to[number % to.len()]));
+        let opened =
+            (0..arguments.count as usize).map(|number| open(number, to[number % to.len()]));
         let mut streams = all(opened).await?;
         println!("open {:.1}", begun.elapsed().as_secs_f64());
         let mut order = String::new();

@@ -92,7 +92,8 @@ fn own() -> Result<Option<(PathBuf, bool)>> {
     };
     for line in mounts.lines() {
         let mut fields = line.split(' ').skip(1);
-        let (Some(at), Some(kind), Some(options)) = (fields.next(), fields.next(), fields.next()) else {
+        let (Some(at), Some(kind), Some(options)) = (fields.next(), fields.next(), fields.next())
+        else {
             continue;
         };
         let found = match kind {

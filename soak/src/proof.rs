@@ -134,7 +134,11 @@ pub(crate) fn may_fail(before: &Demand, after: &Demand, to_refused_port: bool) -
     (0..ENTRIES).any(|place| {
         let (before, after) = (before.0[place], after.0[place]);
         let concerned = before.allowed() || after.allowed() || !before.steady(after);
-        if place == REFUSAL { concerned && to_refused_port } else { concerned && !before.lived(after) }
+        if place == REFUSAL {
+            concerned && to_refused_port
+        } else {
+            concerned && !before.lived(after)
+        }
     })
 }
 

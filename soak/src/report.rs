@@ -56,7 +56,8 @@ impl Report {
 }
 
 fn kernel() -> Result<String> {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").context("reading the release")?;
+    let release =
+        fs::read_to_string("/proc/sys/kernel/osrelease").context("reading the release")?;
     Ok(release.trim().to_owned())
 }
 
@@ -195,7 +196,11 @@ impl fmt::Display for Soak {
             let after = self.end.descriptors.get(name).copied().unwrap_or_default();
             let seen = self.samples.iter().filter_map(|sample| sample.descriptors.get(name));
             let peak = seen.max().copied().unwrap_or_default();
-            row(f, &format!("descriptors of {name}"), &format!("{before} -> {after}, peak {peak}"))?;
+            row(
+                f,
+                &format!("descriptors of {name}"),
+                &format!("{before} -> {after}, peak {peak}"),
+            )?;
         }
         let (start, end) = (self.start.sockets, self.end.sockets);
         let sockets = format!("{} -> {}, {} -> {}", start.tcp, end.tcp, start.udp, end.udp);

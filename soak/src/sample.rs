@@ -49,7 +49,8 @@ impl Sockets {
     /// When the kernel does not tell.
     pub(crate) fn of(namespace: &NetworkNamespace) -> Result<Self> {
         let read = |name: &'static str| {
-            let text = namespace.run(|| fs::read_to_string(format!("/proc/thread-self/net/{name}")))?;
+            let text =
+                namespace.run(|| fs::read_to_string(format!("/proc/thread-self/net/{name}")))?;
             text.with_context(|| format!("reading {name}"))
         };
         let text = read("sockstat")? + &read("sockstat6")?;

@@ -1,10 +1,10 @@
 //! The process `server`: the destination of all flows, which judges each that arrives.
 
+use std::cell::RefCell;
 use std::io::{Read as _, stdin};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::cell::RefCell;
 use std::thread;
 use std::time::Duration;
 

@@ -78,7 +78,8 @@ impl Site {
         let board = Board::create()?;
         let scope = Cgroup::create("carnet-soak")?;
         let apps = scope.child("apps")?;
-        let cgroups = [scope.child(SERVICES[0])?, scope.child(SERVICES[1])?, scope.child(SERVICES[2])?];
+        let cgroups =
+            [scope.child(SERVICES[0])?, scope.child(SERVICES[1])?, scope.child(SERVICES[2])?];
         let pins = BpfDirectory::create("carnet-soak")?;
         let carnet = Carnet::new(&pins)?;
         let path = scope.path().display().to_string();
@@ -112,7 +113,15 @@ impl Site {
             let name = SERVICES[place];
             site.carnet.call(&["provider", "add", name])?;
             let weight = (1000 - place).to_string();
-            site.carnet.call(&["sublayer", "add", name, "--provider", name, "--weight", &weight])?;
+            site.carnet.call(&[
+                "sublayer",
+                "add",
+                name,
+                "--provider",
+                name,
+                "--weight",
+                &weight,
+            ])?;
             site.add_service(place)?;
             site.start(place)?;
             site.add_filter(place)?;
@@ -128,7 +137,15 @@ impl Site {
         let (name, path) = (SERVICES[place], self.cgroups[place].path().display().to_string());
         let on_failure = ON_FAILURE[place];
         self.carnet.call(&[
-            "service", "add", name, "--provider", name, "--cgroup", &path, "--on-failure", on_failure,
+            "service",
+            "add",
+            name,
+            "--provider",
+            name,
+            "--cgroup",
+            &path,
+            "--on-failure",
+            on_failure,
         ])?;
         Ok(())
     }
@@ -143,7 +160,16 @@ impl Site {
         let up = self.board.read()?.0[place].up();
         self.board.update(place, |entry| entry.demanding(false, true))?;
         self.carnet.call(&[
-            "filter", "add", "--sublayer", name, "--name", name, "--redirect", name, "--port", &ports,
+            "filter",
+            "add",
+            "--sublayer",
+            name,
+            "--name",
+            name,
+            "--redirect",
+            name,
+            "--port",
+            &ports,
         ])?;
         let required = up || ON_FAILURE[place] == "block";
         self.board.update(place, |entry| entry.demanding(required, true))

@@ -109,9 +109,7 @@ pub(crate) fn run(options: &Options, memory: Option<&MemoryGroup>) -> Result<Soa
     let rotates = churn.rotates();
     site.end()?;
     let flows = during.flows();
-    Ok(Soak {
-        lasted, done, flows, seen, happened, rotates, start, end, samples, violations,
-    })
+    Ok(Soak { lasted, done, flows, seen, happened, rotates, start, end, samples, violations })
 }
 
 /// What goes on with a site.
@@ -226,7 +224,8 @@ fn judge(start: &Sample, end: &Sample, samples: &[Sample]) -> Result<Vec<String>
     }
     if start.descriptors != end.descriptors {
         let (before, after) = (&start.descriptors, &end.descriptors);
-        violations.push(format!("other descriptors are open than before: {after:?}, not {before:?}"));
+        violations
+            .push(format!("other descriptors are open than before: {after:?}, not {before:?}"));
     }
     if start.sockets != end.sockets {
         let (before, after) = (&start.sockets, &end.sockets);

@@ -12,7 +12,11 @@ use carnet_core::{
 use carnet_engine::{Account, Engine};
 use carnet_testbed::{DatagramServer, Topology};
 use carnet_tests::{
-    Lab, Must as _, Running, puppet::{Hand, Puppet}, rounds, service::Behaviour, until,
+    Lab, Must as _, Running,
+    puppet::{Hand, Puppet},
+    rounds,
+    service::Behaviour,
+    until,
 };
 
 const LOOPBACK: SocketAddr =
@@ -370,8 +374,8 @@ fn a_killed_service_leaves_nothing_unaccounted() {
 fn nothing_is_kept_of_udp_flows_that_have_ended() {
     let lab = Lab::new();
     let to = SocketAddr::new(Topology::DESTINATION_V4.into(), 0);
-    let server = DatagramServer::start_in(&lab.network().topology.destination, [to])
-        .must("start a server");
+    let server =
+        DatagramServer::start_in(&lab.network().topology.destination, [to]).must("start a server");
     lab.service("alpha", 1);
     let _alpha = lab.start_with("alpha", &Behaviour::with_datagrams());
     let client = lab.puppet();
