@@ -16,7 +16,9 @@ use carnet_core::{
     abi::MAX_CONTEXT,
     compile::{CompiledPolicy, max_candidates, max_nodes},
     event::Counter,
-    flow::{Correspondent, CorrespondentKey, DatagramLeg, ListenerEntry, ListenerKey, PeerKey},
+    flow::{
+        Correspondent, CorrespondentKey, DatagramLeg, LegState, ListenerEntry, ListenerKey, PeerKey,
+    },
     object::Policy,
     table::{HeaderRow, MAX_CANDIDATES},
 };
@@ -238,8 +240,10 @@ impl Tables {
     }
 
     /// The maps that grow and shrink with what goes on: kind of content, name.
-    pub(crate) const CHANGING: [(&'static str, &'static str); 8] = [
+    pub(crate) const CHANGING: [(&'static str, &'static str); 10] = [
+        ("connections to services and onwards", "CONNECTING"),
         ("connections under way to a service", "HANDOVER"),
+        ("connections that services accepted", "ACCEPTED"),
         ("UDP flows of unconnected sockets", "DATAGRAM_LEGS"),
         ("decisions for those", "CORRESPONDENTS"),
         ("decisions for those that pass", "PASSING"),
@@ -307,6 +311,13 @@ impl Tables {
     pub(crate) fn epoch_flows_and_udp_idle(&self) -> Result<(u64, u64, Duration), Error> {
         let Config { epoch, flows, datagram_idle_ns, .. } = self.first("CONFIG")?;
         Ok((epoch, flows, Duration::from_nanos(datagram_idle_ns)))
+    }
+
+    /// The legs of sockets that the kernel keeps apart from them.
+    pub(crate) fn connecting_legs(&self) -> Result<Vec<LegState>, Error> {
+        let legs = self.hash::<u64, LegState>("CONNECTING")?;
+        // One that ends while the others are read is missed.
+        Ok(legs.iter().filter_map(Result::ok).map(|(_, Wire(leg))| leg).collect())
     }
 
     /// The UDP flows of unconnected sockets that go to services.
