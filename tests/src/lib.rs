@@ -5,6 +5,7 @@
 //! - [`Running`]: a redirect service at work (the program `test-service`, on the library `carnet`),
 //!   which reports what it knows of every connection.
 //! - [`puppet::Puppet`]: a process that makes single socket calls as the test tells it to.
+//! - [`tracer`]: runs a command and kills it at a system call.
 //! - [`dns`]: a resolver that answers anything.
 //! - [`contract`]: the C programs of the contract suite, and what they ask of a lab.
 //!
@@ -24,6 +25,7 @@ mod lab;
 pub mod puppet;
 pub mod service;
 pub mod sys;
+pub mod tracer;
 
 pub use lab::{Anything, Lab, Network, Plan, Trace, handed_on};
 pub use service::{Report, Running};

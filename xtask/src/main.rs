@@ -8,6 +8,7 @@
 //! | [`contract`] | Windows' contract, clause by clause: tests and table |
 //! | [`conformance`] | prints the matrix of all ways to open a flow |
 //! | [`evasion`] | every way to open a flow, and what becomes of it |
+//! | [`faults`] | what happens when something dies, fails or is missing |
 //! | [`attacks`] | every attack that was tried, and what becomes of it |
 //! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
@@ -27,6 +28,7 @@ mod ci;
 mod conformance;
 mod contract;
 mod evasion;
+mod faults;
 mod host;
 mod page;
 mod process;
@@ -65,6 +67,8 @@ enum Command {
     Conformance,
     /// Try every way to open a flow, and print what becomes of each
     Evasion(evasion::Options),
+    /// Kill, starve and break everything, and print what came of it: no flow lost, none uninspected
+    Faults(faults::Options),
     /// Carry out every attack on the records and what guards them, and print what becomes of each
     Attacks(attacks::Options),
     /// Build and install the C library carnet-winsock, or check it thoroughly
@@ -100,6 +104,7 @@ fn run(command: Command) -> Result<()> {
         Command::Contract(options) => contract::run(&options),
         Command::Conformance => conformance::run(),
         Command::Evasion(options) => evasion::run(&options),
+        Command::Faults(options) => faults::run(&options),
         Command::Attacks(options) => attacks::run(&options),
         Command::Winsock(options) => winsock::run(&options),
         Command::Windows(options) => windows::run(&options),
