@@ -388,8 +388,18 @@ impl Lab {
         })
     }
 
+    /// Waits until the kernel keeps nothing of any socket that connected, or tried to: once all of them
+    /// are closed.
+    #[track_caller]
+    pub fn settle_sockets(&self) {
+        self.settle();
+        let engine = self.engine();
+        let connecting = || entries::<{ size_of::<u64>() }>(&engine, "CONNECTING");
+        until("the end of all sockets' legs", connecting, |legs| *legs == 0);
+    }
+
     /// Waits until the kernel keeps nothing of any connection any more: no flow is listed, and no
-    /// leg waits to be handed over.
+    /// leg waits to be handed over or asked about.
     #[track_caller]
     pub fn settle(&self) {
         self.settle_but_for(&[]);
@@ -402,9 +412,9 @@ impl Lab {
         let state = || {
             let mut flows = engine.flows().must("list flows");
             flows.retain(|flow| !processes.contains(&flow.pid));
-            (flows, waiting(&engine))
+            (flows, kept(&engine))
         };
-        until("the end of all flows", state, |(flows, waiting)| flows.is_empty() && *waiting == 0);
+        until("the end of all flows", state, |(flows, kept)| flows.is_empty() && *kept == 0);
     }
 }
 
@@ -414,14 +424,21 @@ impl Default for Lab {
     }
 }
 
-/// How many legs wait to be handed over to the accepting side.
+/// How many legs of connections the kernel keeps apart from sockets: those that wait to be handed over
+/// to the accepting side, and those that were.
 #[track_caller]
-fn waiting(engine: &Engine) -> usize {
-    const KEY: usize = size_of::<Tuple>();
+fn kept(engine: &Engine) -> usize {
+    entries::<{ size_of::<Tuple>() }>(engine, "HANDOVER")
+        + entries::<{ size_of::<u64>() }>(engine, "ACCEPTED")
+}
+
+/// How many legs a map holds.
+#[track_caller]
+fn entries<const KEY: usize>(engine: &Engine, map: &str) -> usize {
     const VALUE: usize = size_of::<LegState>();
-    let pin = engine.location().directory().join("maps/HANDOVER");
-    let map = Map::HashMap(MapData::from_pin(pin).must("open the map HANDOVER"));
-    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(map).must("read the map HANDOVER");
+    let pin = engine.location().directory().join("maps").join(map);
+    let map = Map::HashMap(MapData::from_pin(pin).must("open a map of legs"));
+    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(map).must("read a map of legs");
     map.keys().count()
 }
 

@@ -6,25 +6,26 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::bpf::MANIFEST as BPF_MANIFEST;
 use crate::process::{self, announce};
-use crate::{bpf, cargo};
+use crate::{advisories, bpf, cargo, unsafety, workflows};
 
 /// The cargo-deny that is installed when there is none.
 const CARGO_DENY: &str = "0.20.2";
-
-/// The kernel engine's own workspace.
-const BPF_MANIFEST: &str = "crates/carnet-bpf/Cargo.toml";
 
 /// One check of the checkout at this path.
 type Check = fn(&Path) -> Result<()>;
 
 pub(crate) fn run() -> Result<()> {
     let root = cargo::workspace_root()?;
-    let checks: [(&str, Check); 6] = [
+    let checks: [(&str, Check); 9] = [
         ("format", format),
         ("lints", lints),
         ("documentation", documentation),
         ("licences and sources of dependencies", dependencies),
+        ("advisories about dependencies", |_| advisories::run(&advisories::Options::lenient())),
+        ("unsafe code and its reasons", |_| unsafety::run(&unsafety::Options::check())),
+        ("the workflows of CI", workflows::check),
         ("paths of this machine in tracked files", paths),
         ("the committed kernel engine", |_| bpf::run(bpf::Options::check())),
     ];
@@ -72,22 +73,31 @@ fn documentation(root: &Path) -> Result<()> {
 }
 
 fn dependencies(root: &Path) -> Result<()> {
-    if process::read(cargo::cargo(root).args(["deny", "--version"])).is_err() {
-        process::run(
-            cargo::cargo(root)
-                .args(["install", "--locked", &format!("cargo-deny@{CARGO_DENY}"), "--target-dir"])
-                .arg(cargo::target_directory(root).join("tools")),
-        )?;
-    }
+    install_deny(root)?;
     for manifest in ["Cargo.toml", BPF_MANIFEST] {
-        process::run(
-            cargo::cargo(root)
-                .args(["deny", "--locked", "--config"])
-                .arg(root.join("deny.toml"))
-                .args(["--manifest-path", manifest, "check", "licenses", "bans", "sources"]),
-        )?;
+        process::run(deny(root, manifest).args(["check", "licenses", "bans", "sources"]))?;
     }
     Ok(())
+}
+
+/// Installs cargo-deny, unless it is there.
+pub(crate) fn install_deny(root: &Path) -> Result<()> {
+    if process::read(cargo::cargo(root).args(["deny", "--version"])).is_ok() {
+        return Ok(());
+    }
+    process::run(
+        cargo::cargo(root)
+            .args(["install", "--locked", &format!("cargo-deny@{CARGO_DENY}"), "--target-dir"])
+            .arg(cargo::target_directory(root).join("tools")),
+    )
+}
+
+/// cargo-deny for the workspace of this manifest.
+pub(crate) fn deny(root: &Path, manifest: &str) -> Command {
+    let mut deny = cargo::cargo(root);
+    deny.args(["deny", "--locked", "--config"]).arg(root.join("deny.toml"));
+    deny.args(["--manifest-path", manifest]);
+    deny
 }
 
 /// No tracked file, the committed object included, names this checkout's place or the user's home.

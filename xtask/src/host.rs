@@ -46,7 +46,8 @@ pub(crate) fn prepare() -> Result<Privilege> {
     let privilege = Privilege::find();
     let checks = [
         kernel(&read_trimmed("/proc/sys/kernel/osrelease")?),
-        cgroup2_mount(&read_trimmed("/proc/self/mounts")?),
+        cgroup2_mount(&read_trimmed("/proc/self/mounts")?)
+            .map(|directory| format!("cgroup2: {}", directory.display())),
         type_information(),
         privilege.as_ref().map(|found| format!("root: {found}")).map_err(ToString::to_string),
     ];
@@ -114,9 +115,10 @@ fn prepare_quic() -> Result<()> {
 }
 
 /// A fact to print, or what is missing, in words.
-type Check = Result<String, String>;
+pub(crate) type Check = Result<String, String>;
 
-fn kernel(release: &str) -> Check {
+/// Whether Carnet supports the kernel with this release.
+pub(crate) fn kernel(release: &str) -> Check {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
     let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else {
         return Err(format!("the kernel's version is not understood: {release:?}"));
@@ -131,13 +133,13 @@ fn kernel(release: &str) -> Check {
 }
 
 /// Finds the mount of the unified hierarchy in the text of `/proc/self/mounts`.
-fn cgroup2_mount(mounts: &str) -> Check {
+pub(crate) fn cgroup2_mount(mounts: &str) -> Result<PathBuf, String> {
     mounts
         .lines()
         .find_map(|line| {
             let mut fields = line.split(' ');
             let (_device, directory, kind) = (fields.next()?, fields.next()?, fields.next()?);
-            (kind == "cgroup2").then(|| format!("cgroup2: {directory}"))
+            (kind == "cgroup2").then(|| PathBuf::from(directory))
         })
         .ok_or_else(|| {
             "cgroup version 2 is not mounted (mount -t cgroup2 none /sys/fs/cgroup)".to_owned()
@@ -153,7 +155,8 @@ fn type_information() -> Check {
     }
 }
 
-fn read_trimmed(path: &str) -> Result<String> {
+/// A file's text without the end of its last line.
+pub(crate) fn read_trimmed(path: &str) -> Result<String> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
     Ok(text.trim_end().to_owned())
 }
@@ -249,7 +252,7 @@ mod tests {
     fn cgroup2_is_found_wherever_it_is_mounted() {
         let hybrid = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\n\
                       cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
-        assert_eq!(cgroup2_mount(hybrid).unwrap(), "cgroup2: /sys/fs/cgroup/unified");
+        assert_eq!(cgroup2_mount(hybrid).unwrap(), Path::new("/sys/fs/cgroup/unified"));
         assert!(cgroup2_mount("proc /proc proc rw 0 0\n").is_err());
     }
 

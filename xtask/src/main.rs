@@ -12,13 +12,20 @@
 //! | [`attacks`] | every attack that was tried, and what becomes of it |
 //! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
+//! | [`unsafety`] | lists unsafe code with its reasons |
+//! | [`verifier`] | what the verifier makes of each program, against what is noted |
 //! | [`vm`] | boots other kernels, and tests there |
+//! | [`miri`] | what needs no kernel, under Miri |
+//! | [`advisories`] | what is known about dependencies |
+//! | [`workflows`] | whether CI uses nothing that can change under it |
+//! | [`dist`] | what a release ships, built reproducibly |
 //! | [`ci`] | what CI checks beside the tests |
-//! | [`bench`](mod@bench) | build the benchmarks and start them as root |
+//! | [`bench`](mod@bench) | build the benchmarks, or the soak, and start them as root |
 //! | [`catalogue`] | what was tried, each with its tests: ways, attacks |
 //! | [`page`] | writes the parts of pages that are generated |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
 
+mod advisories;
 mod attacks;
 mod bench;
 mod bpf;
@@ -27,15 +34,20 @@ mod catalogue;
 mod ci;
 mod conformance;
 mod contract;
+mod dist;
 mod evasion;
 mod faults;
 mod host;
+mod miri;
 mod page;
 mod process;
 mod test;
+mod unsafety;
+mod verifier;
 mod vm;
 mod windows;
 mod winsock;
+mod workflows;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -77,10 +89,27 @@ enum Command {
     Windows(windows::Options),
     /// Run the demonstration and the end-to-end tests on other kernels, in virtual machines
     Vm(vm::Options),
-    /// Check what CI checks beside the tests: format, lints, docs, licences, the committed object
+    /// List every piece of unsafe code with its reason, and how much the dependencies have
+    Unsafe(unsafety::Options),
+    /// Measure what the verifier makes of each program, and compare it with what is noted
+    Verifier(verifier::Options),
+    /// Build what a release ships: static programs, what they are made of, checksums
+    Dist(dist::Options),
+    /// Check whether advisories concern a dependency, where their database can be reached
+    Advisories(advisories::Options),
+    /// Run what needs no kernel under Miri, which finds undefined behaviour
+    Miri,
+    /// Check what CI checks beside the tests: format, lints, docs, licences, advisories, the committed object
     Ci,
     /// Build and run the benchmarks as root; everything given is handed on to them
     Bench {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Load of long duration, as root: 50,000 connections at once, then half an hour of churn at full
+    /// rate; everything given is handed on (`--help`)
+    #[command(disable_help_flag = true)]
+    Soak {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
@@ -109,7 +138,16 @@ fn run(command: Command) -> Result<()> {
         Command::Winsock(options) => winsock::run(&options),
         Command::Windows(options) => windows::run(&options),
         Command::Vm(options) => vm::run(&options),
+        Command::Unsafe(options) => unsafety::run(&options),
+        Command::Verifier(options) => verifier::run(&options),
+        Command::Dist(options) => dist::run(&options),
+        Command::Advisories(options) => advisories::run(&options),
+        Command::Miri => miri::run(),
         Command::Ci => ci::run(),
-        Command::Bench { arguments } => bench::run(&arguments),
+        Command::Bench { arguments } => bench::run(bench::BENCH, &arguments),
+        Command::Soak { arguments } => {
+            let arguments: Vec<_> = [OsString::from("run")].into_iter().chain(arguments).collect();
+            bench::run(bench::SOAK, &arguments)
+        }
     }
 }

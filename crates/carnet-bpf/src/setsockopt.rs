@@ -29,6 +29,7 @@ use carnet_core::{
 
 use crate::{
     bank::{Bank, repeat},
+    carry_on::carry_on,
     ctx::{load32, load64, opaque, store32},
     end::abandon,
     listener::same,
@@ -74,7 +75,8 @@ fn take(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<(), i32> {
     if !socket.is_inet() {
         return Err(errno::EOPNOTSUPP);
     }
-    if name != abi::SET_REDIRECT_RECORDS && name != abi::REGISTER_LISTENER {
+    if name != abi::SET_REDIRECT_RECORDS && name != abi::REGISTER_LISTENER && name != abi::CARRY_ON
+    {
         return Err(errno::EOPNOTSUPP);
     }
     if !socket.is_tcp() && !socket.is_datagram() {
@@ -83,6 +85,8 @@ fn take(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<(), i32> {
     let caller = process::caller();
     if name == abi::SET_REDIRECT_RECORDS {
         set_record(ctx, socket, &caller)
+    } else if name == abi::CARRY_ON {
+        carry_on(ctx, socket, &caller)
     } else {
         register(ctx, socket, &caller)
     }
@@ -168,7 +172,7 @@ fn receive(
 
 /// Counts and reports a refused record; gives its errno.
 #[inline(always)]
-fn refused(error: RecordError, caller: &Caller) -> i32 {
+pub(crate) fn refused(error: RecordError, caller: &Caller) -> i32 {
     event_of_caller(EventKind::RecordRefused, |event| {
         event.reason = error as u32;
         event.handle = caller.service;

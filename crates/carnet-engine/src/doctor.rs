@@ -118,6 +118,12 @@ fn bpffs() -> Finding {
     }
 }
 
+/// What to do about a kernel that is too old.
+fn run_newer() -> String {
+    let (major, minor) = kernel::OLDEST;
+    format!("run Linux {major}.{minor} or newer")
+}
+
 /// What of a list the kernel lacks, as a finding.
 fn complete<'a>(name: &str, parts: impl IntoIterator<Item = (&'a str, bool)>) -> Finding {
     let (there, lacking): (Vec<_>, Vec<_>) = parts.into_iter().partition(|(_, there)| *there);
@@ -128,9 +134,11 @@ fn complete<'a>(name: &str, parts: impl IntoIterator<Item = (&'a str, bool)>) ->
         return Finding::ok(name, join(there));
     }
     let detail = format!("without {}", join(lacking));
-    let advice = "run a kernel with CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF and CONFIG_BPF_JIT, and \
-                  this command as root";
-    Finding::new(State::Missing, name, detail, advice)
+    let advice = format!(
+        "{} with CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF and CONFIG_BPF_JIT, and this command as root",
+        run_newer()
+    );
+    Finding::new(State::Missing, name, detail, &advice)
 }
 
 fn program_types() -> Finding {
@@ -183,6 +191,10 @@ fn helpers() -> Finding {
 /// Whether the kernel takes the whole engine: the verifier's word is the only one that counts.
 fn engine() -> Finding {
     const NAME: &str = "kernel engine";
+    // What such a kernel says of it is nothing to report.
+    if kernel::check_version().is_err() {
+        return Finding::new(State::Missing, NAME, "not tried", &run_newer());
+    }
     match object::load(None, None) {
         Ok(loaded) => {
             let count = loaded.programs().count();
@@ -198,13 +210,23 @@ fn engine() -> Finding {
 }
 
 fn multipath_tcp(types: &KernelTypes) -> Finding {
-    let detail = if types.has_struct("mptcp_sock") {
-        "its connections are redirected like others"
-    } else {
-        "the kernel has none"
-    };
-    Finding::ok("Multipath TCP", detail)
+    let has_any = types.has_struct("mptcp_sock");
+    Finding::ok("Multipath TCP", multipath_words(has_any, &kernel::release()))
 }
+
+/// What is said of Multipath TCP on a kernel of this release that has any, or has not.
+fn multipath_words(has_any: bool, release: &str) -> &'static str {
+    match (has_any, kernel::is_since(release, MULTIPATH_FAST_OPEN)) {
+        (false, _) => "the kernel has none",
+        (true, true) => "its connections are redirected like others",
+        (true, false) => {
+            "its connections are redirected like others; fast open came to it with Linux 6.2 only"
+        }
+    }
+}
+
+/// The first kernel with fast open for Multipath TCP.
+const MULTIPATH_FAST_OPEN: (u32, u32) = (6, 2);
 
 /// Protocols whose connections no hook sees, as `/proc/net/protocols` and the aliases of their
 /// modules call them.
@@ -449,6 +471,13 @@ mod tests {
                        alias net-pf-2-proto-33-type-6 dccp_ipv4\nalias net-pf-430 x\n";
         assert_eq!(unseen_in(table, aliases), (vec!["SCTP", "SMC"], vec!["DCCP"]));
         assert_eq!(unseen_in("", aliases), (vec![], vec!["SCTP", "DCCP"]));
+    }
+
+    #[test]
+    fn what_an_older_kernel_lacks_is_named() {
+        assert!(multipath_words(true, "6.1.0-56-amd64").ends_with("Linux 6.2 only"));
+        assert!(multipath_words(true, "6.12.1").ends_with("like others"));
+        assert_eq!(multipath_words(false, "6.1.0"), "the kernel has none");
     }
 
     #[test]

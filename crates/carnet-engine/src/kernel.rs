@@ -27,7 +27,7 @@ pub(crate) struct Offsets([u32; FIELDS.len()]);
 
 /// The fields that the programs read, in the order of `Offsets` in `carnet-bpf`'s `process.rs`: a
 /// structure, and the way through its members.
-const FIELDS: [(&str, &[&str]); 28] = [
+const FIELDS: [(&str, &[&str]); 31] = [
     ("task_struct", &["flags"]),
     ("task_struct", &["group_leader"]),
     ("task_struct", &["start_boottime"]),
@@ -56,6 +56,9 @@ const FIELDS: [(&str, &[&str]); 28] = [
     ("sock", &["__sk_common", "skc_v6_rcv_saddr"]),
     ("sock", &["__sk_common", "skc_state"]),
     ("sock", &["__sk_common", "skc_num"]),
+    ("sock", &["__sk_common", "skc_cookie"]),
+    ("sock", &["sk_socket"]),
+    ("bpf_sockopt_kern", &["sk"]),
 ];
 
 /// The types of the running kernel.
@@ -133,11 +136,21 @@ pub(crate) fn release() -> String {
 
 /// Refuses kernels that are too old.
 pub(crate) fn check_version() -> Result<(), Error> {
-    let found = release();
-    if version(&found).is_some_and(|version| version >= OLDEST) {
-        return Ok(());
+    check_release(release())
+}
+
+/// Refuses kernels whose release is too old, or is none.
+fn check_release(found: String) -> Result<(), Error> {
+    if is_since(&found, OLDEST) {
+        Ok(())
+    } else {
+        Err(Error::KernelTooOld { found, needed: OLDEST })
     }
-    Err(Error::KernelTooOld { found, needed: OLDEST })
+}
+
+/// Whether a kernel of this release is this version, or newer.
+pub(crate) fn is_since(release: &str, needed: (u32, u32)) -> bool {
+    version(release).is_some_and(|version| version >= needed)
 }
 
 /// Major and minor number of a version such as `6.1.0-56-amd64`.
@@ -158,6 +171,14 @@ mod tests {
         assert_eq!(version("7"), None);
         assert_eq!(version(""), None);
         assert!((5, 19) < OLDEST && OLDEST <= (6, 1) && OLDEST < (10, 0));
+    }
+
+    #[test]
+    fn a_kernel_that_is_too_old_is_refused_in_words() {
+        assert!(check_release("6.1.0-56-amd64".to_owned()).is_ok());
+        let refused = check_release("5.10.0-32-amd64".to_owned()).unwrap_err().to_string();
+        assert_eq!(refused, "Linux 5.10.0-32-amd64 is too old: Carnet needs 6.1 or newer");
+        assert!(check_release("unknown".to_owned()).is_err());
     }
 
     #[test]

@@ -5,6 +5,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
+    os::fd::{AsFd as _, AsRawFd as _},
     path::PathBuf,
     time::Duration,
 };
@@ -14,14 +16,16 @@ use carnet_core::{
     abi::MAX_CONTEXT,
     compile::{CompiledPolicy, max_candidates, max_nodes},
     event::Counter,
-    flow::{Correspondent, CorrespondentKey, DatagramLeg, ListenerEntry, ListenerKey, PeerKey},
+    flow::{
+        Correspondent, CorrespondentKey, DatagramLeg, LegState, ListenerEntry, ListenerKey, PeerKey,
+    },
     object::Policy,
     table::{HeaderRow, MAX_CANDIDATES},
 };
 use zerocopy::{FromBytes, FromZeros as _, Immutable, IntoBytes};
 
 use crate::{
-    Error, Location,
+    Error, Location, MapStatus,
     keys::draw,
     object::{BuildId, LAYOUT},
     sys::{Wire, count_entries, write_elements},
@@ -239,8 +243,10 @@ impl Tables {
     }
 
     /// The maps that grow and shrink with what goes on: kind of content, name.
-    pub(crate) const CHANGING: [(&'static str, &'static str); 8] = [
+    pub(crate) const CHANGING: [(&'static str, &'static str); 10] = [
+        ("connections to services and onwards", "CONNECTING"),
         ("connections under way to a service", "HANDOVER"),
+        ("connections that services accepted", "ACCEPTED"),
         ("UDP flows of unconnected sockets", "DATAGRAM_LEGS"),
         ("decisions for those", "CORRESPONDENTS"),
         ("decisions for those that pass", "PASSING"),
@@ -250,13 +256,19 @@ impl Tables {
         ("services' cgroups", "SVC_CGROUPS"),
     ];
 
-    /// How full a map is, how full it can be, and whether the oldest give way in it.
-    pub(crate) fn fill(&self, name: &'static str) -> Result<(usize, usize, bool), Error> {
+    /// How full a map is that grows and shrinks.
+    pub(crate) fn fill(&self, what: &'static str, name: &'static str) -> Result<MapStatus, Error> {
         let map = self.open(name)?;
         let info = map.info().map_err(Error::map(name))?;
         let kind = info.map_type().map_err(Error::map(name))?;
-        let used = count_entries(&map).map_err(Error::map(name))?;
-        Ok((used, info.max_entries() as usize, kind == MapType::LruHash))
+        Ok(MapStatus {
+            name,
+            what,
+            used: count_entries(&map).map_err(Error::map(name))?,
+            capacity: info.max_entries() as usize,
+            oldest_give_way: kind == MapType::LruHash,
+            bytes: memory_of(&map)?,
+        })
     }
 
     pub(crate) fn array<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
@@ -302,6 +314,13 @@ impl Tables {
     pub(crate) fn epoch_flows_and_udp_idle(&self) -> Result<(u64, u64, Duration), Error> {
         let Config { epoch, flows, datagram_idle_ns, .. } = self.first("CONFIG")?;
         Ok((epoch, flows, Duration::from_nanos(datagram_idle_ns)))
+    }
+
+    /// The legs of sockets that the kernel keeps apart from them.
+    pub(crate) fn connecting_legs(&self) -> Result<Vec<LegState>, Error> {
+        let legs = self.hash::<u64, LegState>("CONNECTING")?;
+        // One that ends while the others are read is missed.
+        Ok(legs.iter().filter_map(Result::ok).map(|(_, Wire(leg))| leg).collect())
     }
 
     /// The UDP flows of unconnected sockets that go to services.
@@ -619,6 +638,14 @@ impl Tables {
         };
         Counter::ALL.into_iter().map(sum).collect()
     }
+}
+
+/// Kernel memory of a map in bytes, as the kernel tells it.
+fn memory_of(map: &MapData) -> Result<u64, Error> {
+    let path = format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd());
+    let text = fs::read_to_string(&path).map_err(Error::io("read", path))?;
+    let told = text.lines().find_map(|line| line.strip_prefix("memlock:"));
+    Ok(told.and_then(|bytes| bytes.trim().parse().ok()).unwrap_or_default())
 }
 
 /// Services' names by their handles, for those who show them.

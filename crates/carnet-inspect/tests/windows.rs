@@ -134,6 +134,9 @@ fn helper_that_presses_ctrl_c() {
 }
 
 /// Handles Ctrl-C by going on.
+///
+/// # Safety
+/// Asks for nothing; its type is the interface's.
 unsafe extern "system" fn heed(_event: u32) -> BOOL {
     HEEDED.store(true, Ordering::SeqCst);
     1

@@ -107,6 +107,10 @@ fn code(random: &mut Random) -> u32 {
 
 static CALLS: AtomicU64 = AtomicU64::new(0);
 
+/// Counts the call.
+///
+/// # Safety
+/// Asks for nothing; its type is the interface's.
 unsafe extern "C" fn note(_error: u32, _bytes: u32, _overlapped: *mut c_void, flags: u32) {
     assert_eq!(flags, 0);
     CALLS.fetch_add(1, Ordering::Relaxed);

@@ -146,6 +146,10 @@ thread_local! {
     static COMPLETED: Cell<Vec<(u32, u32, *mut OVERLAPPED)>> = const { Cell::new(Vec::new()) };
 }
 
+/// Notes its arguments.
+///
+/// # Safety
+/// Asks for nothing; its type is the interface's.
 unsafe extern "system" fn completed(
     error: u32,
     count: u32,

@@ -21,6 +21,8 @@ use self::toolchain::{Pins, Toolchain};
 use crate::cargo;
 use crate::process::{self, announce};
 
+/// The manifest of the kernel engine, which is a workspace of its own.
+pub(crate) const MANIFEST: &str = "crates/carnet-bpf/Cargo.toml";
 /// The target that the kernel engine is built for: BPF, little-endian.
 const TARGET: &str = "bpfel-unknown-none";
 
@@ -210,7 +212,8 @@ fn flags(root: &Path, cargo_home: &Path, toolchain: &Toolchain) -> Result<OsStri
     Ok(flags.join(OsStr::new("\u{1f}")))
 }
 
-fn cargo_home() -> Result<PathBuf> {
+/// Where cargo keeps what it downloads.
+pub(crate) fn cargo_home() -> Result<PathBuf> {
     let home = match std::env::var_os("CARGO_HOME") {
         Some(home) => PathBuf::from(home),
         None => std::env::home_dir().context("neither CARGO_HOME nor HOME is set")?.join(".cargo"),
@@ -222,7 +225,8 @@ fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack.windows(needle.len()).any(|window| window == needle)
 }
 
-fn sha256(bytes: &[u8]) -> String {
+/// The digest in hexadecimal.
+pub(crate) fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().fold(String::with_capacity(64), |mut hex, byte| {
         // Writing into a String cannot fail.
         let _ = write!(hex, "{byte:02x}");

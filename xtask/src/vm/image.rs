@@ -27,8 +27,8 @@ const UNUSED: [&str; 2] = ["lto1", "lto-dump"];
 pub(super) struct Contents<'a> {
     /// Programs and suites, which lie side by side.
     pub(super) programs: Vec<&'a Built>,
-    /// Of them, the suites to run, and a word that each is given besides, if it is not empty.
-    pub(super) suites: Vec<(&'a Built, &'static str)>,
+    /// Of them, the suites to run, and words that each is given besides.
+    pub(super) suites: Vec<(&'a Built, &'a str)>,
     /// What is given to every suite.
     pub(super) arguments: Vec<String>,
     /// Installed packages, which come along with all that they depend on.

@@ -24,37 +24,27 @@ pub(super) struct Kernel {
     pub(super) modules: Vec<PathBuf>,
 }
 
+/// What stands for the newest kernel of all, in the place of a series.
+pub(super) const NEWEST: &str = "newest";
+
 /// The newest kernel of a series such as `6.1`, in a directory below `cache`.
 pub(super) fn find(series: &str, cache: &Path) -> Result<Kernel> {
-    let mut listed = newest(series)?;
-    if listed.is_none() {
-        // An image of a container has no lists to begin with.
-        update()?;
-        listed = newest(series)?;
+    let mut archives = vec![Archive::Debian(cache.join("apt"))];
+    if series != NEWEST {
+        archives.insert(0, Archive::Machine);
     }
-    let Some(Candidate { package, release }) = listed else {
-        bail!(
-            "Debian's archive, as this machine uses it, has no kernel {series} \
-             (apt-cache search --names-only '^linux-image-{series}')"
-        );
-    };
-    let file = Download::of(&package)?;
-    let directory = cache.join(file.name.trim_end_matches(".deb"));
-    if !directory.exists() {
-        let file = match file.fetch(&package, cache) {
-            Ok(()) => file,
-            // The archive keeps no old files; the list may be old.
-            Err(error) => {
-                eprintln!("    {error:#}");
-                update()?;
-                let file = Download::of(&package)?;
-                file.fetch(&package, cache)?;
-                file
+    // An image of a container has no lists to begin with.
+    for fresh in [false, true] {
+        for archive in &archives {
+            if fresh {
+                archive.update()?;
             }
-        };
-        unpack(&cache.join(&file.name), &directory)?;
+            if let Some(candidate) = archive.newest(series)? {
+                return candidate.obtain(archive, cache);
+            }
+        }
     }
-    open(release, &directory)
+    bail!("Debian's archive has no kernel {series} ({})", SUITES.join(", "))
 }
 
 /// A package that has a kernel.
@@ -64,13 +54,127 @@ struct Candidate {
     release: String,
 }
 
-/// The newest kernel of the series that apt knows.
-fn newest(series: &str) -> Result<Option<Candidate>> {
-    let pattern = format!("^linux-image-{}\\..*-amd64", series.replace('.', "\\."));
-    let found =
-        process::read(Command::new("apt-cache").args(["search", "--names-only", &pattern]))?;
-    let packages = found.lines().filter_map(|line| line.split_whitespace().next());
-    Ok(newest_of(packages, series))
+impl Candidate {
+    /// Downloads and unpacks the kernel, unless that was done before.
+    fn obtain(self, archive: &Archive, cache: &Path) -> Result<Kernel> {
+        let name = archive.file(&self.package)?;
+        let directory = cache.join(name.trim_end_matches(".deb"));
+        if !directory.exists() {
+            let partial = directory.with_extension("partial");
+            remove(&partial)?;
+            for (package, patterns) in self.parts(archive) {
+                // The archive keeps no old files; the list may be old.
+                if let Err(error) = archive.download(&package, cache) {
+                    eprintln!("    {error:#}");
+                    archive.update()?;
+                    archive.download(&package, cache)?;
+                }
+                unpack(&cache.join(archive.file(&package)?), &patterns, &partial)?;
+            }
+            fs::rename(&partial, &directory)
+                .with_context(|| format!("cannot rename {}", partial.display()))?;
+        }
+        open(self.release, &directory)
+    }
+
+    /// The packages that have it, and what is taken from each: of newer kernels, Debian packs the image
+    /// and the modules apart.
+    fn parts(&self, archive: &Archive) -> Vec<(String, Vec<String>)> {
+        // Debian 13 has them below /usr.
+        let modules = MODULES.map(|module| format!("*/kernel/{module}.ko*"));
+        let split = ["binary", "modules"].map(|part| format!("linux-{part}-{}", self.release));
+        if split.iter().all(|package| archive.file(package).is_ok()) {
+            let [binary, others] = split;
+            let image = "*/vmlinuz".to_owned();
+            return vec![(binary, vec![image]), (others, modules.into())];
+        }
+        let all = std::iter::once("./boot/vmlinuz-*".to_owned()).chain(modules).collect();
+        vec![(self.package.clone(), all)]
+    }
+}
+
+/// The releases of Debian's in which the kernels are that the machine's own may not have.
+const SUITES: [&str; 4] = ["bullseye", "bookworm", "trixie", "trixie-backports"];
+
+/// Where packages are looked for.
+#[derive(Debug)]
+enum Archive {
+    /// Where this machine has its own from.
+    Machine,
+    /// All of [`SUITES`], with lists in this directory that the machine's apt knows nothing of.
+    Debian(PathBuf),
+}
+
+impl Archive {
+    /// A program of apt's that looks there.
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        // apt's own user could not write where the kernels go.
+        command.args(["-o", "APT::Sandbox::User=root"]);
+        if let Self::Debian(directory) = self {
+            for (option, value) in [
+                ("Dir::Etc::SourceList", directory.join("sources.list")),
+                ("Dir::Etc::SourceParts", PathBuf::from("-")),
+                ("Dir::State::Lists", directory.join("lists")),
+                ("Dir::Cache", directory.join("cache")),
+            ] {
+                command.arg("-o").arg(format!("{option}={}", value.display()));
+            }
+            let lists_alone =
+                ["Acquire::Languages=none", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=0"];
+            command.args(lists_alone.iter().flat_map(|option| ["-o", option]));
+        }
+        command
+    }
+
+    fn update(&self) -> Result<()> {
+        if let Self::Debian(directory) = self {
+            for part in ["lists/partial", "cache/archives/partial"] {
+                let part = directory.join(part);
+                fs::create_dir_all(&part)
+                    .with_context(|| format!("cannot create {}", part.display()))?;
+            }
+            let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
+            let mirror = "http://deb.debian.org/debian";
+            let sources =
+                SUITES.map(|suite| format!("deb [signed-by={keys}] {mirror} {suite} main\n"));
+            let list = directory.join("sources.list");
+            fs::write(&list, sources.concat())
+                .with_context(|| format!("cannot write {}", list.display()))?;
+        }
+        process::run(self.command("apt-get").args(["-q", "update"]))
+    }
+
+    /// The newest kernel of the series that apt knows.
+    fn newest(&self, series: &str) -> Result<Option<Candidate>> {
+        if matches!(self, Self::Debian(directory) if !directory.join("sources.list").exists()) {
+            return Ok(None);
+        }
+        let mut search = self.command("apt-cache");
+        search.args(["search", "--names-only", "^linux-image-[0-9].*-amd64"]);
+        let found = process::read(&mut search)?;
+        let packages = found.lines().filter_map(|line| line.split_whitespace().next());
+        Ok(newest_of(packages, series))
+    }
+
+    /// The name of the package's file.
+    fn file(&self, package: &str) -> Result<String> {
+        let mut command = self.command("apt-get");
+        let said = process::read(command.args(["download", "--print-uris", package]))?;
+        let name = said
+            .split_whitespace()
+            .nth(1)
+            .with_context(|| format!("apt-get does not say where {package} is: {said:?}"))?;
+        Ok(name.to_owned())
+    }
+
+    /// apt compares the file with the digest in the archive's signed list.
+    fn download(&self, package: &str, directory: &Path) -> Result<()> {
+        fs::create_dir_all(directory)
+            .with_context(|| format!("cannot create {}", directory.display()))?;
+        let mut command = self.command("apt-get");
+        process::run(command.args(["-q", "download", package]).current_dir(directory))
+    }
 }
 
 fn newest_of<'a>(packages: impl Iterator<Item = &'a str>, series: &str) -> Option<Candidate> {
@@ -86,7 +190,10 @@ fn release_of<'a>(package: &'a str, series: &str) -> Option<&'a str> {
     let name = package.strip_prefix("linux-image-")?;
     let release = name.strip_suffix("-unsigned").unwrap_or(name);
     let version = release.strip_suffix("-amd64")?;
-    let of_series = version.strip_prefix(series)?.starts_with('.');
+    let of_series = match series {
+        NEWEST => version.starts_with(|c: char| c.is_ascii_digit()),
+        _ => version.strip_prefix(series)?.starts_with('.'),
+    };
     let special = version.split('-').any(|part| part == "rt" || part == "cloud");
     (of_series && !special).then_some(release)
 }
@@ -97,43 +204,10 @@ fn numbers(release: &str) -> Vec<u64> {
     version.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect()
 }
 
-fn update() -> Result<()> {
-    process::run(Command::new("apt-get").args(["-q", "update"]))
-}
-
-/// A package's file in the archive.
-#[derive(Debug, PartialEq, Eq)]
-struct Download {
-    name: String,
-}
-
-impl Download {
-    fn of(package: &str) -> Result<Self> {
-        let mut command = Command::new("apt-get");
-        let said = process::read(command.args(["download", "--print-uris", package]))?;
-        let name = said
-            .split_whitespace()
-            .nth(1)
-            .with_context(|| format!("apt-get does not say where {package} is: {said:?}"))?;
-        Ok(Self { name: name.to_owned() })
-    }
-
-    /// apt compares the file with the digest in the archive's signed list.
-    fn fetch(&self, package: &str, directory: &Path) -> Result<()> {
-        fs::create_dir_all(directory)
-            .with_context(|| format!("cannot create {}", directory.display()))?;
-        let mut command = Command::new("apt-get");
-        // Its own user could not write here.
-        command.args(["-q", "-o", "APT::Sandbox::User=root", "download", package]);
-        process::run(command.current_dir(directory))
-    }
-}
-
-/// Takes what is needed out of the package, whole or not at all, and removes the package.
-fn unpack(package: &Path, directory: &Path) -> Result<()> {
-    let partial = directory.with_extension("partial");
-    remove(&partial)?;
-    fs::create_dir_all(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
+/// Takes what the patterns say out of the package, and removes the package.
+fn unpack(package: &Path, patterns: &[String], directory: &Path) -> Result<()> {
+    fs::create_dir_all(directory)
+        .with_context(|| format!("cannot create {}", directory.display()))?;
     let mut archive = Command::new("dpkg-deb")
         .arg("--fsys-tarfile")
         .arg(package)
@@ -141,9 +215,7 @@ fn unpack(package: &Path, directory: &Path) -> Result<()> {
         .spawn()
         .context("cannot start `dpkg-deb`")?;
     let mut tar = Command::new("tar");
-    tar.args(["--extract", "--wildcards", "--directory"]).arg(&partial).arg("./boot/vmlinuz-*");
-    // Debian 13 has them below /usr.
-    tar.args(MODULES.map(|module| format!("*/kernel/{module}.ko*")));
+    tar.args(["--extract", "--wildcards", "--directory"]).arg(directory).args(patterns);
     if let Some(output) = archive.stdout.take() {
         tar.stdin(output);
     }
@@ -153,14 +225,11 @@ fn unpack(package: &Path, directory: &Path) -> Result<()> {
     if !read.success() {
         bail!("`dpkg-deb --fsys-tarfile {}` failed ({read})", package.display());
     }
-    fs::rename(&partial, directory)
-        .with_context(|| format!("cannot rename {}", partial.display()))?;
     fs::remove_file(package).with_context(|| format!("cannot remove {}", package.display()))
 }
 
 /// The kernel that was unpacked into the directory.
 fn open(release: String, directory: &Path) -> Result<Kernel> {
-    let image = directory.join("boot").join(format!("vmlinuz-{release}"));
     let kernel = ["usr/lib", "lib"]
         .map(|lib| directory.join(lib).join("modules").join(&release).join("kernel"))
         .into_iter()
@@ -176,9 +245,14 @@ fn open(release: String, directory: &Path) -> Result<Kernel> {
                 .with_context(|| incomplete(directory, module))
         })
         .collect::<Result<_>>()?;
-    if !image.is_file() {
-        bail!(incomplete(directory, "boot/vmlinuz"));
-    }
+    let image = [
+        directory.join("boot").join(format!("vmlinuz-{release}")),
+        directory.join("usr/lib/modules").join(&release).join("vmlinuz"),
+    ];
+    let image = image
+        .into_iter()
+        .find(|file| file.is_file())
+        .with_context(|| incomplete(directory, "vmlinuz"))?;
     Ok(Kernel { release, image, modules })
 }
 
@@ -223,6 +297,7 @@ mod tests {
         assert_eq!(newest("6.12").unwrap(), "linux-image-6.12.113+deb12-amd64-unsigned");
         assert_eq!(newest("6.11"), None);
         assert_eq!(newest("6"), newest("6.12"));
+        assert_eq!(newest(NEWEST), newest("6.12"));
     }
 
     #[test]

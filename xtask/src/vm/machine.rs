@@ -9,12 +9,13 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use serde::Deserialize;
 
 use super::kernels::Kernel;
 use crate::conformance;
+use crate::host;
 use crate::process;
 use crate::test::count;
+use crate::verifier::Status;
 
 /// The processor emulator; there is no other architecture in [`super`].
 pub(super) const EMULATOR: &str = "qemu-system-x86_64";
@@ -22,8 +23,10 @@ pub(super) const EMULATOR: &str = "qemu-system-x86_64";
 const MARK: &str = "carnet-vm: ";
 /// The step that shows what the verifier said.
 const PROGRAMS: &str = "programs";
-/// The step that prints the matrix, which is shown.
+/// The step that prints the matrix; it is shown, as a refusal is.
 const MATRIX: &str = conformance::SUITE.1;
+/// The step that shows how an old kernel is refused, and the parameter that asks for it.
+const REFUSAL: &str = "refusal";
 /// Bits of `/proc/sys/kernel/tainted`: the kernel died somewhere (D), or warned (W).
 const TAINT: u64 = 1 << 7 | 1 << 9;
 /// The status with which timeout(1) says that it ended the command.
@@ -80,10 +83,36 @@ impl fmt::Display for Accelerator {
     }
 }
 
+/// What a kernel is to make of Carnet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Expectation {
+    /// It runs it, and all of its tests.
+    #[default]
+    Works,
+    /// It is too old, and Carnet says so.
+    Refuses,
+}
+
+impl Expectation {
+    /// Of the kernel with this release.
+    pub(super) fn of(release: &str) -> Self {
+        if host::kernel(release).is_ok() { Self::Works } else { Self::Refuses }
+    }
+
+    /// The step of init.sh that shows it.
+    fn step(self) -> &'static str {
+        match self {
+            Self::Works => "demo",
+            Self::Refuses => REFUSAL,
+        }
+    }
+}
+
 /// What one boot is made of.
 pub(super) struct Machine<'a> {
     pub(super) accelerator: Accelerator,
     pub(super) kernel: &'a Kernel,
+    pub(super) expectation: Expectation,
     pub(super) initramfs: &'a Path,
     /// Where the logs go.
     pub(super) directory: &'a Path,
@@ -96,6 +125,16 @@ impl Machine<'_> {
     pub(super) fn boot(&self) -> Result<Boot> {
         let log = |of: &str| self.directory.join(format!("{}.{of}.log", self.kernel.release));
         let (output, messages) = (log("output"), log("kernel"));
+        // Whatever kills a process of the kernel ends the machine.
+        let mut parameters = String::from("console=ttyS1 oops=panic panic=-1 loglevel=5");
+        if self.accelerator == Accelerator::Emulation {
+            // Where others are busy, the emulated timer may be late: the kernel would take it for broken,
+            // and panic before it has a console to say so.
+            parameters += " no_timer_check";
+        }
+        if self.expectation == Expectation::Refuses {
+            parameters += " carnet.refusal";
+        }
         let processors = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));
         let mut command = self.accelerator.emulator(self.limit);
         command
@@ -104,8 +143,7 @@ impl Machine<'_> {
             .arg(&self.kernel.image)
             .arg("-initrd")
             .arg(self.initramfs)
-            // Whatever kills a process of the kernel ends the machine.
-            .args(["-append", "console=ttyS1 oops=panic panic=-1 loglevel=5"])
+            .args(["-append", &parameters])
             .args(["-serial", "stdio", "-serial"])
             .arg(prefixed("file:", &messages))
             .stdin(Stdio::null());
@@ -125,9 +163,10 @@ impl Machine<'_> {
             return Err(error).with_context(|| format!("cannot write {}", output.display()));
         }
         let seconds = begun.elapsed().as_secs();
-        let problems = heard.problems(status, self.limit);
+        let problems = heard.problems(self.expectation, status, self.limit);
         Ok(Boot {
             release: self.kernel.release.clone(),
+            expectation: self.expectation,
             seconds,
             heard,
             problems,
@@ -147,6 +186,7 @@ fn prefixed(prefix: &str, path: &Path) -> std::ffi::OsString {
 #[derive(Debug)]
 pub(super) struct Boot {
     pub(super) release: String,
+    pub(super) expectation: Expectation,
     pub(super) seconds: u64,
     pub(super) heard: Heard,
     /// What went wrong beside tests that failed.
@@ -161,10 +201,16 @@ impl Boot {
     pub(super) fn heard_of(release: &str, lines: &[&str]) -> Self {
         let mut heard = Heard::default();
         lines.iter().for_each(|line| heard.hear(line));
-        let problems = heard.problems(ExitStatus::default(), Duration::ZERO);
+        let expectation = Expectation::of(release);
+        let problems = heard.problems(expectation, ExitStatus::default(), Duration::ZERO);
         let log = PathBuf::new;
         let release = release.to_owned();
-        Self { release, seconds: 0, heard, problems, output: log(), messages: log() }
+        Self { release, expectation, seconds: 0, heard, problems, output: log(), messages: log() }
+    }
+
+    /// Whether the step that shows what is expected ended well.
+    pub(super) fn is_as_expected(&self) -> bool {
+        self.heard.is_well(self.expectation.step())
     }
 
     /// Prints what the machine said.
@@ -218,13 +264,11 @@ impl Heard {
         }
         if self.step.as_deref() == Some(PROGRAMS) {
             if let Ok(status) = serde_json::from_str::<Status>(line) {
-                let programs = status.programs.into_iter();
-                self.verified
-                    .extend(programs.map(|program| (program.name, program.verified_instructions)));
+                self.verified.extend(status.verified());
             }
             return;
         }
-        if self.step.as_deref() == Some(MATRIX) {
+        if matches!(self.step.as_deref(), Some(MATRIX | REFUSAL)) {
             println!("{line}");
         }
         if let Some(result) = line.strip_prefix("test result: ") {
@@ -244,7 +288,12 @@ impl Heard {
     }
 
     /// What went wrong beside tests that failed, the emulator having ended like this.
-    fn problems(&self, status: ExitStatus, limit: Duration) -> Vec<String> {
+    fn problems(
+        &self,
+        expectation: Expectation,
+        status: ExitStatus,
+        limit: Duration,
+    ) -> Vec<String> {
         let mut problems: Vec<String> = self
             .ended
             .iter()
@@ -264,26 +313,17 @@ impl Heard {
                 Some(taint) if taint & TAINT != 0 => {
                     problems.push(format!("the kernel warned (it is tainted: {taint})"));
                 }
-                Some(_) if self.verified.is_empty() => {
+                Some(_) if expectation == Expectation::Works && self.verified.is_empty() => {
                     problems.push("the engine's programs are not listed".to_owned());
+                }
+                Some(_) if !self.ended.contains_key(expectation.step()) => {
+                    problems.push(format!("it has not come to {}", expectation.step()));
                 }
                 Some(_) => {}
             }
         }
         problems
     }
-}
-
-/// What `carnet status --json` says that is read here.
-#[derive(Deserialize)]
-struct Status {
-    programs: Vec<Program>,
-}
-
-#[derive(Deserialize)]
-struct Program {
-    name: String,
-    verified_instructions: u32,
 }
 
 #[cfg(test)]
@@ -311,8 +351,19 @@ mod tests {
     fn problems(lines: &[&str], status: i32) -> (Heard, Vec<String>) {
         let mut heard = Heard::default();
         lines.iter().for_each(|line| heard.hear(line));
-        let problems = heard.problems(ExitStatus::from_raw(status << 8), LIMIT);
+        let ended = ExitStatus::from_raw(status << 8);
+        let problems = heard.problems(Expectation::Works, ended, LIMIT);
         (heard, problems)
+    }
+
+    #[test]
+    fn a_kernel_that_is_too_old_has_to_be_refused() {
+        assert_eq!(Expectation::of("5.10.0-32-amd64"), Expectation::Refuses);
+        assert_eq!(Expectation::of("6.1.0-56-amd64"), Expectation::Works);
+        let boot = |end| Boot::heard_of("5.10.0-32-amd64", &[end, "carnet-vm: tainted 0"]);
+        assert!(boot("carnet-vm: end refusal 0").problems.is_empty());
+        assert_eq!(boot("carnet-vm: end refusal 1").problems, ["refusal ended with 1"]);
+        assert_eq!(boot("").problems, ["it has not come to refusal"]);
     }
 
     #[test]

@@ -165,6 +165,9 @@ fn thread_id() -> u32 {
 }
 
 /// The completion routine of all [`Operation`]s.
+///
+/// # Safety
+/// `overlapped` is an [`Operation`] that is kept until the call returns.
 unsafe extern "C" fn note(error: u32, bytes: u32, overlapped: *mut c_void, flags: u32) {
     assert_eq!(flags, 0);
     // SAFETY: every operation with this routine is one of these, and is kept until it is complete.

@@ -330,6 +330,8 @@ fn names_of_threads_are_checked() {
     assert_eq!(close_thread(&mut own), (0, 0));
 }
 
+/// # Safety
+/// `counter` is the address of an [`AtomicU32`] that outlives the call.
 unsafe extern "C" fn count_call(counter: usize) {
     // SAFETY: the tests give a counter that outlives the call.
     unsafe { &*(counter as *const AtomicU32) }.fetch_add(1, Ordering::Relaxed);
@@ -381,6 +383,9 @@ fn a_provider_completes_a_request() {
 }
 
 /// Begins a call of the redirection codes from within a routine (contract S32).
+///
+/// # Safety
+/// `context` is the address of a socket and a number that outlive the call.
 unsafe extern "C" fn call_inside(context: usize) {
     // SAFETY: the test gives these, and they outlive the call.
     let (socket, found) = unsafe { &*(context as *const (Owned, AtomicU32)) };
