@@ -6,6 +6,7 @@
 //!   which reports what it knows of every connection.
 //! - [`puppet::Puppet`]: a process that makes single socket calls as the test tells it to.
 //! - [`caller::Caller`]: a process that makes many calls at an order, one after another.
+//! - [`tracer`]: runs a command and kills it at a system call.
 //! - [`dns`]: a resolver that answers anything.
 //! - [`contract`]: the C programs of the contract suite, and what they ask of a lab.
 //!
@@ -26,6 +27,7 @@ mod lab;
 pub mod puppet;
 pub mod service;
 pub mod sys;
+pub mod tracer;
 
 pub use lab::{Anything, Lab, Network, Plan, Trace, handed_on};
 pub use service::{Report, Running};

@@ -10,6 +10,7 @@
 //! | [`differential`] | the kernel's decisions against the core's and a naive model's |
 //! | [`fuzz`] | arbitrary input for every parser, and for the control interface |
 //! | [`evasion`] | every way to open a flow, and what becomes of it |
+//! | [`faults`] | what happens when something dies, fails or is missing |
 //! | [`attacks`] | every attack that was tried, and what becomes of it |
 //! | [`prove`] | explores the model of the protocol, and breaks its rules |
 //! | [`winsock`] | builds, installs and checks the C library |
@@ -39,6 +40,7 @@ mod contract;
 mod differential;
 mod dist;
 mod evasion;
+mod faults;
 mod fuzz;
 mod host;
 mod miri;
@@ -87,6 +89,8 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Try every way to open a flow, and print what becomes of each
     Evasion(evasion::Options),
+    /// Kill, starve and break everything, and print what came of it: no flow lost, none uninspected
+    Faults(faults::Options),
     /// Carry out every attack on the records and what guards them, and print what becomes of each
     Attacks(attacks::Options),
     /// Explore the model of the protocol exhaustively, and show that it notices broken rules
@@ -143,6 +147,7 @@ fn run(command: Command) -> Result<()> {
         Command::Differential(options) => differential::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Evasion(options) => evasion::run(&options),
+        Command::Faults(options) => faults::run(&options),
         Command::Attacks(options) => attacks::run(&options),
         Command::Prove(options) => prove::run(&options),
         Command::Winsock(options) => winsock::run(&options),
