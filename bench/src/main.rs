@@ -11,6 +11,7 @@
 //! | [`services`] | its third part: whole connections through services |
 //! | [`site`] | where one thing is measured: namespaces, cgroups, engine, services |
 //! | [`client`], [`server`], [`relay`], [`firewall`] | the load, what answers it, a relay that does little else, and nftables for comparison |
+//! | [`processor`] | the processor time of a load |
 //! | [`statistics`], [`about`], [`report`] | medians, the circumstances, the tables |
 
 mod about;
@@ -20,6 +21,7 @@ mod firewall;
 mod hooks;
 mod interrupt;
 mod latency;
+mod processor;
 mod reference;
 mod relay;
 mod report;

@@ -88,6 +88,8 @@ impl fmt::Display for Report {
                 "\nConnections per second, {THREADS} client threads, {connections} connections"
             )?;
             write!(f, "{}", rate_table(rows))?;
+            writeln!(f, "\nProcessor time of one of these connections, us")?;
+            write!(f, "{}", processor_table(rows))?;
             let connections = connections / THREADS;
             writeln!(
                 f,
@@ -119,17 +121,32 @@ fn latency_table(rows: &[latency::Row]) -> Table {
 fn rate_table(rows: &[services::Row]) -> Table {
     let mut table = Table::new(["between", "per second", "/ none", "/ nftables"]);
     for (row, ratio) in compared(rows, services::Row::ratio) {
-        let same_relay = |other: &&services::Row| match row.between {
-            Between::Nothing => false,
-            Between::Nftables(relay) | Between::Carnet(relay, _) => {
-                other.between == Between::Nftables(relay)
-            }
-        };
-        let to_nftables = rows.iter().find(same_relay).and_then(|other| row.ratio(other));
+        let to_nftables = behind_nftables(rows, row).and_then(|other| row.ratio(other));
         let name = name(row.between);
         table.add([name, spread(row.rate(), 0), spread(ratio, 2), spread(to_nftables, 2)]);
     }
     table
+}
+
+fn processor_table(rows: &[services::Row]) -> Table {
+    let mut table = Table::new(["between", "us", "/ none", "/ nftables"]);
+    for (row, ratio) in compared(rows, services::Row::processor_ratio) {
+        let to_nftables = behind_nftables(rows, row).and_then(|other| row.processor_ratio(other));
+        let time = spread(row.processor(), 1);
+        table.add([name(row.between), time, spread(ratio, 3), spread(to_nftables, 3)]);
+    }
+    table
+}
+
+/// The case of the same relay behind nftables.
+fn behind_nftables<'a>(
+    rows: &'a [services::Row],
+    row: &services::Row,
+) -> Option<&'a services::Row> {
+    let (Between::Nftables(relay) | Between::Carnet(relay, _)) = row.between else {
+        return None;
+    };
+    rows.iter().find(|other| other.between == Between::Nftables(relay))
 }
 
 fn added_table(rows: &[services::Row]) -> Table {

@@ -32,6 +32,9 @@ pub(crate) struct Row {
     pub(crate) between: Between,
     /// With [`THREADS`] threads of the client: one value for each repetition.
     pub(crate) busy: Vec<Measured>,
+    /// The processor time of one of these connections, in microseconds: one value for each
+    /// repetition.
+    pub(crate) processor: Vec<f64>,
     /// With a single thread of the client: one value for each repetition.
     pub(crate) alone: Vec<Measured>,
 }
@@ -46,6 +49,17 @@ impl Row {
     pub(crate) fn ratio(&self, other: &Self) -> Option<Spread> {
         let pairs = self.busy.iter().zip(&other.busy);
         Spread::of(pairs.map(|(own, other)| own.rate() / other.rate()))
+    }
+
+    /// Processor time of a connection with a busy client, in microseconds.
+    pub(crate) fn processor(&self) -> Option<Spread> {
+        Spread::of(self.processor.iter().copied())
+    }
+
+    /// How many times as much as in another case, repetition by repetition.
+    pub(crate) fn processor_ratio(&self, other: &Self) -> Option<Spread> {
+        let pairs = self.processor.iter().zip(&other.processor);
+        Spread::of(pairs.map(|(own, other)| own / other))
     }
 
     /// What a connection of a client that is alone takes, in microseconds, by `value`.
@@ -76,16 +90,24 @@ pub(crate) fn measure(plan: &Plan) -> Result<Vec<Row>> {
     }
     let sites: Vec<(Between, Site)> =
         cases.into_iter().map(|case| Ok((case, site(case)?))).collect::<Result<_>>()?;
-    let row = |&(between, _): &(Between, Site)| Row { between, busy: vec![], alone: vec![] };
+    let row = |&(between, _): &(Between, Site)| Row {
+        between,
+        busy: vec![],
+        processor: vec![],
+        alone: vec![],
+    };
     let mut rows: Vec<Row> = sites.iter().map(row).collect();
     for (between, site) in &sites {
         load(*between, site, plan.warm_up(), THREADS)?;
     }
     for repetition in plan.repetitions("services") {
         for (number, (between, site)) in repetition.order(&sites) {
+            let before = site.processor_time()?;
             let busy = load(*between, site, plan.exchanges, THREADS)?;
+            let used = site.processor_time()?.since(&before).as_secs_f64();
             let alone = load(*between, site, plan.exchanges / THREADS, 1)?;
             if let Some(row) = rows.get_mut(number) {
+                row.processor.push(used * 1e6 / busy.connections as f64);
                 row.busy.push(busy);
                 row.alone.push(alone);
             }

@@ -21,6 +21,7 @@ use serde::Serialize;
 use crate::client::{Exchange, Load, Measured};
 use crate::firewall;
 use crate::interrupt;
+use crate::processor::Used;
 use crate::reference::Reference;
 use crate::server::Server;
 
@@ -318,6 +319,14 @@ impl Site {
             bail!("the client ended with {status}: {line}");
         }
         serde_json::from_str(line).with_context(|| format!("not a client's report: {line:?}"))
+    }
+
+    /// The processor time that client, relays, server and the kernel's threads have used until now.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub(crate) fn processor_time(&self) -> Result<Used> {
+        Used::now(self.scope.path())
     }
 
     /// How many connections Carnet has redirected here.

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData};
 use carnet_core::{
     event::{Counter, Event, EventKind},
     flow::{LegState, Tuple},
@@ -16,9 +16,11 @@ use carnet_core::{
         CgroupRef, Conditions, Context, FailurePolicy, FilterAction, NewFilter, NewService, Policy,
         Trust, Weight,
     },
+    siphash::Key,
 };
 use carnet_engine::{Engine, EventReader, Location, UpOptions};
 use carnet_testbed::{BpfDirectory, Cgroup, EchoServer, PeerClient, Topology, require_root};
+use zerocopy::FromBytes as _;
 
 use crate::{Must as _, PATIENCE, Report, Running, puppet::Puppet, service::Behaviour, until};
 
@@ -368,16 +370,44 @@ impl Lab {
         found.expect("every counter").1
     }
 
+    /// The two keys that the kernel has, as root can read them: the one under which records are issued,
+    /// and the other one.
+    #[track_caller]
+    pub fn keys(&self) -> [Key; 2] {
+        const KEY: usize = size_of::<Key>();
+        let pin = |name| {
+            let path = self.location.directory().join("maps").join(name);
+            Map::Array(MapData::from_pin(path).must("open a map"))
+        };
+        let current = Array::<_, u64>::try_from(pin("CURRENT_KEY")).must("read CURRENT_KEY");
+        let place = current.get(&0, 0).must("read CURRENT_KEY") as u32;
+        let keys = Array::<_, [u8; KEY]>::try_from(pin("KEYS")).must("read KEYS");
+        [place, place ^ 1].map(|place| {
+            let key = keys.get(&place, 0).must("read KEYS");
+            Key::read_from_bytes(&key).expect("the size of a key")
+        })
+    }
+
+    /// Waits until the kernel keeps nothing of any socket that connected, or tried to: once all of them
+    /// are closed.
+    #[track_caller]
+    pub fn settle_sockets(&self) {
+        self.settle();
+        let engine = self.engine();
+        let connecting = || entries::<{ size_of::<u64>() }>(&engine, "CONNECTING");
+        until("the end of all sockets' legs", connecting, |legs| *legs == 0);
+    }
+
     /// Waits until the kernel keeps nothing of any connection any more: no flow is listed, and no
-    /// leg waits to be handed over.
+    /// leg waits to be handed over or asked about.
     #[track_caller]
     pub fn settle(&self) {
         let engine = self.engine();
         let state = || {
             let flows = engine.flows().must("list flows");
-            (flows, waiting(&engine))
+            (flows, kept(&engine))
         };
-        until("the end of all flows", state, |(flows, waiting)| flows.is_empty() && *waiting == 0);
+        until("the end of all flows", state, |(flows, kept)| flows.is_empty() && *kept == 0);
     }
 }
 
@@ -387,14 +417,21 @@ impl Default for Lab {
     }
 }
 
-/// How many legs wait to be handed over to the accepting side.
+/// How many legs of connections the kernel keeps apart from sockets: those that wait to be handed over
+/// to the accepting side, and those that were.
 #[track_caller]
-fn waiting(engine: &Engine) -> usize {
-    const KEY: usize = size_of::<Tuple>();
+fn kept(engine: &Engine) -> usize {
+    entries::<{ size_of::<Tuple>() }>(engine, "HANDOVER")
+        + entries::<{ size_of::<u64>() }>(engine, "ACCEPTED")
+}
+
+/// How many legs a map holds.
+#[track_caller]
+fn entries<const KEY: usize>(engine: &Engine, map: &str) -> usize {
     const VALUE: usize = size_of::<LegState>();
-    let pin = engine.location().directory().join("maps/HANDOVER");
-    let map = Map::HashMap(MapData::from_pin(pin).must("open the map HANDOVER"));
-    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(map).must("read the map HANDOVER");
+    let pin = engine.location().directory().join("maps").join(map);
+    let map = Map::HashMap(MapData::from_pin(pin).must("open a map of legs"));
+    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(map).must("read a map of legs");
     map.keys().count()
 }
 

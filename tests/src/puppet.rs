@@ -6,12 +6,12 @@
 
 use std::{
     collections::BTreeMap,
-    fmt,
+    fmt, fs,
     io::{self, BufRead as _, BufReader, IoSlice, IoSliceMut, Read as _, Write as _},
     mem::MaybeUninit,
     net::SocketAddr,
     os::{
-        fd::{AsFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::net::{UnixDatagram, UnixStream},
     },
     path::{Path, PathBuf},
@@ -28,6 +28,7 @@ use rustix::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
         SendAncillaryMessage, SendFlags, SocketAddrUnix,
     },
+    process::{Pid, PidfdFlags, PidfdGetfdFlags},
 };
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -69,6 +70,8 @@ pub enum Order {
     },
     /// Become an ordinary user without capabilities.
     BecomeUser(u32),
+    /// Become root, with all capabilities, of a new user namespace.
+    BecomeNamespaceRoot,
     /// Another order, carried out by a thread that is not the process's first.
     InThread(Box<Self>),
     /// Have sockets that are passed to this path put in a mailbox.
@@ -85,6 +88,36 @@ pub enum Order {
         /// The socket's number from now on.
         socket: u32,
     },
+    /// `pidfd_getfd(2)`: take a socket of another process, as the number `socket`.
+    Steal {
+        /// The process.
+        process: u32,
+        /// Its descriptor of the socket.
+        descriptor: i32,
+        /// The socket's number from now on.
+        socket: u32,
+    },
+    /// Open an object of the kernel's BPF, as far as the kernel allows.
+    OpenBpf(BpfObject),
+    /// List a directory.
+    List(PathBuf),
+    /// Make a directory.
+    MakeDirectory(PathBuf),
+    /// Write to a file that is there.
+    Write(PathBuf, String),
+}
+
+/// How an object of the kernel's BPF is opened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BpfObject {
+    /// By its pin.
+    Pin(PathBuf),
+    /// A map, by its number.
+    Map(u32),
+    /// A program, by its number.
+    Program(u32),
+    /// A link, by its number.
+    Link(u32),
 }
 
 /// A call on one socket.
@@ -134,6 +167,8 @@ pub enum Call {
     ReceiveDatagram(Receiving, usize),
     /// Give up receiving after so many milliseconds.
     ReceiveLimit(u64),
+    /// The number of its descriptor.
+    Descriptor,
     /// `close(2)`.
     Close,
 }
@@ -201,6 +236,8 @@ pub enum Answer {
     Bytes(Vec<u8>),
     /// A datagram, and its source where the call tells it.
     Datagram(Vec<u8>, Option<SocketAddr>),
+    /// A descriptor.
+    Descriptor(i32),
     /// An errno.
     Failed(i32),
 }
@@ -279,6 +316,12 @@ impl Puppet {
         self.order(&Order::BecomeUser(uid)).must("change the user");
     }
 
+    /// Has it become root of a user namespace of its own. It was started as an ordinary user.
+    #[track_caller]
+    pub fn become_namespace_root(&self) {
+        self.order(&Order::BecomeNamespaceRoot).must("make a user namespace");
+    }
+
     /// Has it open a socket.
     ///
     /// # Errors
@@ -324,6 +367,48 @@ impl Puppet {
         let socket = other.number();
         other.order(&Order::Take { socket }).must("take a socket");
         Hand { puppet: other, socket }
+    }
+
+    /// Has it take another puppet's socket with `pidfd_getfd(2)`.
+    ///
+    /// # Errors
+    /// The call's errno.
+    #[track_caller]
+    pub fn steal(&self, hand: &Hand<'_>) -> Result<Hand<'_>> {
+        let descriptor = match hand.call(Call::Descriptor).must("ask for a descriptor") {
+            Answer::Descriptor(descriptor) => descriptor,
+            other => panic!("{other:?} is no descriptor"),
+        };
+        let socket = self.number();
+        self.order(&Order::Steal { process: hand.puppet.id(), descriptor, socket })?;
+        Ok(Hand { puppet: self, socket })
+    }
+
+    /// Has it open an object of the kernel's BPF.
+    ///
+    /// # Errors
+    /// The call's errno, as of the next three.
+    #[track_caller]
+    pub fn open_bpf(&self, object: BpfObject) -> Result<()> {
+        self.order(&Order::OpenBpf(object)).map(drop)
+    }
+
+    /// Has it list a directory.
+    #[track_caller]
+    pub fn list(&self, directory: &Path) -> Result<()> {
+        self.order(&Order::List(directory.to_owned())).map(drop)
+    }
+
+    /// Has it make a directory.
+    #[track_caller]
+    pub fn make_directory(&self, path: &Path) -> Result<()> {
+        self.order(&Order::MakeDirectory(path.to_owned())).map(drop)
+    }
+
+    /// Has it enter a cgroup: all of it.
+    #[track_caller]
+    pub fn enter(&self, cgroup: &Path) -> Result<()> {
+        self.order(&Order::Write(cgroup.join("cgroup.procs"), "0".into())).map(drop)
     }
 
     /// Has it open a TCP socket of the family of an address.
@@ -667,6 +752,15 @@ fn carry_out(order: Order, desk: &mut Desk) -> io::Result<Answer> {
         Order::Take { socket } => {
             sockets.insert(socket, take(mailbox.as_ref().ok_or_else(unknown)?)?.into());
         }
+        Order::Steal { process, descriptor, socket } => {
+            sockets.insert(socket, steal(process, descriptor)?.into());
+        }
+        Order::OpenBpf(object) => drop(sys::open_bpf(&object)?),
+        Order::List(directory) => drop(fs::read_dir(directory)?),
+        Order::MakeDirectory(path) => fs::create_dir(path)?,
+        Order::Write(path, text) => {
+            fs::OpenOptions::new().write(true).open(path)?.write_all(text.as_bytes())?;
+        }
         Order::Open { socket, family, kind, ring } => {
             let domain = match family {
                 Family::V4 => Domain::IPV4,
@@ -698,6 +792,14 @@ fn carry_out(order: Order, desk: &mut Desk) -> io::Result<Answer> {
         }
         Order::On { socket, call } => {
             return call_on(sockets.get(&socket).ok_or_else(unknown)?, call);
+        }
+        Order::BecomeNamespaceRoot => {
+            let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+            sys::enter_new_user_namespace()?;
+            // Without a mapping it would be nobody, though with capabilities.
+            fs::write("/proc/self/setgroups", "deny")?;
+            fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;
+            fs::write("/proc/self/gid_map", format!("0 {gid} 1"))?;
         }
         Order::BecomeUser(user) => {
             let (uid, gid) =
@@ -734,6 +836,14 @@ fn take(mailbox: &UnixDatagram) -> io::Result<OwnedFd> {
         _ => None,
     });
     received.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
+}
+
+/// Takes a descriptor of another process.
+fn steal(process: u32, descriptor: i32) -> io::Result<OwnedFd> {
+    let process = i32::try_from(process).ok().and_then(Pid::from_raw);
+    let process = process.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))?;
+    let pidfd = rustix::process::pidfd_open(process, PidfdFlags::empty())?;
+    Ok(rustix::process::pidfd_getfd(pidfd, descriptor, PidfdGetfdFlags::empty())?)
 }
 
 /// Bounds every blocking call.
@@ -803,6 +913,7 @@ fn call_on(mut socket: &Socket, call: Call) -> io::Result<Answer> {
         Call::ReceiveLimit(millis) => {
             socket.set_read_timeout(Some(Duration::from_millis(millis.max(1))))?;
         }
+        Call::Descriptor => return Ok(Answer::Descriptor(socket.as_raw_fd())),
         Call::Close => {}
     }
     Ok(Answer::Done)

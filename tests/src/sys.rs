@@ -1,6 +1,7 @@
 //! The two calls of the control interface, raw: the tests check the errno values themselves, which
-//! the library `carnet` translates. And the ways to open a flow that no safe library has.
-#![expect(unsafe_code, reason = "socket options of any number, io_uring, sendmmsg")]
+//! the library `carnet` translates. And the ways to open a flow, or an object of the kernel's BPF, that
+//! no safe library has.
+#![expect(unsafe_code, reason = "socket options of any number, io_uring, sendmmsg, bpf, unshare")]
 
 use std::{
     io::{self, IoSlice},
@@ -11,7 +12,7 @@ use std::{
 use io_uring::{IoUring, opcode, squeue, types};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::puppet::Ring;
+use crate::puppet::{BpfObject, Ring};
 
 /// `getsockopt(2)` with a buffer of `length` bytes; gives what the kernel says it wrote.
 ///
@@ -58,6 +59,50 @@ pub fn set_option(socket: impl AsFd, level: i32, option: i32, value: &[u8]) -> i
         libc::setsockopt(socket.as_fd().as_raw_fd(), level, option, value.as_ptr().cast(), length)
     };
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Opens an object of the kernel's BPF with bpf(2).
+///
+/// # Errors
+/// What the kernel says.
+pub fn open_bpf(object: &BpfObject) -> io::Result<OwnedFd> {
+    const OBJ_GET: i64 = 7;
+    const PROG_GET_FD_BY_ID: i64 = 13;
+    const MAP_GET_FD_BY_ID: i64 = 14;
+    const LINK_GET_FD_BY_ID: i64 = 30;
+    let mut path = Vec::new();
+    let (command, first) = match object {
+        BpfObject::Pin(pin) => {
+            path.extend_from_slice(pin.as_os_str().as_encoded_bytes());
+            path.push(0);
+            (OBJ_GET, path.as_ptr() as u64)
+        }
+        BpfObject::Map(id) => (MAP_GET_FD_BY_ID, u64::from(*id)),
+        BpfObject::Program(id) => (PROG_GET_FD_BY_ID, u64::from(*id)),
+        BpfObject::Link(id) => (LINK_GET_FD_BY_ID, u64::from(*id)),
+    };
+    // All four begin with an id or an address; the rest, zero, means nothing special.
+    let attributes = [first, 0];
+    // SAFETY: the kernel reads 16 bytes of attributes, and a path that ends with zero where the first
+    // of them is its address; both outlive the call.
+    let descriptor = unsafe {
+        libc::syscall(libc::SYS_bpf, command, attributes.as_ptr(), size_of_val(&attributes))
+    };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel gave a new descriptor, which nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor as i32) })
+}
+
+/// Has this process, which has one thread, enter a user namespace of its own.
+///
+/// # Errors
+/// What the kernel says.
+pub fn enter_new_user_namespace() -> io::Result<()> {
+    // SAFETY: no file descriptors are unshared.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWUSER) }?;
+    Ok(())
 }
 
 /// Carries out one request by an io_uring of its own, within `limit`.

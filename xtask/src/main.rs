@@ -8,6 +8,7 @@
 //! | [`contract`] | Windows' contract, clause by clause: tests and table |
 //! | [`conformance`] | prints the matrix of all ways to open a flow |
 //! | [`evasion`] | every way to open a flow, and what becomes of it |
+//! | [`attacks`] | every attack that was tried, and what becomes of it |
 //! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`unsafety`] | lists unsafe code with its reasons |
@@ -19,13 +20,16 @@
 //! | [`dist`] | what a release ships, built reproducibly |
 //! | [`ci`] | what CI checks beside the tests |
 //! | [`bench`](mod@bench) | build the benchmarks and start them as root |
+//! | [`catalogue`] | what was tried, each with its tests: ways, attacks |
 //! | [`page`] | writes the parts of pages that are generated |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
 
 mod advisories;
+mod attacks;
 mod bench;
 mod bpf;
 mod cargo;
+mod catalogue;
 mod ci;
 mod conformance;
 mod contract;
@@ -73,6 +77,8 @@ enum Command {
     Conformance,
     /// Try every way to open a flow, and print what becomes of each
     Evasion(evasion::Options),
+    /// Carry out every attack on the records and what guards them, and print what becomes of each
+    Attacks(attacks::Options),
     /// Build and install the C library carnet-winsock, or check it thoroughly
     Winsock(winsock::Options),
     /// Build what runs on Windows, and run its tests under Wine
@@ -116,6 +122,7 @@ fn run(command: Command) -> Result<()> {
         Command::Contract(options) => contract::run(&options),
         Command::Conformance => conformance::run(),
         Command::Evasion(options) => evasion::run(&options),
+        Command::Attacks(options) => attacks::run(&options),
         Command::Winsock(options) => winsock::run(&options),
         Command::Windows(options) => windows::run(&options),
         Command::Vm(options) => vm::run(&options),

@@ -28,6 +28,7 @@ use carnet_core::{
 use crate::{
     attempt::{Attempt, PASS, refuse, set_context},
     client::carnet_client,
+    connecting::place_for,
     ctx::{load32, load64, store32},
     decide::{Request, concerns_somebody, destination_concerns_somebody},
     end::{abandon, datagrams_end, guard_begins},
@@ -216,7 +217,8 @@ fn pass_onward(attempt: &Attempt<'_>, record: &Record) {
 
 #[inline(always)]
 fn begin(attempt: &Attempt<'_>, kind: u32, target: &Endpoint) -> Option<&'static mut LegState> {
-    let leg = attempt.socket.get_or_create(&LEGS)?;
+    let is_tcp = attempt.request.protocol == TCP;
+    let leg = place_for(attempt.ctx, attempt.socket, is_tcp)?;
     if let Some(record) = attempt.record
         && leg.set_hops == 0
     {

@@ -7,15 +7,15 @@
 //!
 //! **Returns** 1 always. **WFP**: applications see the original destination likewise.
 
-use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
+use aya_ebpf::{bindings::bpf_sock_addr, macros::cgroup_sock_addr, programs::SockAddrContext};
 use carnet_core::{
     address::Endpoint,
     flow::{LEG_REDIRECTED, LegState},
 };
 
 use crate::{
+    connecting::leg_of,
     ctx::{load32, load64, store32},
-    maps::LEGS,
     socket::Socket,
 };
 
@@ -23,7 +23,7 @@ use crate::{
 pub fn carnet_getpeer4(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
     let peer = Endpoint::v4(load32!(ctx, 4), u16::from_be(load32!(ctx, 24) as u16));
-    if let Some(leg) = redirected(load64!(ctx, 64), &peer) {
+    if let Some(leg) = redirected(leg(ctx), &peer) {
         store32!(ctx, 4, leg.requested.address[3]);
         store32!(ctx, 24, u32::from(leg.requested.port.to_be()));
     }
@@ -37,7 +37,7 @@ pub fn carnet_getpeer6(ctx: SockAddrContext) -> i32 {
         [load32!(ctx, 8), load32!(ctx, 12), load32!(ctx, 16), load32!(ctx, 20)],
         u16::from_be(load32!(ctx, 24) as u16),
     );
-    if let Some(leg) = redirected(load64!(ctx, 64), &peer) {
+    if let Some(leg) = redirected(leg(ctx), &peer) {
         store32!(ctx, 8, leg.requested.address[0]);
         store32!(ctx, 12, leg.requested.address[1]);
         store32!(ctx, 16, leg.requested.address[2]);
@@ -47,10 +47,18 @@ pub fn carnet_getpeer6(ctx: SockAddrContext) -> i32 {
     1
 }
 
-/// The leg of a redirected socket whose peer is the service to which it was sent.
 #[inline(always)]
-pub(crate) fn redirected(sk: u64, peer: &Endpoint) -> Option<&'static LegState> {
-    let leg = Socket::new(sk as *mut _)?.get(&LEGS)?;
+fn leg(ctx: *mut bpf_sock_addr) -> Option<&'static LegState> {
+    leg_of(ctx.cast(), Socket::new(load64!(ctx, 64) as *mut _)?).map(|leg| &*leg)
+}
+
+/// The leg of a socket, if it was redirected and this peer is the service to which it was sent.
+#[inline(always)]
+pub(crate) fn redirected(
+    leg: Option<&'static LegState>,
+    peer: &Endpoint,
+) -> Option<&'static LegState> {
+    let leg = leg?;
     let target = &leg.target;
     let same = leg.kind == LEG_REDIRECTED
         && target.port == peer.port

@@ -19,16 +19,16 @@ use aya_ebpf::{
     programs::SockoptContext,
 };
 use carnet_core::{
-    abi::{self, FlowInfo, errno},
+    abi::{self, FlowInfo, OnwardsInfo, errno},
     address::{AF_INET, AF_INET6, Endpoint},
     flow::LegState,
     record::{AppIdentity, MAX_RECORD},
 };
 
 use crate::{
+    accepted::{delivered_to, ticket},
     ctx::{load32, load64, store32},
     mac::issue,
-    maps::DELIVERED,
     process,
     report::now,
     socket::{CLOSE, LISTEN, SYN_SENT, Socket},
@@ -54,7 +54,7 @@ pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
         unsafe { bpf_set_retval(error) };
     } else if name == abi::SO_ORIGINAL_DST && (level == abi::SOL_IP || level == abi::SOL_IPV6) {
         // Whoever asks on a connection that was not redirected gets the kernel's own answer.
-        if let Some(leg) = delivered(socket)
+        if let Some(leg) = delivered(ctx, socket)
             && let Some(length) = original_destination(ctx, level, &leg.requested)
         {
             store32!(ctx, 32, length);
@@ -68,8 +68,8 @@ pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
 /// The leg with which the socket was accepted. It can still be asked for when the connection is
 /// over, but not when the socket has been connected elsewhere since.
 #[inline(always)]
-fn delivered(socket: Socket) -> Option<&'static mut LegState> {
-    let leg = socket.get(&DELIVERED)?;
+fn delivered(ctx: *mut bpf_sockopt, socket: Socket) -> Option<&'static mut LegState> {
+    let leg = delivered_to(ctx, socket)?;
     if leg.kind != 0 || socket.state() == CLOSE { Some(leg) } else { None }
 }
 
@@ -83,13 +83,13 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
         return Err(errno::EINVAL);
     }
     if name < abi::QUERY_REDIRECT_RECORDS
-        || name > abi::FLOW
+        || name > abi::ONWARDS
         || name == abi::SET_REDIRECT_RECORDS
         || name == abi::REGISTER_LISTENER
     {
         return Err(errno::EOPNOTSUPP);
     }
-    let Some(leg) = delivered(socket) else {
+    let Some(leg) = delivered(ctx, socket) else {
         let state = socket.state();
         return Err(if state == CLOSE || state == LISTEN || state == SYN_SENT {
             errno::ENOTCONN
@@ -122,6 +122,9 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
             put(ctx, leg.context_length)
         }
         abi::ORIGINAL_DESTINATION => put(ctx, leg.requested),
+        abi::ONWARDS => {
+            put(ctx, OnwardsInfo { destination: leg.requested, ticket: ticket(ctx, socket) })
+        }
         abi::ORIGINAL_APP => copy_out::<{ size_of::<AppIdentity>() / 8 }>(
             ctx,
             ptr::from_ref(&leg.record.app).cast(),

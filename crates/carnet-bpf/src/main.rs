@@ -6,7 +6,7 @@
 //! | [`connect`] | `cgroup/connect4`, `cgroup/connect6` | redirect, pass or refuse a connection |
 //! | [`datagram`] | `cgroup/sendmsg4`, `cgroup/sendmsg6` | the same for UDP without a connection |
 //! | [`recvmsg`] | `cgroup/recvmsg4`, `cgroup/recvmsg6` | answers come from whom the application asked |
-//! | [`release`] | `cgroup/sock_release` | the end of UDP flows |
+//! | [`release`] | `cgroup/sock_release` | the end of UDP flows and of accepted sockets |
 //! | [`sockops`] | `sockops` | carry a leg from the connecting to the accepted socket; its end |
 //! | [`getsockopt`] | `cgroup/getsockopt` | the control interface, questions; `SO_ORIGINAL_DST` |
 //! | [`setsockopt`] | `cgroup/setsockopt` | the control interface: set a record, register |
@@ -14,7 +14,8 @@
 //! | [`sock_create`] | `cgroup/sock_create` | refuse sockets whose flows no hook sees |
 //! | [`iter`] | `iter/bpf_sk_storage_map`, `iter/task_file` | list live flows; identify a file |
 //!
-//! Beside them: [`maps`] (all state), [`bank`] (core's tables over the maps),
+//! Beside them: [`maps`] (all state), [`connecting`] and [`accepted`] (the legs of
+//! sockets), [`carry_on`] (from the one to the other), [`bank`] (core's tables over the maps),
 //! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`end`] and [`idle`] (the
 //! end of legs), [`client`] (whose UDP flow an address stands for), [`source`] (from where UDP may
 //! send), [`listener`] (a service's live listener), [`mac`], [`socket`] (state of
@@ -24,10 +25,13 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+mod accepted;
 mod attempt;
 mod bank;
+mod carry_on;
 mod client;
 mod connect;
+mod connecting;
 mod ctx;
 mod datagram;
 mod decide;

@@ -125,16 +125,29 @@ pub(crate) static LISTENERS: HashMap<ListenerKey, ListenerEntry, 4096, NO_PREALL
 #[btf_map]
 pub(crate) static REGISTERED: SkStorage<Registration> = SkStorage::new();
 
-/// On a connecting socket: the leg that it makes, with the record that was set before. Writer:
-/// setsockopt, connect. Reader: sockops, getpeername, the flow listing. The kernel keeps it over
+/// The legs that TCP sockets make, by the cookies of those. Apart from the sockets, since their storage
+/// costs several times as much to make and to free. Writer: connect; sockops, which removes them at the
+/// connection's end. Reader: sockops, getpeername, the flow listing. See
+/// [`connecting`](crate::connecting).
+#[btf_map]
+pub(crate) static CONNECTING: HashMap<u64, LegState, 65536, NO_PREALLOC> = HashMap::new();
+
+/// The same on the socket itself: with a record that was set before; of UDP and Multipath TCP; of more
+/// sockets than [`CONNECTING`] has room for. Writer: setsockopt, connect. Reader: sockops, getpeername, the flow listing. The kernel keeps it over
 /// disconnect and reconnect: the next connect clears it, or its SYN finds it stale; but a record that
 /// was set stays, since the socket is still the flow's.
 #[btf_map]
 pub(crate) static LEGS: SkStorage<LegState> = SkStorage::new();
 
-/// On an accepted socket: the leg that ended here. Writer: sockops, which at the connection's end
-/// sets its kind to 0; connect, on the socket by which a service asks about a UDP flow. Reader:
-/// getsockopt.
+/// The legs that ended at accepted sockets, by the cookies of those. Apart from the sockets, since their
+/// storage costs several times as much to make and to free. Writer: sockops, which at the connection's
+/// end sets its kind to 0. Reader: getsockopt. See [`accepted`](crate::accepted).
+#[btf_map]
+pub(crate) static ACCEPTED: HashMap<u64, LegState, 65536, NO_PREALLOC> = HashMap::new();
+
+/// The same on the socket itself, where that cannot be: the socket by which a service asks about a UDP
+/// flow, Multipath TCP, more accepted sockets than [`ACCEPTED`] has room for. Writer: sockops, connect.
+/// Reader: getsockopt.
 #[btf_map]
 pub(crate) static DELIVERED: SkStorage<LegState> = SkStorage::new();
 

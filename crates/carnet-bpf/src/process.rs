@@ -53,6 +53,9 @@ pub(crate) struct Offsets {
     pub(crate) sock_local_v6: u32,
     pub(crate) sock_state: u32,
     pub(crate) sock_port: u32,
+    pub(crate) sock_cookie: u32,
+    pub(crate) sock_owner: u32,
+    pub(crate) sockopt_socket: u32,
 }
 
 /// The same, as the loader fills it in: the fields of [`Offsets`] in their order. The verifier
@@ -87,6 +90,9 @@ pub(crate) static OFFSETS: Offsets = Offsets {
     sock_local_v6: 26,
     sock_state: 27,
     sock_port: 28,
+    sock_cookie: 29,
+    sock_owner: 30,
+    sockopt_socket: 31,
 };
 
 /// One of [`OFFSETS`].

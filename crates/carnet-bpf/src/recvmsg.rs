@@ -18,6 +18,7 @@ use crate::{
     ctx::{load32, load64, store32},
     datagram::{known, remember},
     getpeername::redirected,
+    maps::LEGS,
     report::now,
     socket::{CLOSE, Socket, is_datagram},
     source::is_local,
@@ -71,10 +72,11 @@ fn asked_for(ctx: *mut bpf_sock_addr, source: &Endpoint) -> Option<&'static Endp
         timed.held.seen_ns = now();
         return Some(&timed.held.leg.requested);
     }
-    if let Some(leg) = redirected(sk, source) {
+    let socket = Socket::new(sk as *mut _)?;
+    if let Some(leg) = redirected(socket.get(&LEGS).map(|leg| &*leg), source) {
         return Some(&leg.requested);
     }
-    if Socket::new(sk as *mut _)?.state() == CLOSE {
+    if socket.state() == CLOSE {
         if known(ctx, source).is_none() && !is_local(ctx, source) {
             remember(ctx, source, &[0; 4]);
         }

@@ -1,9 +1,11 @@
-//! `cgroup/sock_release` (since Linux 5.9): the end of UDP flows, and of connects that failed.
+//! `cgroup/sock_release` (since Linux 5.9): the end of UDP flows, of connects that failed, and of accepted
+//! sockets.
 //!
 //! **What it does.** Counts a redirected TCP connect that ends before its SYN was sent: no other hook
 //! sees that. Ends the flows of a UDP socket that is closed for good: the leg of a connected
 //! one, and the newest of those that a socket that is not connected has; the rest end by their timers.
 //! Their services can ask about them for a moment more: many a client sends one datagram and closes.
+//! When an accepted socket is closed, nobody can ask about its leg any more.
 //!
 //! **Why this hook.** UDP knows no end of a connection, and what hangs on a socket goes without a word.
 //!
@@ -19,13 +21,15 @@ use aya_ebpf::{
 };
 use carnet_core::{
     address::{AF_INET, Endpoint},
-    flow::{DATAGRAM_LINGER_NS, LEG_REDIRECTED, LEG_STARTING, LegState, PeerKey},
+    flow::{DATAGRAM_LINGER_NS, LEG_REDIRECTED, LegState, PeerKey},
     table::Step,
 };
 
 use crate::{
+    accepted,
     bank::repeat,
-    end::{abandon, datagrams_end},
+    connecting,
+    end::datagrams_end,
     idle,
     maps::{BLANK_LEG, DATAGRAM_LEGS, LEGS, SOCKET_TOKENS, SocketTokens, TOKENS},
     process::{offset, read},
@@ -38,17 +42,18 @@ pub fn carnet_release(ctx: SockContext) -> i32 {
     let Some(socket) = Socket::new(ctx) else {
         return 1;
     };
-    if !socket.is_datagram() {
-        if let Some(leg) = socket.get(&LEGS)
-            && leg.kind & LEG_STARTING != 0
-        {
-            abandon(leg);
-        }
+    // SAFETY: the helper takes this context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+    if socket.is_tcp() {
+        connecting::socket_ends(socket, cookie);
+        accepted::socket_ends(cookie);
         return 1;
     }
-    // SAFETY: the helpers take this context.
-    let (netns, cookie) =
-        unsafe { (bpf_get_netns_cookie(ctx.cast()), bpf_get_socket_cookie(ctx.cast())) };
+    if !socket.is_datagram() {
+        return 1;
+    }
+    // SAFETY: the helper takes this context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
     if let Some(leg) = socket.get(&LEGS) {
         let redirected = leg.kind == LEG_REDIRECTED;
         datagrams_end(leg);

@@ -23,12 +23,13 @@ use carnet_core::{
     access::Caller,
     event::{Counter, EventKind},
     flow::{ListenerEntry, ListenerKey, Registration, SAME_NAMESPACE},
-    record::{MAX_RECORD, Record, RecordError},
+    record::{MAX_HOPS, MAX_RECORD, Record, RecordError},
     table::{Repeat as _, Step},
 };
 
 use crate::{
     bank::{Bank, repeat},
+    carry_on::carry_on,
     ctx::{load32, load64, opaque, store32},
     end::abandon,
     listener::same,
@@ -74,7 +75,8 @@ fn take(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<(), i32> {
     if !socket.is_inet() {
         return Err(errno::EOPNOTSUPP);
     }
-    if name != abi::SET_REDIRECT_RECORDS && name != abi::REGISTER_LISTENER {
+    if name != abi::SET_REDIRECT_RECORDS && name != abi::REGISTER_LISTENER && name != abi::CARRY_ON
+    {
         return Err(errno::EOPNOTSUPP);
     }
     if !socket.is_tcp() && !socket.is_datagram() {
@@ -83,6 +85,8 @@ fn take(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<(), i32> {
     let caller = process::caller();
     if name == abi::SET_REDIRECT_RECORDS {
         set_record(ctx, socket, &caller)
+    } else if name == abi::CARRY_ON {
+        carry_on(ctx, socket, &caller)
     } else {
         register(ctx, socket, &caller)
     }
@@ -157,7 +161,10 @@ fn receive(
         bpf_probe_read_kernel(ptr::from_mut(place).cast(), given as u32, buffer);
     }
     verify(place, given as u32).map_err(|error| refused(error, caller))?;
-    if !caller.may_set(place) {
+    // The mask changes nothing, it tells the verifier a bound.
+    let newest = opaque(place.hop_count.wrapping_sub(1)) & (MAX_HOPS as u64 - 1);
+    let delivered_to = place.hop(newest as u32).map_or(0, |hop| hop.handle);
+    if !caller.may_set(delivered_to) {
         return Err(refused(RecordError::NotDelivered, caller));
     }
     Ok(())
@@ -165,7 +172,7 @@ fn receive(
 
 /// Counts and reports a refused record; gives its errno.
 #[inline(always)]
-fn refused(error: RecordError, caller: &Caller) -> i32 {
+pub(crate) fn refused(error: RecordError, caller: &Caller) -> i32 {
     event_of_caller(EventKind::RecordRefused, |event| {
         event.reason = error as u32;
         event.handle = caller.service;

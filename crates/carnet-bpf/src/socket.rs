@@ -180,6 +180,14 @@ impl Socket {
         !tcp.is_null() && field::<u64>(tcp, offset!(sock_flags)) & SOCK_DONE != 0
     }
 
+    /// Whether a process has the socket: it was not merely established on the accepting side, and is
+    /// not closed.
+    #[inline(always)]
+    pub(crate) fn has_owner(self) -> bool {
+        let tcp = self.tcp();
+        !tcp.is_null() && field::<u64>(tcp, offset!(sock_owner)) != 0
+    }
+
     /// For which service this listening socket, or the Multipath TCP socket behind it, was
     /// registered.
     #[inline(always)]

@@ -18,7 +18,9 @@ use aya_ebpf::{
         BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB,
         bpf_sock_ops,
     },
-    helpers::generated::{bpf_get_netns_cookie, bpf_map_update_elem, bpf_sock_ops_cb_flags_set},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_map_update_elem, bpf_sock_ops_cb_flags_set,
+    },
     macros::sock_ops,
     programs::SockOpsContext,
 };
@@ -31,11 +33,13 @@ use carnet_core::{
 };
 
 use crate::{
+    accepted,
     bank::repeat,
+    connecting::{self, leg_of},
     ctx::{load32, load64},
-    end::{abandon, guard_begins, guard_ends, report_end},
+    end::{abandon, guard_begins, report_end},
     listener::same,
-    maps::{DELIVERED, HANDOVER, LEGS, LISTENERS},
+    maps::{HANDOVER, LEGS, LISTENERS},
     report::count,
     socket::{CLOSE, CLOSING, FIN_WAIT2, LAST_ACK, LISTEN, Socket, TCP},
 };
@@ -74,7 +78,7 @@ pub fn carnet_sockops(ctx: SockOpsContext) -> u32 {
 /// The SYN is about to be sent.
 #[inline(always)]
 fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
-    let Some(leg) = socket.get(&LEGS) else {
+    let Some(leg) = leg_of(ctx.cast(), socket) else {
         return;
     };
     let (local, remote) = ends(ctx);
@@ -123,19 +127,19 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
     let Some(leg) = HANDOVER.get_ptr_mut(&key) else {
         return;
     };
-    let delivered = socket.put(&DELIVERED, leg);
+    let delivered = accepted::deliver(ctx, socket, leg);
     if HANDOVER.remove(&key).is_err() {
         // The connecting side has just ended, and has removed it and counted.
-        socket.delete(&DELIVERED);
+        accepted::withdraw(ctx, socket);
         return;
     }
-    match socket.get(&DELIVERED) {
-        Some(leg) if delivered => {
+    match delivered {
+        Some(leg) => {
             watch_state(ctx);
             count(Counter::Delivered);
             guard_begins(leg);
         }
-        _ => count(Counter::HandoverFailed),
+        None => count(Counter::HandoverFailed),
     }
 }
 
@@ -177,13 +181,8 @@ impl Step for Unlisten {
 /// A connection, or an attempt at one, has ended; `before` is the state that it was in.
 #[inline(always)]
 fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
-    if let Some(leg) = socket.get(&DELIVERED)
-        && leg.kind != 0
-    {
-        leg.kind = 0;
-        guard_ends(leg);
-    }
-    let Some(leg) = socket.get(&LEGS) else {
+    accepted::connection_ends(ctx, socket);
+    let Some(leg) = leg_of(ctx.cast(), socket) else {
         return;
     };
     if leg.kind == 0 {
@@ -202,6 +201,8 @@ fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
     let sent = load64!(ctx, 176).saturating_sub(1 + u64::from(fin_acknowledged));
     let received = load64!(ctx, 168).saturating_sub(u64::from(socket.has_received_fin()));
     report_end(leg, sent, received);
+    // SAFETY: the helper takes this context.
+    connecting::connection_ends(unsafe { bpf_get_socket_cookie(ctx.cast()) });
 }
 
 /// Asks to be told of this socket's changes of state.

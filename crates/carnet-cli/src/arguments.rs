@@ -69,6 +69,7 @@ pub(crate) enum Command {
     Down(commands::down::Arguments),
     Status(commands::status::Arguments),
     Upgrade(commands::upgrade::Arguments),
+    RotateKey(commands::rotate_key::Arguments),
     /// Add, list and remove providers: who brings sublayers and services
     #[command(subcommand)]
     Provider(commands::provider::Command),

@@ -173,6 +173,53 @@ fn echo() -> EchoServer {
 }
 
 #[test]
+fn a_key_is_rotated_and_never_shown() {
+    let world = World::up("key");
+    let key = |status: &Value| status["key"].clone();
+    let status = world.json(&["status"]);
+    assert_eq!(key(&status)["generation"], 1);
+    assert_eq!(key(&status)["previous_accepted_seconds"], 0);
+
+    let rotated = world.json(&["rotate-key", "--overlap", "3600"]);
+    assert_eq!(rotated, json!({ "generation": 2, "previous": 1, "overlap_seconds": 3600 }));
+    let status = world.json(&["status"]);
+    assert_eq!(key(&status)["generation"], 2);
+    let left = key(&status)["previous_accepted_seconds"].as_u64().unwrap();
+    assert!((3500..=3600).contains(&left), "{status}");
+    assert!(key(&status)["age_seconds"].as_u64().unwrap() < 100, "{status}");
+    // That is all there is to see of it.
+    assert_eq!(key(&status).as_object().unwrap().len(), 3);
+    assert!(world.succeeds(&["status"]).contains("key          number 2, for "));
+
+    let line = world.succeeds(&["rotate-key"]);
+    assert_eq!(line, "instance test: key 3 issues records, key 2 is accepted for 600 seconds");
+    let line = world.succeeds(&["rotate-key", "--overlap", "0"]);
+    assert_eq!(line, "instance test: key 4 issues records, key 3 is refused");
+    assert_eq!(key(&world.json(&["status"]))["previous_accepted_seconds"], 0);
+
+    let (status, _, error) = world.run(&["rotate-key", "--overlap", "3601"]);
+    assert!(status == 2 && error.contains("3600"), "{error}");
+    world.succeeds(&["down"]);
+    world.fails(&["rotate-key"], &["carnet up"]);
+}
+
+/// What it starts does not get at the maps through descriptors that the command left open.
+#[test]
+fn a_service_inherits_no_descriptor_of_the_engine() {
+    let world = World::up("inherit");
+    world.succeeds(&["provider", "add", "acme"]);
+    let list = "for fd in /proc/$$/fd/*; do readlink $fd; done; :";
+    let (status, out, error) =
+        world.run(&["service", "run", "scan", "--provider", "acme", "--", "bash", "-c", list]);
+    assert_eq!(status, 0, "{error}");
+    assert!(out.lines().count() >= 3, "{out}");
+    // The three standard ones are there.
+    assert!(!out.contains("bpf"), "{out}");
+    assert!(!out.contains(world.bpffs.path().to_str().unwrap()), "{out}");
+    assert!(!out.contains(world.cgroup.path().to_str().unwrap()), "{out}");
+}
+
+#[test]
 fn a_policy_is_built_shown_explained_and_taken_down() {
     let world = World::up("policy");
     world.fails(&["up", "--cgroup", world.cgroup.path().to_str().unwrap()], &["already up"]);

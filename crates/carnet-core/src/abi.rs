@@ -11,12 +11,14 @@
 //! | 222 [`SET_REDIRECT_RECORDS`] | set | a record as it was queried (S1, S54); on UDP empty to take it off (U5) |
 //! | 223 [`REDIRECT_RECORDS_LENGTH`] | get | `u32`: bytes that 220 would return |
 //! | 224 [`REDIRECT_CONTEXT_LENGTH`] | get | `u32`: bytes that 221 would return |
-//! | 225 [`ORIGINAL_DESTINATION`] | get | [`Endpoint`](crate::address::Endpoint), 24 bytes |
+//! | 225 [`ORIGINAL_DESTINATION`] | get | [`Endpoint`], 24 bytes |
 //! | 226 [`ORIGINAL_APP`] | get | [`AppIdentity`](crate::record::AppIdentity), 328 bytes |
 //! | 227 [`REGISTER_LISTENER`] | set | empty, or a `u64` redirect handle (administrators) |
 //! | 228 [`FLOW`] | get | [`FlowInfo`], 40 bytes |
+//! | 229 [`ONWARDS`] | get | [`OnwardsInfo`], 32 bytes |
+//! | 230 [`CARRY_ON`] | set | `u64`: the ticket of 229, instead of the record that 220 gives |
 //!
-//! All but 222 and 227 are asked on an accepted connection. For UDP that is a socket which the service
+//! All but 222, 227 and 230 are asked on an accepted connection. For UDP that is a socket which the service
 //! has connected to the source of a flow's datagrams, as `recvfrom` gave it on a registered socket. It
 //! carries no data: answers go out through the registered socket, to the same address.
 //!
@@ -26,15 +28,17 @@
 //! |---|---|
 //! | `ENOPROTOOPT`, `EOPNOTSUPP` | no engine serves this socket's cgroup: the kernel itself answers |
 //! | `EOPNOTSUPP` | not an IPv4 or IPv6 socket (S37b), or an option number that Carnet does not know |
-//! | `EINVAL` | not a TCP or UDP socket (S34c); for 222: a record that is malformed, forged, truncated, of another instance, expired or under a key that is no longer accepted, or a socket that is already connecting, connected or listening (S34b, S58); for 227: not a listening TCP socket or bound and unconnected UDP socket, or one that is bound to a device |
+//! | `EINVAL` | not a TCP or UDP socket (S34c); for 222: a record that is malformed, forged, truncated, of another instance, expired or under a key that is no longer accepted, or a socket that is already connecting, connected or listening (S34b, S58); for 230: such a socket, a ticket that is none, or one whose record has expired; for 227: not a listening TCP socket or bound and unconnected UDP socket, or one that is bound to a device |
 //! | `ENOTCONN` | get: the socket is not connected (it was not accepted) |
 //! | `ENODATA` | get: connected, but not by a redirect; 221, 224: the redirect carries no context (S52), or the calling process is of another service |
 //! | `ERANGE` | get: the buffer is too small (ask 223 or 224 first) |
-//! | `EACCES` | 222, 227: the calling process is neither in a service's cgroup nor privileged; 222: the record was not delivered to this service (S30) |
+//! | `EACCES` | 222, 227, 230: the calling process is neither in a service's cgroup nor privileged; 222, 230: the record was not delivered to this service (S30) |
 //! | `ENOSPC` | 227: the service has [`LISTENER_SLOTS`] listeners of this family and protocol in this network namespace |
 //! | `ENOMEM` | the kernel is out of memory |
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::address::Endpoint;
 
 /// The socket-option level of the control interface: `"WFP\0"` read as a big-endian number.
 pub const LEVEL: i32 = 0x5746_5000;
@@ -61,6 +65,11 @@ pub const ORIGINAL_APP: i32 = 226;
 pub const REGISTER_LISTENER: i32 = 227;
 /// Get the flow's identity: [`FlowInfo`].
 pub const FLOW: i32 = 228;
+/// Get what the connection onwards needs: [`OnwardsInfo`].
+pub const ONWARDS: i32 = 229;
+/// Set, on a socket that is to be connected, the record of the accepted connection with this ticket,
+/// which is still open. It saves the way of the record through user mode, and so its verification.
+pub const CARRY_ON: i32 = 230;
 
 /// How many listeners a service may have registered at once in one network namespace, of one address
 /// family and one protocol.
@@ -131,4 +140,18 @@ pub struct FlowInfo {
     pub legs: u32,
 }
 
+/// What the connection onwards needs.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct OnwardsInfo {
+    /// The destination that the redirected connect asked for.
+    pub destination: Endpoint,
+    /// For [`CARRY_ON`], as long as the accepted socket is open. It is no secret: it serves only the
+    /// service that the flow was delivered to. 0: there is none for this socket, take the record.
+    pub ticket: u64,
+}
+
 const _: () = assert!(size_of::<FlowInfo>() == 40);
+const _: () = assert!(size_of::<OnwardsInfo>() == 32);

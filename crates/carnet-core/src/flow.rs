@@ -50,6 +50,9 @@ pub struct LegState {
     pub protocol: u32,
     /// Always zero.
     pub zero: u32,
+    /// Of a leg that was delivered: how many of its two ends, that of the connection and that of the
+    /// accepted socket, are over.
+    pub ends: i64,
     /// The destination that the connect asked for.
     pub requested: Endpoint,
     /// Where the connection really goes: the service's listener; for an onward leg the same as
@@ -314,7 +317,7 @@ pub const fn is_source_token(endpoint: &Endpoint) -> bool {
 }
 
 const _: () = {
-    assert!(size_of::<LegState>() == 72 + 48 + 256 + 912);
+    assert!(size_of::<LegState>() == 80 + 48 + 256 + 912);
     assert!(size_of::<PeerKey>() == 32);
     assert!(size_of::<LocalSourceKey>() == 24);
     assert!(size_of::<CorrespondentKey>() == 32);

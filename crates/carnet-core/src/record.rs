@@ -249,13 +249,6 @@ impl Record {
         self.hops.get(index as usize)
     }
 
-    /// Redirect handle of the service to which the record was delivered: that of the newest hop; 0 without
-    /// hops.
-    #[inline(always)]
-    pub fn newest(&self) -> u64 {
-        self.hop(self.hop_count.wrapping_sub(1)).map_or(0, |hop| hop.handle)
-    }
-
     /// A service asks for the record at `now_ns` of the boot-time clock, while the connection is there:
     /// when half of the record's life is over, it is issued anew. So a service can set the record of a
     /// connection of any age; and two queries that are close in time give the same bytes.

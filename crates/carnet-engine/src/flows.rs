@@ -144,10 +144,12 @@ pub(crate) fn read_legs(
     let mut file = File::from(sys::iterate(program.as_fd(), &target).map_err(failed())?);
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).map_err(failed())?;
-    // A Multipath TCP connection has its leg twice: on itself and on its first subflow.
+    // A Multipath TCP connection has its leg twice: on itself and on its first subflow. A map may
+    // give one twice when others go meanwhile.
     let mut seen = BTreeSet::new();
     let states = bytes.chunks_exact(size_of::<LegState>());
     let states = states.filter_map(|bytes| LegState::read_from_bytes(bytes).ok());
+    let states = states.chain(tables.connecting_legs()?);
     Ok(states.filter(|leg| seen.insert((leg.cookie, leg.netns))).collect())
 }
 

@@ -27,7 +27,7 @@ pub(crate) struct Offsets([u32; FIELDS.len()]);
 
 /// The fields that the programs read, in the order of `Offsets` in `carnet-bpf`'s `process.rs`: a
 /// structure, and the way through its members.
-const FIELDS: [(&str, &[&str]); 28] = [
+const FIELDS: [(&str, &[&str]); 31] = [
     ("task_struct", &["flags"]),
     ("task_struct", &["group_leader"]),
     ("task_struct", &["start_boottime"]),
@@ -56,6 +56,9 @@ const FIELDS: [(&str, &[&str]); 28] = [
     ("sock", &["__sk_common", "skc_v6_rcv_saddr"]),
     ("sock", &["__sk_common", "skc_state"]),
     ("sock", &["__sk_common", "skc_num"]),
+    ("sock", &["__sk_common", "skc_cookie"]),
+    ("sock", &["sk_socket"]),
+    ("bpf_sockopt_kern", &["sk"]),
 ];
 
 /// The types of the running kernel.

@@ -54,9 +54,9 @@ impl Engine {
     /// No hook ever sees a part of a key, and there is no moment without one.
     ///
     /// # Errors
-    /// [`Error::BadOverlap`], and nothing has changed. [`Error::NotUp`], [`Error::UnknownLayout`];
-    /// [`Error::Io`] and [`Error::Map`] if the kernel refuses; the key that issued records does so
-    /// still then, unless it has to be tried again to end an overlap of zero.
+    /// [`Error::BadOverlap`], [`Error::NotUp`], [`Error::UnknownLayout`], and nothing has changed.
+    /// [`Error::Io`] and [`Error::Map`] if the kernel refuses: then there is a current key as before,
+    /// be it the old or the new one, and the rotation is to be repeated.
     pub fn rotate_key(&mut self, overlap: Duration) -> Result<KeyStatus, Error> {
         if overlap > Self::MAX_KEY_OVERLAP {
             return Err(Error::BadOverlap { given: overlap, longest: Self::MAX_KEY_OVERLAP });
@@ -127,12 +127,13 @@ impl Tables {
 
     /// Draws a key and writes it. No hook may be using the one that is there.
     fn write_new_key(&self, place: u32) -> Result<(), Error> {
-        let mut key = Zeroizing::new([0; size_of::<Key>()]);
-        draw(&mut *key, "a key")?;
+        let mut drawn = Zeroizing::new([0; size_of::<Key>()]);
+        draw(&mut *drawn, "a key")?;
+        // A reference all the way: a copy would not be wiped.
+        let key: &[u8; size_of::<Key>()] = &drawn;
         let mut keys: Array<_, [u8; size_of::<Key>()]> =
             Map::Array(self.open(KEYS)?).try_into().map_err(Error::map::<MapError>(KEYS))?;
-        // By reference: a copy would not be wiped.
-        keys.set(place, &*key, 0).map_err(Error::map(KEYS))
+        keys.set(place, key, 0).map_err(Error::map(KEYS))
     }
 }
 

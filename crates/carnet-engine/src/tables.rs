@@ -14,7 +14,9 @@ use carnet_core::{
     abi::MAX_CONTEXT,
     compile::{CompiledPolicy, max_candidates, max_nodes},
     event::Counter,
-    flow::{Correspondent, CorrespondentKey, DatagramLeg, ListenerEntry, ListenerKey, PeerKey},
+    flow::{
+        Correspondent, CorrespondentKey, DatagramLeg, LegState, ListenerEntry, ListenerKey, PeerKey,
+    },
     object::Policy,
     table::{HeaderRow, MAX_CANDIDATES},
 };
@@ -299,6 +301,13 @@ impl Tables {
     pub(crate) fn epoch_flows_and_udp_idle(&self) -> Result<(u64, u64, Duration), Error> {
         let Config { epoch, flows, datagram_idle_ns, .. } = self.first("CONFIG")?;
         Ok((epoch, flows, Duration::from_nanos(datagram_idle_ns)))
+    }
+
+    /// The legs of sockets that the kernel keeps apart from them.
+    pub(crate) fn connecting_legs(&self) -> Result<Vec<LegState>, Error> {
+        let legs = self.hash::<u64, LegState>("CONNECTING")?;
+        // One that ends while the others are read is missed.
+        Ok(legs.iter().filter_map(Result::ok).map(|(_, Wire(leg))| leg).collect())
     }
 
     /// The UDP flows of unconnected sockets that go to services.

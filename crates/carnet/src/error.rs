@@ -59,10 +59,11 @@ pub enum Error {
     },
 
     /// The redirect record was refused (contract S34b): malformed, altered, of another instance of
-    /// the engine, or expired.
+    /// the engine, expired, or under a key that was replaced.
     ///
-    /// Usually the engine was restarted while the connection lasted. Give the record back
-    /// unchanged and soon; if that was done, close the accepted connection.
+    /// Usually the engine was restarted, or its key replaced, while the connection lasted. Query the
+    /// record again and give it back unchanged and soon; if that was done, close the accepted
+    /// connection.
     #[error(
         "the redirect record was refused: it is malformed, altered, expired or of another engine"
     )]

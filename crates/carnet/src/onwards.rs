@@ -2,7 +2,7 @@
 
 use crate::{
     AsSocket, Error, Operation, OriginalDestination, RedirectRecords, original_destination,
-    query_redirect_records, set_redirect_records,
+    query_redirect_records, set_redirect_records, sys,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io;
@@ -16,7 +16,23 @@ use std::time::Duration;
 /// Those of [`query_redirect_records`] about `accepted`; those of [`set_redirect_records`];
 /// [`Error::Connect`], [`Error::Blocked`] and [`Error::Loop`] for the connection itself.
 pub fn connect_onwards(accepted: &impl AsSocket) -> Result<TcpStream, Error> {
-    Onwards::of(accepted)?.connect()
+    let (socket, destination) = prepared(accepted)?;
+    connect(socket, destination, None)
+}
+
+/// A socket that carries the record of an accepted connection, and where that was going: as
+/// [`Onwards::of`] and [`Onwards::socket`] give them, with fewer and cheaper calls where `accepted` has
+/// a ticket.
+pub(crate) fn prepared(accepted: &impl AsSocket) -> Result<(Socket, SocketAddr), Error> {
+    if let Some((destination, ticket)) = sys::onwards(accepted) {
+        let destination = canonical(destination);
+        let socket = new_socket(destination, Type::STREAM)?;
+        if sys::carry_on(&socket, ticket) {
+            return Ok((socket, destination));
+        }
+    }
+    let onwards = Onwards::of(accepted)?;
+    Ok((onwards.socket(Type::STREAM)?, onwards.destination()))
 }
 
 /// As [`connect_onwards`], to another destination than the original one: for a service that sends
@@ -75,7 +91,7 @@ impl Onwards {
     /// Where the connection goes. An IPv4-mapped destination is reached over IPv4, which also
     /// works where sockets are IPv6-only.
     pub fn destination(&self) -> SocketAddr {
-        SocketAddr::new(self.destination.ip().to_canonical(), self.destination.port())
+        canonical(self.destination)
     }
 
     /// Makes the connection; blocks until it is there.
@@ -97,17 +113,29 @@ impl Onwards {
     /// A blocking TCP (`Type::STREAM`) or UDP (`Type::DGRAM`) socket that carries the record and is
     /// bound, ready to be connected.
     pub(crate) fn socket(&self, kind: Type) -> Result<Socket, Error> {
-        let refused = |source: io::Error| Error::Os { operation: Operation::PrepareSocket, source };
-        let domain = Domain::for_address(self.destination());
-        let protocol = if kind == Type::STREAM { Protocol::TCP } else { Protocol::UDP };
-        let socket = Socket::new(domain, kind, Some(protocol)).map_err(refused)?;
+        let socket = new_socket(self.destination(), kind)?;
         // First of all: some systems classify a connection when its socket is bound (S58).
         set_redirect_records(&socket, &self.records)?;
         if let Some(source) = self.source {
-            socket.bind(&source.into()).map_err(refused)?;
+            socket.bind(&source.into()).map_err(not_prepared)?;
         }
         Ok(socket)
     }
+}
+
+/// An IPv4-mapped address as the IPv4 address that it is.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// A blocking socket for connections to `destination`: TCP (`Type::STREAM`) or UDP (`Type::DGRAM`).
+fn new_socket(destination: SocketAddr, kind: Type) -> Result<Socket, Error> {
+    let protocol = if kind == Type::STREAM { Protocol::TCP } else { Protocol::UDP };
+    Socket::new(Domain::for_address(destination), kind, Some(protocol)).map_err(not_prepared)
+}
+
+fn not_prepared(source: io::Error) -> Error {
+    Error::Os { operation: Operation::PrepareSocket, source }
 }
 
 /// Connects a socket that is ready for it, and waits for at most `limit`.

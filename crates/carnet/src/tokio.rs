@@ -2,6 +2,7 @@
 //!
 //! The functions of the crate's root take tokio's sockets as they are; only connecting differs.
 
+use crate::onwards::prepared;
 use crate::{AsSocket, Error, Onwards, Operation, query_redirect_records};
 use ::tokio::net::{TcpSocket, TcpStream, UdpSocket};
 use socket2::{Socket, Type};
@@ -17,7 +18,8 @@ use std::time::Duration;
 /// # Panics
 /// As every connect of tokio's: outside of a runtime with I/O enabled.
 pub async fn connect_onwards(accepted: &impl AsSocket) -> Result<TcpStream, Error> {
-    connect(&Onwards::of(accepted)?).await
+    let (socket, destination) = prepared(accepted)?;
+    connect_socket(socket, destination, None).await
 }
 
 /// As [`connect_onwards`], to another destination than the original one.

@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, fs, mem::offset_of, net::SocketAddr, path::Path};
 
 use carnet_core::{
-    abi::{self, FlowInfo},
+    abi::{self, FlowInfo, OnwardsInfo},
     address::Endpoint,
     object::{Conditions, FilterAction, NewFilter, Weight},
     record::{AppIdentity, FileId, MAX_RECORD},
@@ -53,8 +53,9 @@ fn the_level_and_the_options() {
         abi::ORIGINAL_DESTINATION,
         abi::ORIGINAL_APP,
         abi::FLOW,
+        abi::ONWARDS,
     ];
-    let set = [abi::SET_REDIRECT_RECORDS, abi::REGISTER_LISTENER];
+    let set = [abi::SET_REDIRECT_RECORDS, abi::REGISTER_LISTENER, abi::CARRY_ON];
     let mut expected: Vec<(String, &str)> = get.map(|option| (option.to_string(), "get")).into();
     expected.extend(set.map(|option| (option.to_string(), "set")));
     expected.sort();
@@ -70,6 +71,7 @@ fn the_level_and_the_options() {
         (abi::ORIGINAL_DESTINATION, size_of::<Endpoint>()),
         (abi::ORIGINAL_APP, size_of::<AppIdentity>()),
         (abi::FLOW, size_of::<FlowInfo>()),
+        (abi::ONWARDS, size_of::<OnwardsInfo>()),
     ] {
         let row = rows.iter().find(|row| row[0] == option.to_string()).must_be("the option's row");
         assert!(row[3].contains(&format!("{bytes} bytes")), "{row:?}");
@@ -128,6 +130,7 @@ fn the_layouts() {
         size_of::<FlowInfo>(),
         &fields!(FlowInfo: flow, handle, filter, began_ns, hops, legs),
     );
+    layout("Onwards", size_of::<OnwardsInfo>(), &fields!(OnwardsInfo: destination, ticket));
 }
 
 /// The names of the errors that were seen.
@@ -192,7 +195,7 @@ fn the_errors_of_the_options() {
     errors.expect(no_engine, "no service's socket", connection.set_record(&record));
     let local = service.open(Family::Unix, Kind::Tcp).must("open");
     errors.expect(&["EOPNOTSUPP"], "a local socket", local.query(abi::FLOW));
-    errors.expect(&["EOPNOTSUPP"], "an unknown option", accepted.query(abi::FLOW + 1));
+    errors.expect(&["EOPNOTSUPP"], "an unknown option", accepted.query(abi::CARRY_ON + 1));
     let udp = service.open(Family::V4, Kind::Udp).must("open");
     errors.expect(&["ENOTCONN"], "a UDP socket that is not connected", udp.query(abi::FLOW));
     errors.expect(&["EINVAL"], "a UDP socket that is not bound", udp.register(&[]));

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use carnet_core::{
-    abi::{self, FlowInfo},
+    abi::{self, FlowInfo, OnwardsInfo},
     address::Endpoint,
     event::{Counter, EventKind},
     record::{AppIdentity, RecordError},
@@ -12,11 +12,12 @@ use carnet_tests::{
     Lab, Must as _, PATIENCE, Plan, Report,
     puppet::{Errno, Family, Hand, Kind, Puppet},
     service::read_record,
+    until,
 };
-use zerocopy::FromBytes as _;
+use zerocopy::{FromBytes as _, IntoBytes as _};
 
 /// Options that are got, with the length of the answer of a first hop.
-const GET: [(i32, usize); 7] = [
+const GET: [(i32, usize); 8] = [
     (abi::QUERY_REDIRECT_RECORDS, 416),
     (abi::QUERY_REDIRECT_CONTEXT, 5),
     (abi::REDIRECT_RECORDS_LENGTH, 4),
@@ -24,6 +25,7 @@ const GET: [(i32, usize); 7] = [
     (abi::ORIGINAL_DESTINATION, 24),
     (abi::ORIGINAL_APP, 328),
     (abi::FLOW, 40),
+    (abi::ONWARDS, 32),
 ];
 
 fn loopback() -> SocketAddr {
@@ -90,6 +92,56 @@ fn every_option_answers_and_asking_again_gives_the_same() {
     assert_eq!((app.pid, app.uid, app.cgroup), (client.id(), 0, lab.apps().id()));
 }
 
+/// Whatever ends first: a leg can be asked about as long as there is a socket to ask on, and then
+/// nothing is left of it.
+#[test]
+fn a_leg_is_kept_until_its_connection_is_over_and_its_socket_closed() {
+    let (lab, service, client) = scene();
+    let listener = service.serve(loopback());
+    let over = || {
+        let flows = || lab.engine().flows().must("list the flows");
+        until("the end of the connection", flows, Vec::is_empty);
+    };
+    let answers = |accepted: &Hand<'_>| GET.map(|(option, _)| accepted.query(option).must("query"));
+
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let before = answers(&accepted);
+    accepted.end_sending().must("end");
+    drop(connection);
+    over();
+    assert_eq!(answers(&accepted), before);
+    drop(accepted);
+    lab.settle_sockets();
+
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    drop(accepted);
+    drop(connection);
+    lab.settle_sockets();
+
+    // Reset before it was accepted.
+    let connection = client.connect(lab.v4()).must("connect");
+    reset(connection);
+    over();
+    let accepted = listener.accept().must("accept");
+    assert_eq!(answers(&accepted).map(|answer| answer.len()), GET.map(|(_, length)| length));
+    drop(accepted);
+    lab.settle_sockets();
+
+    // Never accepted.
+    let connection = client.connect(lab.v4()).must("connect");
+    drop(listener);
+    drop(connection);
+    lab.settle_sockets();
+}
+
+/// Closes a connection with a reset.
+#[track_caller]
+fn reset(connection: Hand<'_>) {
+    // struct linger { on, 0 seconds }.
+    let linger = [1_u32.to_ne_bytes(), 0_u32.to_ne_bytes()].concat();
+    connection.set(libc::SOL_SOCKET, libc::SO_LINGER, &linger).must("set");
+}
+
 #[test]
 fn a_redirect_without_a_context_has_none() {
     let lab = Lab::new();
@@ -137,13 +189,12 @@ fn asking_the_wrong_socket() {
         assert!([libc::ENOPROTOOPT, libc::EOPNOTSUPP].contains(&errno), "{errno}");
     }
     // What cannot be got.
-    for option in
-        [0, 80, 219, abi::SET_REDIRECT_RECORDS, abi::REGISTER_LISTENER, abi::FLOW + 1, i32::MAX, -1]
-    {
+    let set = [abi::SET_REDIRECT_RECORDS, abi::REGISTER_LISTENER, abi::CARRY_ON];
+    for option in [0, 80, 219, 231, i32::MAX, -1].into_iter().chain(set) {
         assert_eq!(accepted.query(option), fails(libc::EOPNOTSUPP), "option {option}");
     }
     // What cannot be set.
-    for option in GET.map(|(option, _)| option).into_iter().chain([0, 219, 229, -1]) {
+    for option in GET.map(|(option, _)| option).into_iter().chain([0, 219, 231, -1]) {
         let answer = idle.set(abi::LEVEL, option, &[0; 8]);
         assert_eq!(answer, fails(libc::EOPNOTSUPP), "option {option}");
     }
@@ -194,11 +245,13 @@ fn a_record_that_was_tampered_with_is_refused_and_the_one_before_stays() {
         refused(&flipped, "a flipped bit");
     }
     let of_bits = 8 * record.len() as u64;
-    let (malformed, forged) =
-        (lab.counter(Counter::RecordsMalformed), lab.counter(Counter::RecordsForged));
-    assert_eq!(malformed + forged, 12 + of_bits);
-    // Magic, version, length and number of hops are looked at before the MAC.
+    let [malformed, foreign, forged] =
+        [Counter::RecordsMalformed, Counter::RecordsForeign, Counter::RecordsForged]
+            .map(|counter| lab.counter(counter));
+    assert_eq!(malformed + foreign + forged, 12 + of_bits);
+    // Magic, version, length and number of hops are looked at before the MAC, and so is the epoch.
     assert_eq!(malformed, 12 + 8 * (4 + 2 + 2 + 4));
+    assert_eq!(foreign, 64);
 
     // A record of another instance.
     let (other_lab, other_service, other_client) = scene();
@@ -255,6 +308,63 @@ fn a_record_is_set_before_the_connect_or_not_at_all() {
         again.connect(lab.v6()).must("connect onwards");
     }
     assert_eq!(lab.counter(Counter::Onward), 6);
+}
+
+/// The ticket of an accepted connection.
+#[track_caller]
+fn ticket(accepted: &Hand<'_>) -> [u8; 8] {
+    let answer = accepted.query(abi::ONWARDS).must("query");
+    let info = OnwardsInfo::read_from_bytes(&answer).expect("32 bytes");
+    assert_eq!(accepted.query(abi::ORIGINAL_DESTINATION), Ok(info.destination.as_bytes().to_vec()));
+    assert_ne!(info.ticket, 0);
+    info.ticket.to_ne_bytes()
+}
+
+#[test]
+fn a_ticket_carries_a_flow_on_as_its_record_does() {
+    let (lab, service, client) = scene();
+    lab.service("bravo", 1);
+    let other = lab.puppet_of("bravo");
+    let (listener, other_listener) = (service.serve(loopback()), other.serve(loopback()));
+    let (_connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let carry_on = |socket: &Hand<'_>, ticket: &[u8]| socket.set(abi::LEVEL, abi::CARRY_ON, ticket);
+    let flow = |accepted: &Hand<'_>| {
+        let answer = accepted.query(abi::FLOW).must("query");
+        FlowInfo::read_from_bytes(&answer).expect("40 bytes")
+    };
+
+    let first = ticket(&accepted);
+    let onward = service.tcp(lab.v4());
+    carry_on(&onward, &first).must("carry the flow on");
+    onward.connect(lab.v4()).must("connect onwards");
+    let second_accepted = other_listener.accept().must("accept");
+    let second = ticket(&second_accepted);
+    let record = second_accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+    let record = read_record(&record);
+    let handles: Vec<_> = record.hops.iter().take(2).map(|hop| hop.handle).collect();
+    assert_eq!(handles, [lab.handle_of("alpha"), lab.handle_of("bravo")]);
+    assert_eq!((record.flow, record.app.pid), (flow(&accepted).flow, client.id()));
+    let last = other.tcp(lab.v4());
+    carry_on(&last, &second).must("carry the flow on");
+    last.connect(lab.v4()).must("connect onwards");
+    assert_eq!(lab.counter(Counter::Onward), 1);
+    assert_eq!(lab.counter(Counter::RecordsSet), 2);
+
+    // It serves only the service that the flow was delivered to, and only before the connect.
+    assert_eq!(carry_on(&other.tcp(lab.v4()), &first), fails(libc::EACCES));
+    assert_eq!(carry_on(&service.tcp(lab.v4()), &second), fails(libc::EACCES));
+    assert_eq!(lab.counter(Counter::AccessDenied), 2);
+    assert_eq!(carry_on(&onward, &first), fails(libc::EINVAL), "a connected socket");
+    for wrong in [&[][..], &first[..7], &[0; 8], &[0xff; 8], &[first, first].concat()] {
+        let answer = carry_on(&service.tcp(lab.v4()), wrong);
+        assert_eq!(answer, fails(libc::EINVAL), "{wrong:?}");
+    }
+    // And as long as its socket is open.
+    drop(second_accepted);
+    drop(last);
+    drop(onward);
+    let again = || carry_on(&other.tcp(lab.v4()), &second);
+    let _refused = until("the end of the ticket", again, |answer| *answer == fails(libc::EINVAL));
 }
 
 #[test]

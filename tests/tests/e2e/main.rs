@@ -13,6 +13,7 @@ mod failures;
 mod families;
 mod filters;
 mod instances;
+mod keys;
 mod listeners;
 mod loops;
 mod namespaces;

@@ -7,6 +7,7 @@ pub(crate) mod filter;
 pub(crate) mod flows;
 mod inspect;
 pub(crate) mod provider;
+pub(crate) mod rotate_key;
 pub(crate) mod run;
 pub(crate) mod service;
 mod service_run;
@@ -28,6 +29,7 @@ pub(crate) fn run(command: Command, session: &mut Session<'_>) -> Result<u8, Fai
         Command::Down(arguments) => down::run(arguments, session),
         Command::Status(arguments) => status::run(arguments, session),
         Command::Upgrade(arguments) => upgrade::run(arguments, session),
+        Command::RotateKey(arguments) => rotate_key::run(arguments, session),
         Command::Provider(command) => provider::run(command, session),
         Command::Sublayer(command) => sublayer::run(command, session),
         Command::Service(command) => service::run(command, session),

@@ -32,6 +32,8 @@ struct Status {
     cgroup: Cgroup,
     /// The instance's epoch, in hexadecimal: records of another one are refused.
     epoch: String,
+    /// The key under which records are issued.
+    key: Key,
     /// Whether sockets are refused there whose flows would pass unseen.
     refuse_unseen: bool,
     /// Number of the last change of the policy; 0 if there was none.
@@ -56,6 +58,16 @@ struct Status {
     tables: Vec<Use>,
     /// How full the maps are that grow and shrink with what goes on.
     maps: Vec<MapUse>,
+}
+
+#[derive(Serialize)]
+struct Key {
+    /// Its number, from 1.
+    generation: u64,
+    /// For how many seconds it has issued records.
+    age_seconds: u64,
+    /// For how many seconds the key before is still accepted; 0 if it is not.
+    previous_accepted_seconds: u64,
 }
 
 #[derive(Serialize)]
@@ -202,6 +214,15 @@ impl From<engine::Status> for Status {
             instance: status.instance,
             directory: status.directory,
             cgroup: Cgroup { path: status.scope, id: status.scope_id, alive: status.scope_alive },
+            key: Key {
+                generation: status.key.generation,
+                age_seconds: status.key.age.as_secs(),
+                // A rest of a second is not nothing.
+                previous_accepted_seconds: status
+                    .key
+                    .predecessor
+                    .map_or(0, |left| left.as_secs() + u64::from(left.subsec_nanos() > 0)),
+            },
             epoch: format!("{:016x}", status.epoch),
             refuse_unseen: status.refuse_unseen,
             generation: status.generation,
@@ -323,6 +344,12 @@ impl fmt::Display for Status {
         let unseen = if self.refuse_unseen { "refused" } else { "not refused" };
         writeln!(f, "unseen       sockets that connect past the hooks are {unseen}")?;
         writeln!(f, "policy       changed {} times", self.generation)?;
+        let Key { generation, age_seconds, previous_accepted_seconds } = &self.key;
+        let previous = match previous_accepted_seconds {
+            0 => String::new(),
+            left => format!("; the one before is accepted for {left} s more"),
+        };
+        writeln!(f, "key          number {generation}, for {age_seconds} s{previous}")?;
         writeln!(f, "flows begun  {}", self.flows_begun)?;
 
         let attached = self.links.iter().filter(|link| link.alive);

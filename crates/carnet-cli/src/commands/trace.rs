@@ -317,7 +317,7 @@ impl Traced {
                 format!("{whose}: ended{bytes}")
             }),
             Some(EventKind::RecordRefused) => (BAD, {
-                let reason = self.reason.unwrap_or("?");
+                let reason = self.reason.unwrap_or("?").replace('_', " ");
                 match &self.service {
                     Some(service) => format!("record refused, which {service} set: {reason}"),
                     None => format!("record refused: {reason}"),
@@ -348,11 +348,12 @@ fn reason(reason: Reason) -> &'static str {
 }
 
 fn refusal(number: u32) -> &'static str {
-    const NAMES: [(RecordError, &str); 4] = [
+    const NAMES: [(RecordError, &str); 5] = [
         (RecordError::Malformed, "malformed"),
         (RecordError::Forged, "forged"),
         (RecordError::Foreign, "foreign"),
         (RecordError::Expired, "expired"),
+        (RecordError::NotDelivered, "not_delivered"),
     ];
     let known = NAMES.into_iter().find(|(error, _)| *error as u32 == number);
     known.map_or("unknown", |(_, name)| name)
@@ -453,6 +454,11 @@ mod tests {
         assert_eq!(
             told(&Event { reason: forged, ..event(EventKind::RecordRefused) }),
             "flow 7 curl[42]: record refused, which tls set: forged"
+        );
+        let theft = RecordError::NotDelivered as u32;
+        assert_eq!(
+            told(&Event { reason: theft, handle: 0, ..event(EventKind::RecordRefused) }),
+            "flow 7 curl[42]: record refused: not delivered"
         );
         let raw = SocketKind { family: 2, kind: 3, protocol: 1 }.to_number();
         assert_eq!(

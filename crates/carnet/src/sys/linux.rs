@@ -4,7 +4,7 @@
 use crate::error::{Error, Operation};
 use crate::growth::{Attempt, read_growing};
 use crate::{Flow, OriginalApp};
-use carnet_core::abi::{self, FlowInfo};
+use carnet_core::abi::{self, FlowInfo, OnwardsInfo};
 use carnet_core::address::Endpoint;
 use carnet_core::record::AppIdentity;
 use socket2::{Domain, Protocol, SockRef, Type};
@@ -40,6 +40,19 @@ pub(crate) fn original_destination(socket: &impl AsSocket) -> Result<SocketAddr,
     let operation = Operation::OriginalDestination;
     let endpoint: Endpoint = query_value(socket.as_fd(), operation, abi::ORIGINAL_DESTINATION)?;
     Ok(socket_address(&endpoint))
+}
+
+/// Where an accepted connection was going, and the ticket with which [`carry_on`] continues its flow.
+/// `None`: take destination and record instead; that tells the error, too, if there is one.
+pub(crate) fn onwards(socket: &impl AsSocket) -> Option<(SocketAddr, u64)> {
+    let operation = Operation::OriginalDestination;
+    let info: OnwardsInfo = query_value(socket.as_fd(), operation, abi::ONWARDS).ok()?;
+    (info.ticket != 0).then(|| (socket_address(&info.destination), info.ticket))
+}
+
+/// Sets the record of the accepted connection with this ticket; `false` where that cannot be.
+pub(crate) fn carry_on(socket: &impl AsSocket, ticket: u64) -> bool {
+    set_option(socket.as_fd(), abi::LEVEL, abi::CARRY_ON, ticket.as_bytes()).is_ok()
 }
 
 pub(crate) fn original_app(socket: &impl AsSocket) -> Result<OriginalApp, Error> {

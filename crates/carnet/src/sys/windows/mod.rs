@@ -50,6 +50,16 @@ pub(crate) fn flow(_socket: &impl AsSocket) -> Result<Flow, Error> {
     Err(Error::Unsupported { operation: Operation::Flow })
 }
 
+/// There are no tickets: record and destination do.
+pub(crate) fn onwards(_socket: &impl AsSocket) -> Option<(SocketAddr, u64)> {
+    None
+}
+
+/// See [`onwards`].
+pub(crate) fn carry_on(_socket: &impl AsSocket, _ticket: u64) -> bool {
+    false
+}
+
 pub(crate) fn original_destination(socket: &impl AsSocket) -> Result<SocketAddr, Error> {
     let operation = Operation::OriginalDestination;
     let socket = socket.as_socket();

@@ -1,0 +1,76 @@
+//! Carrying a flow on by its ticket: the record goes from the accepted connection's leg to the socket
+//! that is to be connected without a way through user mode, where it could be altered. So its MAC is
+//! neither computed nor verified.
+
+use aya_ebpf::{bindings::bpf_sockopt, helpers::generated::bpf_probe_read_kernel};
+use carnet_core::{
+    abi::errno,
+    access::Caller,
+    event::Counter,
+    record::{LIFETIME_NS, MAX_RECORD, RecordError},
+};
+
+use crate::{
+    accepted::find,
+    ctx::{load32, load64, opaque},
+    end::abandon,
+    maps::LEGS,
+    report::{count, now},
+    setsockopt::refused,
+    socket::{CLOSE, Socket},
+};
+
+/// Puts the record of the accepted connection that the caller names on a socket that is to be connected.
+#[inline(always)]
+pub(crate) fn carry_on(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -> Result<(), i32> {
+    if !caller.may_act() {
+        return Err(refused(RecordError::NotDelivered, caller));
+    }
+    if socket.state() != CLOSE || load32!(ctx, 32) != size_of::<u64>() as u32 {
+        return Err(errno::EINVAL);
+    }
+    let mut ticket = 0_u64;
+    let buffer = load64!(ctx, 8) as *const core::ffi::c_void;
+    // SAFETY: reads 8 bytes into this program's stack; the helper copes with any source.
+    unsafe {
+        bpf_probe_read_kernel((&raw mut ticket).cast(), size_of::<u64>() as u32, buffer);
+    }
+    let Some(delivered) = find(ticket) else {
+        return Err(errno::EINVAL);
+    };
+    if !caller.may_set(delivered.handle) {
+        return Err(refused(RecordError::NotDelivered, caller));
+    }
+    // As if the service had just asked for the record.
+    if delivered.kind != 0 {
+        delivered.record.renew(now());
+    } else if now().wrapping_sub(delivered.record.issued_ns) > LIFETIME_NS {
+        return Err(refused(RecordError::Expired, caller));
+    }
+    let length = opaque(delivered.record.length.into());
+    if length > MAX_RECORD as u64 {
+        return Err(errno::EINVAL);
+    }
+    let Some(leg) = socket.get_or_create(&LEGS) else {
+        return Err(errno::ENOMEM);
+    };
+    // Left by a connect that failed before anything was sent.
+    abandon(leg);
+    // SAFETY: both are whole records in map values, of which `length` is a part.
+    unsafe {
+        bpf_probe_read_kernel(
+            (&raw mut leg.record).cast(),
+            length as u32,
+            (&raw const delivered.record).cast(),
+        );
+    }
+    // The accepted socket may have been closed meanwhile, and another's leg be in its place. A cookie is
+    // never used again, so what is still found under it is what was copied.
+    if find(ticket).is_none() {
+        leg.set_hops = 0;
+        return Err(errno::EINVAL);
+    }
+    leg.set_hops = leg.record.hop_count;
+    count(Counter::RecordsSet);
+    Ok(())
+}
