@@ -1,4 +1,5 @@
-//! `cargo xtask bench`: builds the benchmarks as the current user, then starts them as root.
+//! `cargo xtask bench` and `cargo xtask soak`: builds a program of measurements as the current user, then
+//! starts it as root.
 
 use std::ffi::{OsStr, OsString};
 
@@ -8,19 +9,21 @@ use crate::cargo::{self, Kind};
 use crate::process::{self, Privilege, announce};
 
 /// The package that has the benchmarks.
-const PACKAGE: &str = "carnet-bench";
+pub(crate) const BENCH: &str = "carnet-bench";
+/// The package that has the load of long duration.
+pub(crate) const SOAK: &str = "carnet-soak";
 
-/// Builds everything in release mode, since the benchmarks start Carnet's other programs too, and
-/// runs them.
-pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
+/// Builds everything in release mode, since these programs start Carnet's other programs too, and runs
+/// that of a package.
+pub(crate) fn run(package: &str, arguments: &[OsString]) -> Result<()> {
     let privilege = Privilege::find()?;
     let root = cargo::workspace_root()?;
-    announce(format_args!("building {PACKAGE}"));
+    announce(format_args!("building {package}"));
     let built = cargo::build(&root, &["--release", "--workspace", "--bins"])?;
     let program = built
         .iter()
-        .find(|built| built.package == PACKAGE && built.kind == Kind::Program)
-        .with_context(|| format!("the package {PACKAGE} has no program"))?;
+        .find(|built| built.package == package && built.kind == Kind::Program)
+        .with_context(|| format!("the package {package} has no program"))?;
     privilege.obtain()?;
     let terminal = std::env::var_os("TERM").unwrap_or_default();
     let environment: &[(&str, &OsStr)] = &[("TERM", &terminal)];
@@ -28,7 +31,7 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
     command.args(arguments);
     let status = process::status(&mut command)?;
     if !status.success() {
-        bail!("{PACKAGE} failed ({status})");
+        bail!("{package} failed ({status})");
     }
     Ok(())
 }

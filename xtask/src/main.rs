@@ -19,7 +19,7 @@
 //! | [`workflows`] | whether CI uses nothing that can change under it |
 //! | [`dist`] | what a release ships, built reproducibly |
 //! | [`ci`] | what CI checks beside the tests |
-//! | [`bench`](mod@bench) | build the benchmarks and start them as root |
+//! | [`bench`](mod@bench) | build the benchmarks, or the soak, and start them as root |
 //! | [`catalogue`] | what was tried, each with its tests: ways, attacks |
 //! | [`page`] | writes the parts of pages that are generated |
 //! | [`cargo`], [`process`], [`host`] | starting cargo, starting anything, facts about the machine |
@@ -102,6 +102,13 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Load of long duration, as root: 50,000 connections at once, then half an hour of churn at full
+    /// rate; everything given is handed on (`--help`)
+    #[command(disable_help_flag = true)]
+    Soak {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -132,6 +139,10 @@ fn run(command: Command) -> Result<()> {
         Command::Advisories(options) => advisories::run(&options),
         Command::Miri => miri::run(),
         Command::Ci => ci::run(),
-        Command::Bench { arguments } => bench::run(&arguments),
+        Command::Bench { arguments } => bench::run(bench::BENCH, &arguments),
+        Command::Soak { arguments } => {
+            let arguments: Vec<_> = [OsString::from("run")].into_iter().chain(arguments).collect();
+            bench::run(bench::SOAK, &arguments)
+        }
     }
 }

@@ -30,28 +30,29 @@ pub(crate) fn limit() -> u64 {
     CONFIG.get(0).map_or(DATAGRAM_IDLE_NS, |config| config.datagram_idle_ns)
 }
 
-/// Sets the timer of a new flow. Without memory for it the flow ends with its socket, or in a [`sweep`].
+/// Sets the timer of a flow; gives whether it is set. Without memory for it a new flow ends with its
+/// socket, or in a [`sweep`].
 #[inline(always)]
-pub(crate) fn start(timed: &mut TimedLeg, limit: u64) {
+pub(crate) fn start(timed: &mut TimedLeg, limit: u64) -> bool {
     let timer = &raw mut timed.timer;
     let callback: extern "C" fn(*mut c_void, *mut PeerKey, *mut TimedLeg) -> i64 = ring;
     // SAFETY: the timer lies in an entry of this map; the callback is of the kind that the helper
     // calls, with the map, the key and the entry.
     unsafe {
-        if bpf_timer_init(timer, (&raw const DATAGRAM_LEGS).cast_mut().cast(), BOOT_TIME) == 0
+        bpf_timer_init(timer, (&raw const DATAGRAM_LEGS).cast_mut().cast(), BOOT_TIME) == 0
             && bpf_timer_set_callback(timer, callback as *mut c_void) == 0
-        {
-            bpf_timer_start(timer, limit, 0);
-        }
+            && bpf_timer_start(timer, limit, 0) == 0
     }
 }
 
-/// The socket of a flow was closed: the flow ends, but can be asked about for a moment more.
+/// The socket of a flow was closed: the flow ends, but can be asked about for a moment more. Gives
+/// `false` if nothing would end that: it has no timer and gets none now.
 #[inline(always)]
-pub(crate) fn linger(timed: &mut TimedLeg) {
+pub(crate) fn linger(timed: &mut TimedLeg) -> bool {
     datagrams_end(&mut timed.held.leg);
-    // SAFETY: as in `start`. Without a timer it stays until a sweep.
-    unsafe { bpf_timer_start(&raw mut timed.timer, DATAGRAM_LINGER_NS, 0) };
+    // SAFETY: as in `start`.
+    let started = unsafe { bpf_timer_start(&raw mut timed.timer, DATAGRAM_LINGER_NS, 0) };
+    started == 0 || start(timed, DATAGRAM_LINGER_NS)
 }
 
 /// The timer of a flow has gone off: the flow ends, unless it has had a datagram since.

@@ -108,7 +108,9 @@ fn keep(ctx: *mut bpf_sock, leg: &LegState) {
         };
         timed.held.client.address = key.address;
         timed.held.client.port = port as u16;
-        idle::start(timed, DATAGRAM_LINGER_NS);
+        if !idle::start(timed, DATAGRAM_LINGER_NS) {
+            let _absent = DATAGRAM_LEGS.remove(&key);
+        }
     }
 }
 
@@ -129,8 +131,8 @@ impl Step for End<'_> {
         if let Some(timed) = DATAGRAM_LEGS.get_ptr_mut(&key) {
             // SAFETY: the entry stays allocated until the program ends.
             let timed = unsafe { &mut *timed };
-            if timed.held.leg.cookie == self.cookie {
-                idle::linger(timed);
+            if timed.held.leg.cookie == self.cookie && !idle::linger(timed) {
+                let _absent = DATAGRAM_LEGS.remove(&key);
             }
         }
         true

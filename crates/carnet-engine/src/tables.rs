@@ -5,6 +5,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
+    os::fd::{AsFd as _, AsRawFd as _},
     path::PathBuf,
     time::Duration,
 };
@@ -23,7 +25,7 @@ use carnet_core::{
 use zerocopy::{FromBytes, FromZeros as _, Immutable, IntoBytes};
 
 use crate::{
-    Error, Location,
+    Error, Location, MapStatus,
     keys::draw,
     object::{BuildId, LAYOUT},
     sys::{Wire, count_entries, write_elements},
@@ -238,8 +240,10 @@ impl Tables {
     }
 
     /// The maps that grow and shrink with what goes on: kind of content, name.
-    pub(crate) const CHANGING: [(&'static str, &'static str); 8] = [
+    pub(crate) const CHANGING: [(&'static str, &'static str); 10] = [
+        ("connections to services and onwards", "CONNECTING"),
         ("connections under way to a service", "HANDOVER"),
+        ("connections that services accepted", "ACCEPTED"),
         ("UDP flows of unconnected sockets", "DATAGRAM_LEGS"),
         ("decisions for those", "CORRESPONDENTS"),
         ("decisions for those that pass", "PASSING"),
@@ -249,13 +253,19 @@ impl Tables {
         ("services' cgroups", "SVC_CGROUPS"),
     ];
 
-    /// How full a map is, how full it can be, and whether the oldest give way in it.
-    pub(crate) fn fill(&self, name: &'static str) -> Result<(usize, usize, bool), Error> {
+    /// How full a map is that grows and shrinks.
+    pub(crate) fn fill(&self, what: &'static str, name: &'static str) -> Result<MapStatus, Error> {
         let map = self.open(name)?;
         let info = map.info().map_err(Error::map(name))?;
         let kind = info.map_type().map_err(Error::map(name))?;
-        let used = count_entries(&map).map_err(Error::map(name))?;
-        Ok((used, info.max_entries() as usize, kind == MapType::LruHash))
+        Ok(MapStatus {
+            name,
+            what,
+            used: count_entries(&map).map_err(Error::map(name))?,
+            capacity: info.max_entries() as usize,
+            oldest_give_way: kind == MapType::LruHash,
+            bytes: memory_of(&map)?,
+        })
     }
 
     pub(crate) fn array<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
@@ -601,6 +611,14 @@ impl Tables {
         };
         Counter::ALL.into_iter().map(sum).collect()
     }
+}
+
+/// Kernel memory of a map in bytes, as the kernel tells it.
+fn memory_of(map: &MapData) -> Result<u64, Error> {
+    let path = format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd());
+    let text = fs::read_to_string(&path).map_err(Error::io("read", path))?;
+    let told = text.lines().find_map(|line| line.strip_prefix("memlock:"));
+    Ok(told.and_then(|bytes| bytes.trim().parse().ok()).unwrap_or_default())
 }
 
 fn keys<K, V>(

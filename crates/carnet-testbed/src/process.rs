@@ -1,7 +1,7 @@
 //! A child process that does not outlive its owner, and whose output can be waited for.
 
 use std::{
-    io::{BufRead as _, BufReader},
+    io::{self, BufRead as _, BufReader, Write as _},
     process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
@@ -116,6 +116,18 @@ impl Process {
                 .wait_timeout(state, left)
                 .map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state);
         }
+    }
+
+    /// Writes a line to its standard input.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it does not read any more, or its input was closed.
+    pub fn write_line(&mut self, line: &str) -> Result<(), Error> {
+        let failed = Error::io("write to the input of", &self.program);
+        let Some(input) = &mut self.input else {
+            return Err(failed(io::ErrorKind::BrokenPipe.into()));
+        };
+        writeln!(input, "{line}").map_err(failed)
     }
 
     /// Closes its standard input, which many programs take as the request to end.

@@ -11,7 +11,13 @@ use carnet_core::{
 };
 use carnet_engine::{Account, Engine};
 use carnet_testbed::{DatagramServer, Topology};
-use carnet_tests::{Lab, Must as _, Running, puppet::Hand, service::Behaviour, until};
+use carnet_tests::{
+    Lab, Must as _, Running,
+    puppet::{Hand, Puppet},
+    rounds,
+    service::Behaviour,
+    until,
+};
 
 const LOOPBACK: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
@@ -57,7 +63,7 @@ fn hurry(hand: &Hand<'_>) {
 
 /// A connection that is begun and waits for its service to answer.
 #[track_caller]
-fn begun<'a>(client: &'a carnet_tests::puppet::Puppet, to: SocketAddr) -> Hand<'a> {
+fn begun<'a>(client: &'a Puppet, to: SocketAddr) -> Hand<'a> {
     let hand = client.tcp(to);
     hurry(&hand);
     assert_eq!(hand.connect(to).map_err(|errno| errno.0), Err(libc::EINPROGRESS));
@@ -360,4 +366,31 @@ fn a_killed_service_leaves_nothing_unaccounted() {
     let differences = (now.tcp.difference(), now.udp.difference(), now.refused.difference());
     assert_eq!(differences, (0, 0, 0), "{now:#?}");
     book.after("the end", |due| *due = now);
+}
+
+/// What is kept of a UDP flow goes a moment after its socket, also where the kernel had no memory for a
+/// timer.
+#[test]
+fn nothing_is_kept_of_udp_flows_that_have_ended() {
+    let lab = Lab::new();
+    let to = SocketAddr::new(Topology::DESTINATION_V4.into(), 0);
+    let server =
+        DatagramServer::start_in(&lab.network().topology.destination, [to]).must("start a server");
+    lab.service("alpha", 1);
+    let _alpha = lab.start_with("alpha", &Behaviour::with_datagrams());
+    let client = lab.puppet();
+    for number in 0..rounds(2000) {
+        let socket = client.udp(to);
+        if number % 2 == 0 {
+            socket.connect(server.addresses()[0]).must("connect");
+        } else {
+            socket.send_to(server.addresses()[0], b"a").must("send");
+        }
+    }
+    let engine = lab.engine();
+    let kept = || {
+        let maps = engine.status().must("ask for the status").maps;
+        maps.iter().find(|map| map.name == "DATAGRAM_LEGS").expect("the map").used
+    };
+    until("the end of all that is kept", kept, |kept| *kept == 0);
 }

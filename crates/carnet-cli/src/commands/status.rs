@@ -169,6 +169,8 @@ struct MapUse {
     of: Use,
     /// Whether the oldest give way where there is no room.
     oldest_give_way: bool,
+    /// Its kernel memory, as the kernel tells it.
+    bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -248,6 +250,7 @@ impl From<engine::Status> for Status {
                     name: map.name,
                     of: Use { what: map.what, used: map.used, capacity: map.capacity },
                     oldest_give_way: map.oldest_give_way,
+                    bytes: map.bytes,
                 })
                 .collect(),
         }
