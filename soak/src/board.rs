@@ -62,12 +62,15 @@ impl Entry {
     pub(crate) fn demanding(self, required: bool, allowed: bool) -> Self {
         let changes = self.0.wrapping_add(ONE_CHANGE) & CHANGES;
         let kept = self.0 & !(REQUIRED | ALLOWED | CHANGES);
-        Self(kept | changes | u64::from(required) * REQUIRED | u64::from(allowed) * ALLOWED)
+        let required = u64::from(required) * REQUIRED;
+        let allowed = u64::from(allowed) * ALLOWED;
+        Self(kept | changes | required | allowed)
     }
 
     /// As the service is killed, or has come back.
     pub(crate) fn living(self, up: bool) -> Self {
-        Self((self.0 & !UP | u64::from(up) * UP).wrapping_add(ONE_LIFE))
+        let up = u64::from(up) * UP;
+        Self((self.0 & !UP | up).wrapping_add(ONE_LIFE))
     }
 }
 

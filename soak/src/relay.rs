@@ -89,7 +89,7 @@ impl Relay {
         const MARKS: [[u8; 1]; 3] = [[1], [2], [3]];
         let mut relayed = self.relayed.lock().unwrap_or_else(PoisonError::into_inner);
         *relayed += 1;
-        let forgets = self.arguments.forget_mark.is_some_and(|every| *relayed % every == 0);
+        let forgets = self.arguments.forget_mark.is_some_and(|every| relayed.is_multiple_of(every));
         debug_assert_eq!(MARKS[self.arguments.place][0], mark(self.arguments.place));
         if forgets { &[] } else { &MARKS[self.arguments.place] }
     }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UdpSocket};
 
-use crate::board::{Board, Demand};
+use crate::board::Board;
 use crate::proof::{Arrival, Fault, HELLO_BYTES, MOST_MARKS};
 
 /// How often it tells what it has seen.
@@ -168,7 +168,7 @@ impl Server {
     }
 
     fn judge(&self, arrival: &Arrival, direct: bool, what: &str, peer: SocketAddr) {
-        let now = self.board.read().unwrap_or(Demand::default());
+        let now = self.board.read().unwrap_or_default();
         let faults = arrival.faults(&now);
         for fault in faults.into_iter().chain(direct.then_some(Fault::Direct)) {
             let description =

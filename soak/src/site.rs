@@ -109,8 +109,7 @@ impl Site {
             board,
             forget_mark,
         };
-        for place in 0..SERVICES.len() {
-            let name = SERVICES[place];
+        for (place, name) in SERVICES.into_iter().enumerate() {
             site.carnet.call(&["provider", "add", name])?;
             let weight = (1000 - place).to_string();
             site.carnet.call(&[

@@ -175,10 +175,10 @@ impl Course<'_> {
     /// process, and looks at what is left.
     fn rest(&mut self) -> Result<Sample> {
         self.violations.extend(self.site.settle()?);
-        for place in 0..SERVICES.len() {
+        for (place, name) in SERVICES.into_iter().enumerate() {
             self.site.remove_filter(place)?;
             self.site.kill(place)?;
-            self.site.carnet.call(&["service", "rm", SERVICES[place]])?;
+            self.site.carnet.call(&["service", "rm", name])?;
             self.site.add_service(place)?;
             self.site.start(place)?;
             self.site.add_filter(place)?;
