@@ -62,15 +62,15 @@ impl Entry {
     pub(crate) fn demanding(self, required: bool, allowed: bool) -> Self {
         let changes = self.0.wrapping_add(ONE_CHANGE) & CHANGES;
         let kept = self.0 & !(REQUIRED | ALLOWED | CHANGES);
-        let required = u64::from(required) * REQUIRED;
-        let allowed = u64::from(allowed) * ALLOWED;
+        let required = if required { REQUIRED } else { 0 };
+        let allowed = if allowed { ALLOWED } else { 0 };
         Self(kept | changes | required | allowed)
     }
 
     /// As the service is killed, or has come back.
     pub(crate) fn living(self, up: bool) -> Self {
-        let up = u64::from(up) * UP;
-        Self((self.0 & !UP | up).wrapping_add(ONE_LIFE))
+        let up = if up { UP } else { 0 };
+        Self(((self.0 & !UP) | up).wrapping_add(ONE_LIFE))
     }
 }
 

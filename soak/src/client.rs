@@ -17,11 +17,11 @@ use crate::proof::{Hello, had_to_fail, may_fail};
 use crate::site::REFUSED_PORT;
 
 /// How long a connection, or an answer on it, may take.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(90);
 /// After how long a datagram is sent again.
 const AGAIN: Duration = Duration::from_millis(500);
 /// How often a datagram is sent at most.
-const TRIES: u32 = 40;
+const TRIES: u32 = 180;
 /// How often the process tells what it has done.
 const TELLING: Duration = Duration::from_secs(1);
 /// How many losses are described.

@@ -78,7 +78,9 @@ pub(crate) fn run(options: &Options, memory: Option<&MemoryGroup>) -> Result<Vec
         }
         eprintln!("    {} connections through {services}", options.connections);
         let lanes = options.connections.div_ceil(lane());
-        crowds.push(Site::new(services, lanes)?.crowd(options.connections, memory)?);
+        let crowd = Site::new(services, lanes)?.crowd(options.connections, memory)?;
+        eprintln!("{crowd}");
+        crowds.push(crowd);
         interrupt::check()?;
     }
     if crowds.is_empty() {

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use crate::proof::mark;
 
 /// How long connecting onwards may take.
-const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+const CONNECT_LIMIT: Duration = Duration::from_secs(60);
 /// How long a flow of datagrams is kept that has none.
 const IDLE: Duration = Duration::from_secs(2);
 /// Most bytes of a datagram.

@@ -168,7 +168,10 @@ impl Server {
     }
 
     fn judge(&self, arrival: &Arrival, direct: bool, what: &str, peer: SocketAddr) {
-        let now = self.board.read().unwrap_or_default();
+        let now = match self.board.read() {
+            Ok(now) => now,
+            Err(error) => return self.note(Fault::Unknown, format!("{error:#}")),
+        };
         let faults = arrival.faults(&now);
         for fault in faults.into_iter().chain(direct.then_some(Fault::Direct)) {
             let description =

@@ -109,7 +109,7 @@ impl Site {
             board,
             forget_mark,
         };
-        for (place, name) in SERVICES.into_iter().enumerate() {
+        for (place, name) in SERVICES.iter().enumerate() {
             site.carnet.call(&["provider", "add", name])?;
             let weight = (1000 - place).to_string();
             site.carnet.call(&[

@@ -21,7 +21,7 @@ const WARM_UP: Duration = Duration::from_secs(20);
 /// How often a sample is taken under load.
 const SAMPLING: Duration = Duration::from_secs(5);
 /// How long clients may take to finish what they are doing.
-const FINISHING: Duration = Duration::from_secs(90);
+const FINISHING: Duration = Duration::from_secs(150);
 /// How long a process may take to close what belonged to flows that have ended.
 const CLOSING: Duration = Duration::from_secs(20);
 /// How often the kernel's memory is read at rest; the least counts.
@@ -175,7 +175,7 @@ impl Course<'_> {
     /// process, and looks at what is left.
     fn rest(&mut self) -> Result<Sample> {
         self.violations.extend(self.site.settle()?);
-        for (place, name) in SERVICES.into_iter().enumerate() {
+        for (place, name) in SERVICES.iter().enumerate() {
             self.site.remove_filter(place)?;
             self.site.kill(place)?;
             self.site.carnet.call(&["service", "rm", name])?;

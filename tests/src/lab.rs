@@ -402,9 +402,16 @@ impl Lab {
     /// leg waits to be handed over or asked about.
     #[track_caller]
     pub fn settle(&self) {
+        self.settle_but_for(&[]);
+    }
+
+    /// The same, but for what these processes have open.
+    #[track_caller]
+    pub fn settle_but_for(&self, processes: &[u32]) {
         let engine = self.engine();
         let state = || {
-            let flows = engine.flows().must("list flows");
+            let mut flows = engine.flows().must("list flows");
+            flows.retain(|flow| !processes.contains(&flow.pid));
             (flows, kept(&engine))
         };
         until("the end of all flows", state, |(flows, kept)| flows.is_empty() && *kept == 0);

@@ -5,6 +5,8 @@
 //! - [`Running`]: a redirect service at work (the program `test-service`, on the library `carnet`),
 //!   which reports what it knows of every connection.
 //! - [`puppet::Puppet`]: a process that makes single socket calls as the test tells it to.
+//! - [`caller::Caller`]: a process that makes many calls at an order, one after another.
+//! - [`tracer`]: runs a command and kills it at a system call.
 //! - [`dns`]: a resolver that answers anything.
 //! - [`contract`]: the C programs of the contract suite, and what they ask of a lab.
 //!
@@ -18,12 +20,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub mod caller;
 pub mod contract;
 pub mod dns;
 mod lab;
 pub mod puppet;
 pub mod service;
 pub mod sys;
+pub mod tracer;
 
 pub use lab::{Anything, Lab, Network, Plan, Trace, handed_on};
 pub use service::{Report, Running};

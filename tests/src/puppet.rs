@@ -28,7 +28,9 @@ use rustix::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
         SendAncillaryMessage, SendFlags, SocketAddrUnix,
     },
-    process::{Pid, PidfdFlags, PidfdGetfdFlags},
+    process::{
+        Pid, PidfdFlags, PidfdGetfdFlags, Signal, WaitId, WaitIdOptions, kill_process, waitid,
+    },
 };
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -308,6 +310,15 @@ impl Puppet {
     /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Kills it, as a crash would end it, and waits until all its sockets are closed.
+    #[track_caller]
+    pub fn kill(&self) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, Signal::KILL).must("kill a puppet");
+        let ended = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        waitid(WaitId::Pid(pid), ended).must("wait for a puppet's end");
     }
 
     /// Has it become an ordinary user, without capabilities, for good.

@@ -13,6 +13,9 @@ use crate::{advisories, bpf, cargo, unsafety, workflows};
 /// The cargo-deny that is installed when there is none.
 const CARGO_DENY: &str = "0.20.2";
 
+/// The fuzz targets' own workspace.
+const FUZZ_MANIFEST: &str = "fuzz/Cargo.toml";
+
 /// One check of the checkout at this path.
 type Check = fn(&Path) -> Result<()>;
 
@@ -46,7 +49,16 @@ pub(crate) fn run() -> Result<()> {
 
 fn format(root: &Path) -> Result<()> {
     process::run(cargo::cargo(root).args(["fmt", "--all", "--", "--check"]))?;
-    process::run(cargo::cargo(root).args(["fmt", "--manifest-path", BPF_MANIFEST, "--", "--check"]))
+    for manifest in [BPF_MANIFEST, FUZZ_MANIFEST] {
+        process::run(cargo::cargo(root).args([
+            "fmt",
+            "--manifest-path",
+            manifest,
+            "--",
+            "--check",
+        ]))?;
+    }
+    Ok(())
 }
 
 fn lints(root: &Path) -> Result<()> {
@@ -74,7 +86,7 @@ fn documentation(root: &Path) -> Result<()> {
 
 fn dependencies(root: &Path) -> Result<()> {
     install_deny(root)?;
-    for manifest in ["Cargo.toml", BPF_MANIFEST] {
+    for manifest in ["Cargo.toml", BPF_MANIFEST, FUZZ_MANIFEST] {
         process::run(deny(root, manifest).args(["check", "licenses", "bans", "sources"]))?;
     }
     Ok(())

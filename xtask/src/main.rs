@@ -7,8 +7,12 @@
 //! | [`test`](mod@test) | runs everything that runs on the local kernel |
 //! | [`contract`] | Windows' contract, clause by clause: tests and table |
 //! | [`conformance`] | prints the matrix of all ways to open a flow |
+//! | [`differential`] | the kernel's decisions against the core's and a naive model's |
+//! | [`fuzz`] | arbitrary input for every parser, and for the control interface |
 //! | [`evasion`] | every way to open a flow, and what becomes of it |
+//! | [`faults`] | what happens when something dies, fails or is missing |
 //! | [`attacks`] | every attack that was tried, and what becomes of it |
+//! | [`prove`] | explores the model of the protocol, and breaks its rules |
 //! | [`winsock`] | builds, installs and checks the C library |
 //! | [`windows`] | builds for Windows, and tests under Wine |
 //! | [`unsafety`] | lists unsafe code with its reasons |
@@ -33,12 +37,16 @@ mod catalogue;
 mod ci;
 mod conformance;
 mod contract;
+mod differential;
 mod dist;
 mod evasion;
+mod faults;
+mod fuzz;
 mod host;
 mod miri;
 mod page;
 mod process;
+mod prove;
 mod test;
 mod unsafety;
 mod verifier;
@@ -75,10 +83,18 @@ enum Command {
     Contract(contract::Options),
     /// Run the conformance matrix and print it: families, protocols, binds, destinations, services
     Conformance,
+    /// Compare three deciders about random flows through real sockets: kernel, core, naive model
+    Differential(differential::Options),
+    /// Fuzz every parser and the control interface, and print a table
+    Fuzz(fuzz::Options),
     /// Try every way to open a flow, and print what becomes of each
     Evasion(evasion::Options),
+    /// Kill, starve and break everything, and print what came of it: no flow lost, none uninspected
+    Faults(faults::Options),
     /// Carry out every attack on the records and what guards them, and print what becomes of each
     Attacks(attacks::Options),
+    /// Explore the model of the protocol exhaustively, and show that it notices broken rules
+    Prove(prove::Options),
     /// Build and install the C library carnet-winsock, or check it thoroughly
     Winsock(winsock::Options),
     /// Build what runs on Windows, and run its tests under Wine
@@ -128,8 +144,12 @@ fn run(command: Command) -> Result<()> {
         Command::Test { arguments } => test::run(&arguments),
         Command::Contract(options) => contract::run(&options),
         Command::Conformance => conformance::run(),
+        Command::Differential(options) => differential::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Evasion(options) => evasion::run(&options),
+        Command::Faults(options) => faults::run(&options),
         Command::Attacks(options) => attacks::run(&options),
+        Command::Prove(options) => prove::run(&options),
         Command::Winsock(options) => winsock::run(&options),
         Command::Windows(options) => windows::run(&options),
         Command::Vm(options) => vm::run(&options),

@@ -12,7 +12,7 @@ use carnet_core::{
     classify::{
         self, Connection, Listeners, Pending, Unobserved, decide, is_redirectable, leaf_of, settle,
     },
-    flow::GuardKey,
+    flow::{GuardEntry, GuardKey},
     record::{FileId, Record},
     table::{Field, LeafRow, Tables as _},
 };
@@ -301,12 +301,12 @@ extern "C" fn carnet_forgotten(ctx: *mut bpf_sock_addr, request: *mut Request) -
         protocol: request.protocol,
     };
     // SAFETY: the value is copied out at once.
-    match unsafe { GUARD.get(&key) } {
-        Some(entry) if entry.live > 0 => {
+    match unsafe { GUARD.get(&key) }.and_then(GuardEntry::forgotten_legs) {
+        Some(legs) => {
             request.forgetful = handle;
-            entry.legs
+            legs
         }
-        _ => 0,
+        None => 0,
     }
 }
 

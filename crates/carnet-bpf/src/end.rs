@@ -34,14 +34,14 @@ pub(crate) fn guard_begins(leg: &LegState) {
         // more.
         unsafe {
             let before = fetch_add(&raw mut (*entry).live, 1);
-            if before <= 0 || (*entry).legs < leg.record.legs {
+            if (*entry).is_longest(before, leg.record.legs) {
                 (*entry).legs = leg.record.legs;
             }
             (*entry).flow = leg.record.flow;
         }
         return;
     }
-    let entry = GuardEntry { live: 1, flow: leg.record.flow, legs: leg.record.legs, zero: 0 };
+    let entry = GuardEntry::of_first(leg.record.flow, leg.record.legs);
     let _full = GUARD.insert(&key, &entry, BPF_ANY.into());
 }
 

@@ -52,16 +52,22 @@ pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
         };
         // SAFETY: the helper has no preconditions.
         unsafe { bpf_set_retval(error) };
-    } else if name == abi::SO_ORIGINAL_DST && (level == abi::SOL_IP || level == abi::SOL_IPV6) {
-        // Whoever asks on a connection that was not redirected gets the kernel's own answer.
-        if let Some(leg) = delivered(ctx, socket)
-            && let Some(length) = original_destination(ctx, level, &leg.requested)
-        {
-            store32!(ctx, 32, length);
-            // SAFETY: the helper has no preconditions.
-            unsafe { bpf_set_retval(0) };
-        }
+        return 1;
     }
+    let mut length = 0;
+    if name == abi::SO_ORIGINAL_DST
+        && (level == abi::SOL_IP || level == abi::SOL_IPV6)
+        && let Some(leg) = delivered(ctx, socket)
+        && let Some(answered) = original_destination(ctx, level, &leg.requested)
+    {
+        length = answered;
+        // SAFETY: the helper has no preconditions.
+        unsafe { bpf_set_retval(0) };
+    }
+    // Everybody else gets the kernel's own answer. With the length 0 it stays as it is: some options
+    // (`NETLINK_LIST_MEMBERSHIPS`) tell of more bytes than there was room for, which the kernel
+    // takes for a mistake of the hook.
+    store32!(ctx, 32, length);
     1
 }
 

@@ -9,7 +9,7 @@ use aya_ebpf::{
 use carnet_core::{
     abi::LISTENER_SLOTS,
     address::{AF_INET, AF_INET6, Endpoint},
-    flow::ListenerKey,
+    flow::{ListenerKey, Registration},
     table::Step,
 };
 
@@ -124,6 +124,39 @@ pub(crate) fn reached_at(local: &Endpoint, own: &Endpoint, ipv4: bool) -> Option
             local.address
         };
         Some(Endpoint::v6(address, port))
+    }
+}
+
+/// A registered socket, bound to `local`, has been closed: others may take its slot.
+#[inline(always)]
+pub(crate) fn unlisten(registration: &Registration, protocol: u32, local: &Endpoint) {
+    let &Registration { handle, netns } = registration;
+    let key =
+        ListenerKey { handle, netns, family: local.family, protocol: protocol as u16, slot: 0 };
+    repeat(LISTENER_SLOTS, &mut Unlisten { key, local: *local });
+}
+
+/// The way through the slots of a service to that of a listener.
+struct Unlisten {
+    key: ListenerKey,
+    local: Endpoint,
+}
+
+impl Step for Unlisten {
+    #[inline(always)]
+    fn step(&mut self, slot: u32) -> bool {
+        self.key.slot = slot;
+        if let Some(entry) = LISTENERS.get_ptr_mut(&self.key) {
+            // SAFETY: the entry stays allocated until the program ends. Connects count in it too;
+            // whichever store comes last, it is not 0, unless a connect has found another socket
+            // that listens there.
+            let entry = unsafe { &mut *entry };
+            if entry.home == self.key.netns && same(&entry.local, &self.local) {
+                entry.missed = 1;
+                return false;
+            }
+        }
+        true
     }
 }
 

@@ -1,8 +1,9 @@
-//! `cgroup/sock_release` (since Linux 5.9): the end of UDP flows, of connects that failed, and of accepted
-//! sockets.
+//! `cgroup/sock_release` (since Linux 5.9): the end of UDP flows, of services' UDP sockets, of connects that
+//! failed, and of accepted sockets.
 //!
 //! **What it does.** Counts a redirected TCP connect that ends before its SYN was sent: no other hook
-//! sees that. Ends the flows of a UDP socket that is closed for good: the leg of a connected
+//! sees that. Marks the slot of a registered UDP socket as free to take, as `sockops` does for TCP.
+//! Ends the flows of a UDP socket that is closed for good: the leg of a connected
 //! one, and the newest of those that a socket that is not connected has; the rest end by their timers.
 //! Their services can ask about them for a moment more: many a client sends one datagram and closes.
 //! When an accepted socket is closed, nobody can ask about its leg any more.
@@ -31,7 +32,8 @@ use crate::{
     connecting,
     end::datagrams_end,
     idle,
-    maps::{BLANK_LEG, DATAGRAM_LEGS, LEGS, SOCKET_TOKENS, SocketTokens, TOKENS},
+    listener::unlisten,
+    maps::{BLANK_LEG, DATAGRAM_LEGS, LEGS, REGISTERED, SOCKET_TOKENS, SocketTokens, TOKENS},
     process::{offset, read},
     socket::Socket,
 };
@@ -64,21 +66,31 @@ pub fn carnet_release(ctx: SockContext) -> i32 {
     if let Some(tokens) = socket.get(&TOKENS) {
         repeat(SOCKET_TOKENS as u32, &mut End { tokens, netns, cookie });
     }
+    if let Some(registration) = socket.get(&REGISTERED) {
+        unlisten(registration, socket.protocol(), &bound_to(ctx, socket.family()));
+    }
     1
+}
+
+/// The address and port that a socket of this family is bound to.
+#[inline(always)]
+fn bound_to(ctx: *mut bpf_sock, family: u16) -> Endpoint {
+    // What this hook may read of its context says nothing of addresses.
+    let sk = ctx as u64;
+    let port = read::<u16>(sk, offset!(sock_port));
+    if family == AF_INET {
+        Endpoint::v4(read(sk, offset!(sock_local_v4)), port)
+    } else {
+        Endpoint::v6(read(sk, offset!(sock_local_v6)), port)
+    }
 }
 
 /// Keeps the leg of a connected socket, under the address at which the service sees it.
 #[inline(always)]
 fn keep(ctx: *mut bpf_sock, leg: &LegState) {
-    // What this hook may read of its context says nothing of addresses.
-    let sk = ctx as u64;
-    let port = u32::from(read::<u16>(sk, offset!(sock_port)));
-    let mut key = PeerKey { netns: leg.netns, address: [0; 4], port, zero: 0 };
-    if leg.requested.family == AF_INET {
-        key.address = Endpoint::v4(read(sk, offset!(sock_local_v4)), 0).address;
-    } else {
-        key.address = read(sk, offset!(sock_local_v6));
-    }
+    let client = bound_to(ctx, leg.requested.family);
+    let key =
+        PeerKey { netns: leg.netns, address: client.address, port: client.port.into(), zero: 0 };
     let Some(blank) = BLANK_LEG.get(0) else {
         return;
     };
@@ -106,8 +118,8 @@ fn keep(ctx: *mut bpf_sock, leg: &LegState) {
             );
             &mut *timed
         };
-        timed.held.client.address = key.address;
-        timed.held.client.port = port as u16;
+        timed.held.client.address = client.address;
+        timed.held.client.port = client.port;
         if !idle::start(timed, DATAGRAM_LINGER_NS) {
             let _absent = DATAGRAM_LEGS.remove(&key);
         }

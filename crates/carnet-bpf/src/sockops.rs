@@ -25,21 +25,18 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use carnet_core::{
-    abi::LISTENER_SLOTS,
     address::{AF_INET, Endpoint},
     event::Counter,
-    flow::{LEG_REDIRECTED, LEG_STARTING, ListenerKey, Registration, Tuple},
-    table::Step,
+    flow::{LEG_REDIRECTED, LEG_STARTING, Tuple},
 };
 
 use crate::{
     accepted,
-    bank::repeat,
     connecting::{self, leg_of},
     ctx::{load32, load64},
     end::{abandon, guard_begins, report_end},
-    listener::same,
-    maps::{HANDOVER, LEGS, LISTENERS},
+    listener::{same, unlisten},
+    maps::{HANDOVER, LEGS},
     report::count,
     socket::{CLOSE, CLOSING, FIN_WAIT2, LAST_ACK, LISTEN, Socket, TCP},
 };
@@ -67,7 +64,9 @@ pub fn carnet_sockops(ctx: SockOpsContext) -> u32 {
     } else if load32!(ctx, 8) == CLOSE {
         let before = load32!(ctx, 4);
         if before == LISTEN {
-            unlisten(socket);
+            if let Some(registration) = socket.registration() {
+                unlisten(registration, TCP, &socket.local());
+            }
         } else {
             closed(ctx, socket, before);
         }
@@ -140,41 +139,6 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
             guard_begins(leg);
         }
         None => count(Counter::HandoverFailed),
-    }
-}
-
-/// A listening socket has been closed: if it was registered, others may take its slot.
-#[inline(always)]
-fn unlisten(socket: Socket) {
-    let Some(&Registration { handle, netns }) = socket.registration() else {
-        return;
-    };
-    let local = socket.local();
-    let key = ListenerKey { handle, netns, family: local.family, protocol: TCP as u16, slot: 0 };
-    repeat(LISTENER_SLOTS, &mut Unlisten { key, local });
-}
-
-/// The way through the slots of a service to that of a listener.
-struct Unlisten {
-    key: ListenerKey,
-    local: Endpoint,
-}
-
-impl Step for Unlisten {
-    #[inline(always)]
-    fn step(&mut self, slot: u32) -> bool {
-        self.key.slot = slot;
-        if let Some(entry) = LISTENERS.get_ptr_mut(&self.key) {
-            // SAFETY: the entry stays allocated until the program ends. Connects count in it too;
-            // whichever store comes last, it is not 0, unless a connect has found another socket
-            // that listens there.
-            let entry = unsafe { &mut *entry };
-            if entry.home == self.key.netns && same(&entry.local, &self.local) {
-                entry.missed = 1;
-                return false;
-            }
-        }
-        true
     }
 }
 

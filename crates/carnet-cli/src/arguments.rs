@@ -82,6 +82,8 @@ pub(crate) enum Command {
     /// Add, list and remove filters: what happens to which connections
     #[command(subcommand)]
     Filter(commands::filter::Command),
+    Export(commands::export::Export),
+    Apply(commands::export::Apply),
     Flows(commands::flows::Arguments),
     Trace(commands::trace::Arguments),
     Explain(commands::explain::Arguments),

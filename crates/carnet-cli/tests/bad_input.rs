@@ -213,6 +213,8 @@ const ADMINISTRATION: &[&[&str]] = &[
     &["filter", "add", "--sublayer", "first", "--block"],
     &["filter", "ls"],
     &["filter", "rm", "1"],
+    &["export"],
+    &["apply", "-"],
     &["flows"],
     &["trace", "--timeout", "1"],
     &["explain", "--to", "192.0.2.1:443"],

@@ -767,3 +767,64 @@ fn the_doctor_examines_this_machine() {
     let (_, out, _) = world.run(&["doctor"]);
     assert!(out.contains("ok"), "{out}");
 }
+
+#[test]
+fn a_policy_is_exported_and_applied() {
+    let world = World::up("export");
+    let service = world.cgroup.child("tls").unwrap();
+    let path = service.path().to_str().unwrap();
+    world.succeeds(&["provider", "add", "acme"]);
+    world.succeeds(&["service", "add", "tls", "--provider", "acme", "--cgroup", path]);
+    world.redirect("tls", 443);
+    let exported = world.succeeds(&["export"]);
+    let before: Value = serde_json::from_str(&exported).unwrap();
+    let file = world.bpffs.path().parent().unwrap().join(format!("carnet-cli-{}", service.id()));
+    fs::write(&file, &exported).unwrap();
+    let name = file.to_str().unwrap();
+
+    // The same again changes nothing: not even a transaction takes place.
+    let generation = || world.json(&["status"])["generation"].clone();
+    let (same, applied) = (generation(), world.json(&["apply", name]));
+    assert_eq!(applied, json!({"providers": 1, "sublayers": 1, "services": 1, "filters": 1}));
+    assert_eq!((generation(), world.json(&["export"])), (same, before.clone()));
+
+    // What was removed comes back with other numbers, what was added goes, and what stayed stays.
+    world.succeeds(&["filter", "rm", "tls"]);
+    world.succeeds(&["provider", "add", "other"]);
+    world.succeeds(&["apply", name]);
+    let after = world.json(&["export"]);
+    assert_eq!(after["providers"], before["providers"]);
+    assert_eq!(after["services"], before["services"]);
+    assert!(after["filters"][0]["id"].as_u64() > before["filters"][0]["id"].as_u64());
+
+    // To an instance that knows nothing, and from the standard input.
+    world.succeeds(&["down"]);
+    world.succeeds(&["up", "--cgroup", world.cgroup.path().to_str().unwrap()]);
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("exec \"$@\" < {name}"), "sh"]);
+    let carnet = world.command(&["apply", "-"]);
+    let status = shell.arg(carnet.get_program()).args(carnet.get_args()).status().unwrap();
+    assert!(status.success());
+    assert_eq!(world.json(&["service", "ls"])[0]["cgroup"]["id"], service.id());
+
+    let policy = world.json(&["export"]);
+    world.fails(&["apply", "/nonexistent/policy"], &["/nonexistent/policy"]);
+    fs::write(&file, "{}").unwrap();
+    world.fails(&["apply", name], &["is no policy", "hint: carnet export"]);
+    fs::write(&file, exported.replace("/tls\"", "/gone\"")).unwrap();
+    world.fails(&["apply", name], &["there is no cgroup"]);
+    assert_eq!(world.json(&["export"]), policy);
+    fs::remove_file(&file).unwrap();
+}
+
+#[test]
+fn what_a_killed_up_has_left_is_taken_down() {
+    let world = World::new("remains");
+    // As if it had been killed in the middle: no instance can have this name.
+    let remains = world.bpffs.path().join("carnet/+test/maps");
+    fs::create_dir_all(&remains).unwrap();
+    world.fails(&["status"], &["not up"]);
+    world.succeeds(&["down"]);
+    assert!(!world.bpffs.path().join("carnet").exists());
+    world.fails(&["down"], &["not up"]);
+}

@@ -118,6 +118,28 @@ pub struct GuardEntry {
     pub zero: u32,
 }
 
+impl GuardEntry {
+    /// The entry for a service that holds one flow, with this id and so many legs.
+    #[inline(always)]
+    pub const fn of_first(flow: u64, legs: u32) -> Self {
+        Self { live: 1, flow, legs, zero: 0 }
+    }
+
+    /// Whether a flow of `legs` legs is the longest that the service holds, if it held `before` others
+    /// when it got this one.
+    #[inline(always)]
+    pub const fn is_longest(&self, before: i64, legs: u32) -> bool {
+        before <= 0 || self.legs < legs
+    }
+
+    /// Redirected legs so far of a connection that the service makes without a record, if it holds
+    /// flows for the destination: it may be the longest of them (contract C11).
+    #[inline(always)]
+    pub const fn forgotten_legs(&self) -> Option<u32> {
+        if self.live > 0 { Some(self.legs) } else { None }
+    }
+}
+
 /// Key of the registered listeners.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,

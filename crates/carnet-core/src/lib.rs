@@ -22,6 +22,7 @@
 //! | `compile` (feature `host`) | objects to tables |
 //! | `explain` (feature `host`) | the legs that a flow would make, and why |
 //! | `existing` (feature `host`) | which connections that are there a new block ends |
+//! | `transaction` (feature `host`) | the steps by which a policy comes into force |
 //!
 //! The crate is `no_std`, has no I/O, no clock and no unsafe code; it is compiled unchanged for the
 //! host and for BPF.
@@ -58,5 +59,7 @@ pub mod record;
 pub mod siphash;
 pub mod socket;
 pub mod table;
+#[cfg(feature = "host")]
+pub mod transaction;
 
 pub use classify::{Decision, classify};

@@ -7,6 +7,7 @@
 //! again would make an old record say "already visited" of a new service (contract C3, C10).
 
 mod condition;
+mod replace;
 
 use alloc::{
     borrow::ToOwned,
@@ -23,6 +24,7 @@ pub use self::condition::{
     CgroupCondition, ConditionError, Conditions, ExecutableCondition, NetnsCondition, PortRange,
     Prefix, Protocol, UserRange,
 };
+pub use self::replace::Identities;
 use crate::{abi::MAX_CONTEXT, table::MAX_SERVICES};
 
 /// Version of the document's format that this crate reads and writes.

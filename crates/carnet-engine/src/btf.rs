@@ -42,7 +42,7 @@ pub(crate) struct Btf {
 }
 
 /// A structure or union, by its id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Structure(u32);
 
 /// A member of a structure.

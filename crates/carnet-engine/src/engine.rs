@@ -21,9 +21,10 @@ use crate::{
     cgroup::Place,
     kernel,
     links::{Links, Pinned, create_directory, list, plan},
+    location::Lock,
     object::{self, BuildId},
-    sys,
-    tables::{Capacities, InForce, Instance, Tables},
+    sys::{self, GracePeriod},
+    tables::{Capacities, InForce, Instance, Tables, other},
 };
 
 /// How an instance is brought up.
@@ -78,6 +79,13 @@ pub struct UpgradeReport {
     pub defunct: usize,
 }
 
+/// An empty directory that lies in the instance's own while its policy is being changed.
+pub(crate) const CHANGING: &str = "changing";
+
+/// The directory in which the new programs of an upgrade are pinned until they take the old ones'
+/// names.
+pub(crate) const UPGRADE: &str = "upgrade";
+
 /// An instance of the kernel engine that is up.
 ///
 /// The instance is in the kernel: this value only knows where, and dropping it changes nothing.
@@ -112,11 +120,12 @@ impl Engine {
         }
         let scope = Place::at(&options.cgroup)?;
         let lock = location.lock_parent()?;
-        let result = if location.is_up() {
-            Err(Error::AlreadyUp { instance: location.instance().to_owned() })
-        } else {
+        let result = sweep(location).and_then(|_| {
+            if location.directory().exists() {
+                return Err(Error::AlreadyUp { instance: location.instance().to_owned() });
+            }
             build(location, options, &capacities, &scope)
-        };
+        });
         if let Err(error) = result {
             if let Err(second) = location.remove_parent(&lock) {
                 tracing::warn!("{second}");
@@ -137,6 +146,9 @@ impl Engine {
         check_privileges()?;
         let _lock = location.lock_to_read()?;
         let tables = Tables::of(location);
+        if tables.is_closed() {
+            return Err(location.not_up());
+        }
         let instance = tables.read_instance()?;
         let mount = cgroup::mount_point()?;
         let scope = match &instance {
@@ -149,14 +161,62 @@ impl Engine {
     /// Takes the instance down: detaches all programs and removes all that is pinned. Connections
     /// that are open go on.
     ///
+    /// A single store puts the empty policy in force and says that the instance is not up any more.
+    /// So at every moment all is as it was, or nothing is redirected. What is left is then removed.
+    ///
     /// # Errors
-    /// [`Error::Io`] if something cannot be detached or removed. The rest is still there then, and
-    /// this can be tried again.
+    /// [`Error::Io`] if something cannot be detached or removed. [`Engine::sweep`] removes the rest.
     pub fn down(self) -> Result<(), Error> {
         let parent = self.location.lock_parent()?;
-        let result =
-            self.location.lock_to_change().and_then(|_lock| tear_down(self.location.directory()));
+        let result = self.location.lock_to_change().and_then(|_lock| {
+            // Where nothing can be removed, all is to stay as it is.
+            create_directory(&self.location.path(CHANGING))?;
+            // The tables of another version's instance, or those that are damaged, cannot be
+            // written. Its hooks are then detached one after another.
+            if let Err(error) = self.close() {
+                tracing::warn!("{error}");
+            }
+            take_apart(&self.location)
+        });
         result.and(self.location.remove_parent(&parent))
+    }
+
+    /// Removes what commands that were killed, or have failed, have left of an instance that is not
+    /// up; gives whether there was anything.
+    ///
+    /// # Errors
+    /// [`Error::NotPrivileged`]; [`Error::Io`] if something cannot be detached or removed.
+    pub fn sweep(location: &Location) -> Result<bool, Error> {
+        check_privileges()?;
+        let parent = location.lock_parent()?;
+        sweep(location).and_then(|found| location.remove_parent(&parent).map(|()| found))
+    }
+
+    /// Puts the empty policy in force for good.
+    fn close(&self) -> Result<(), Error> {
+        self.instance()?;
+        let nothing = Policy::new();
+        let InForce { bank, generation, .. } = self.tables.in_force()?;
+        let compiled = compile(&nothing, generation.wrapping_add(1))?;
+        let grace = GracePeriod::prepare().map_err(Error::io("prepare", "a grace period"))?;
+        self.tables.write_bank(other(bank), &compiled, &nothing.to_bytes())?;
+        self.tables.close(other(bank))?;
+        grace.wait().map_err(Error::io("wait for", "a grace period"))
+    }
+
+    /// Locks the instance against others that change it or read it.
+    pub(crate) fn lock_to_change(&self) -> Result<Lock, Error> {
+        self.while_up(self.location.lock_to_change()?)
+    }
+
+    /// Locks the instance against others that change it.
+    pub(crate) fn lock_to_read(&self) -> Result<Lock, Error> {
+        self.while_up(self.location.lock_to_read()?)
+    }
+
+    /// The lock, unless the command that was to take the instance down was killed.
+    fn while_up(&self, lock: Lock) -> Result<Lock, Error> {
+        if self.tables.is_closed() { Err(self.location.not_up()) } else { Ok(lock) }
     }
 
     /// Replaces the programs by those of this library, without a moment in which a connection
@@ -167,19 +227,17 @@ impl Engine {
     /// [`Error::UnknownLayout`] if the new programs cannot work with the maps that there are;
     /// otherwise as for [`Engine::up`]. The old programs go on then.
     pub fn upgrade(&mut self) -> Result<UpgradeReport, Error> {
-        let _lock = self.location.lock_to_change()?;
+        let _lock = self.lock_to_change()?;
         let mut instance = self.instance()?.clone();
         self.check_maps()?;
+        self.recover()?;
         let policy = self.tables.in_force()?.policy;
         let plan = plan(&instance, &policy)?;
         let loaded = object::load(Some(&self.location.path("maps")), None)?;
         let links = Links::of(self.location.directory());
 
         // The new pins are made aside, so that all that is left to do after the links is to rename.
-        let aside = self.location.path("upgrade");
-        if aside.exists() {
-            remove_all(&aside)?;
-        }
+        let aside = self.location.path(UPGRADE);
         create_directory(&aside)?;
         let outcome = pin_programs(&loaded, &aside)
             .and_then(|()| Replacement::new(&self.location, &aside).carry_out(&links.pinned()?));
@@ -288,7 +346,7 @@ impl Engine {
         &self,
         read: impl FnOnce(&Tables) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        let _lock = self.location.lock_to_read()?;
+        let _lock = self.lock_to_read()?;
         self.instance()?;
         read(&self.tables)
     }
@@ -380,10 +438,6 @@ struct Workshop {
 
 impl Workshop {
     fn new(path: PathBuf) -> Result<Self, Error> {
-        if path.exists() {
-            // Whoever left it there is dead: the lock is ours.
-            tear_down(&path)?;
-        }
         create_directory(&path)?;
         Ok(Self { path, done: false })
     }
@@ -405,13 +459,39 @@ impl Drop for Workshop {
     }
 }
 
+/// Removes what is left of an instance that is not up; gives whether there was anything. Whoever
+/// left it is dead: the lock of all instances is ours.
+fn sweep(location: &Location) -> Result<bool, Error> {
+    let remains = location.workshop();
+    let found = remains.exists();
+    if found {
+        tear_down(&remains)?;
+    }
+    if !Tables::of(location).is_closed() {
+        return Ok(found);
+    }
+    take_apart(location)?;
+    Ok(true)
+}
+
+/// Removes an instance, which loses its name first: one with a name is whole. The lock of all
+/// instances is held.
+fn take_apart(location: &Location) -> Result<(), Error> {
+    let (directory, remains) = (location.directory(), location.workshop());
+    if remains.exists() {
+        tear_down(&remains)?;
+    }
+    fs::rename(directory, &remains).map_err(Error::io("remove", directory.display()))?;
+    tear_down(&remains)
+}
+
 /// Detaches and removes everything below a directory, and it too.
 fn tear_down(directory: &Path) -> Result<(), Error> {
     Links::of(directory).detach_all()?;
     remove_all(directory)
 }
 
-fn remove_all(directory: &Path) -> Result<(), Error> {
+pub(crate) fn remove_all(directory: &Path) -> Result<(), Error> {
     fs::remove_dir_all(directory).map_err(Error::io("remove", directory.display()))
 }
 

@@ -70,15 +70,19 @@ impl EventReader {
 
     fn take(&mut self) -> Option<Event> {
         while let Some(bytes) = self.ring.next() {
-            // An event that is longer is one of a newer build, with more at its end.
-            if let Ok((event, _)) = Event::read_from_prefix(&bytes)
-                && event.time_ns >= self.since_ns
-            {
+            if let Some(event) = decode(&bytes, self.since_ns) {
                 return Some(event);
             }
         }
         None
     }
+}
+
+/// The event in an entry of the ring buffer, if it is not from before.
+pub(crate) fn decode(entry: &[u8], since_ns: u64) -> Option<Event> {
+    // An event that is longer is one of a newer build, with more at its end.
+    let (event, _) = Event::read_from_prefix(entry).ok()?;
+    (event.time_ns >= since_ns).then_some(event)
 }
 
 impl AsFd for EventReader {

@@ -147,10 +147,14 @@ pub(crate) fn read_legs(
     // A Multipath TCP connection has its leg twice: on itself and on its first subflow. A map may
     // give one twice when others go meanwhile.
     let mut seen = BTreeSet::new();
-    let states = bytes.chunks_exact(size_of::<LegState>());
-    let states = states.filter_map(|bytes| LegState::read_from_bytes(bytes).ok());
-    let states = states.chain(tables.connecting_legs()?);
-    Ok(states.filter(|leg| seen.insert((leg.cookie, leg.netns))).collect())
+    let legs = legs_in(&bytes).chain(tables.connecting_legs()?);
+    Ok(legs.filter(|leg| seen.insert((leg.cookie, leg.netns))).collect())
+}
+
+/// The legs in what the iterator has written.
+pub(crate) fn legs_in(bytes: &[u8]) -> impl Iterator<Item = LegState> {
+    let legs = bytes.chunks_exact(size_of::<LegState>());
+    legs.filter_map(|bytes| LegState::read_from_bytes(bytes).ok())
 }
 
 /// Of these legs those of connections: others have none, or not yet.
@@ -159,7 +163,7 @@ pub(crate) fn live_legs(legs: &[LegState]) -> impl Iterator<Item = &LegState> {
 }
 
 impl Flow {
-    fn new(leg: &LegState, name: impl Fn(u64) -> Option<String>) -> Self {
+    pub(crate) fn new(leg: &LegState, name: impl Fn(u64) -> Option<String>) -> Self {
         let redirected = leg.kind == LEG_REDIRECTED;
         let record = &leg.record;
         let hops = record.hops.iter().take(record.hop_count as usize);

@@ -5,7 +5,7 @@
 //! kernel's own type information (BTF) and writes them into the programs' constants, which the
 //! verifier knows.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use rustix::system::uname;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -104,11 +104,11 @@ impl KernelTypes {
         let first = members.first().copied().unwrap_or_default();
         let unknown = |member| Error::UnknownKernel { structure, member };
         let mut within = self.btf.structure(structure);
-        let mut bits = 0;
+        let mut bits = 0_u32;
         for member in members {
             let place = within.and_then(|within| self.member(within, member));
             let (offset, below) = place.ok_or_else(|| unknown(member))?;
-            bits += offset;
+            bits = offset.checked_add(bits).ok_or_else(|| unknown(member))?;
             within = below;
         }
         // No field here is a bit field: those have no address to read from.
@@ -118,14 +118,23 @@ impl KernelTypes {
     /// A member's offset in bits, and its own structure if it is one. Members of anonymous members
     /// count as the structure's own, as in C.
     fn member(&self, within: Structure, name: &str) -> Option<(u32, Option<Structure>)> {
-        self.btf.members(within).find_map(|member| {
-            if member.name == name.as_bytes() {
-                return Some((member.bits, member.structure));
+        let mut places = vec![(within, 0_u32)];
+        // In a damaged file a structure may be a member of itself.
+        let mut known = BTreeSet::from([within]);
+        while let Some((structure, offset)) = places.pop() {
+            for member in self.btf.members(structure) {
+                let bits = offset.checked_add(member.bits)?;
+                if member.name == name.as_bytes() {
+                    return Some((bits, member.structure));
+                }
+                if let Some(below) = member.structure.filter(|_| member.name.is_empty())
+                    && known.insert(below)
+                {
+                    places.push((below, bits));
+                }
             }
-            let below = member.structure.filter(|_| member.name.is_empty())?;
-            let (offset, found) = self.member(below, name)?;
-            Some((member.bits + offset, found))
-        })
+        }
+        None
     }
 }
 
@@ -159,6 +168,20 @@ fn version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing {
+    use super::{Btf, FIELDS, KernelTypes};
+
+    /// Looks up everything that is ever looked up.
+    pub(crate) fn look_up_all(btf: Btf) {
+        let types = KernelTypes { btf };
+        let _any = (types.has_function("f"), types.has_struct("s"), types.mptcp_mark());
+        for (structure, members) in FIELDS {
+            let _any = types.offset(structure, members);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -182,11 +205,25 @@ mod tests {
     }
 
     #[test]
+    fn a_damaged_file_that_leads_in_a_circle_comes_to_an_end() {
+        // `struct s`, whose anonymous members are `s` itself, far behind its end.
+        let names = b"\0s\0";
+        let types = [1, 4 << 24 | 2, 8, 0, 1, u32::MAX, 0, 1, u32::MAX];
+        let length = types.len() as u32 * 4;
+        let header = [0x0001_eb9f, 24, 0, length, length, names.len() as u32];
+        let words = header.iter().chain(&types).flat_map(|word| word.to_ne_bytes());
+        let btf = Btf::parse(words.chain(*names).collect()).unwrap();
+        let types = KernelTypes { btf };
+        assert!(types.has_struct("s"));
+        assert!(matches!(types.offset("s", &["m"]), Err(Error::UnknownKernel { .. })));
+    }
+
+    #[test]
     fn this_kernels_offsets_are_told_apart_and_whole() {
         let types = KernelTypes::read().unwrap();
         let offsets = types.offsets().unwrap().0;
         // Members of one structure lie at different places.
-        let places: std::collections::BTreeSet<_> = FIELDS
+        let places: BTreeSet<_> = FIELDS
             .iter()
             .zip(offsets)
             .map(|((structure, _), offset)| (*structure, offset))

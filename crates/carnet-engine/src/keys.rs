@@ -61,7 +61,7 @@ impl Engine {
         if overlap > Self::MAX_KEY_OVERLAP {
             return Err(Error::BadOverlap { given: overlap, longest: Self::MAX_KEY_OVERLAP });
         }
-        let _lock = self.location().lock_to_change()?;
+        let _lock = self.lock_to_change()?;
         self.instance()?;
         self.tables().rotate_key(overlap.as_nanos() as u64)?;
         self.tables().key_status()

@@ -50,6 +50,8 @@ mod events;
 mod existing;
 mod files;
 mod flows;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod kernel;
 mod keys;
 mod links;

@@ -201,7 +201,10 @@ impl Links {
     }
 
     fn detach_where(&self, superfluous: impl Fn(&Pinned) -> bool) -> Result<(), Error> {
-        for link in self.pinned()? {
+        let mut links = self.pinned()?;
+        // While connections are still redirected, services can ask about them.
+        links.sort_by_key(|link| SERVICE_HOOKS.iter().any(|hook| hook.name == link.hook));
+        for link in links {
             if superfluous(&link) {
                 // The kernel would detach it some time after the pin is gone; the caller relies on
                 // that it is.

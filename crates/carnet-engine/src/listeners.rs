@@ -161,7 +161,7 @@ impl Engine {
             netlink::number_of(home.descriptor())
         })?;
 
-        let _lock = self.location().lock_to_change()?;
+        let _lock = self.lock_to_change()?;
         self.instance()?;
         let handle = self.handle_in_force(service)?;
         let entries = self.tables().listeners()?;
@@ -202,7 +202,7 @@ impl Engine {
         address: SocketAddr,
     ) -> Result<Vec<Listener>, Error> {
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-        let _lock = self.location().lock_to_change()?;
+        let _lock = self.lock_to_change()?;
         self.instance()?;
         let handle = self.handle_in_force(service)?;
         let entries = self.tables().listeners()?;
@@ -218,7 +218,7 @@ impl Engine {
     }
 
     fn handle_of(&self, service: &str) -> Result<u64, Error> {
-        let _lock = self.location().lock_to_read()?;
+        let _lock = self.lock_to_read()?;
         self.instance()?;
         self.handle_in_force(service)
     }

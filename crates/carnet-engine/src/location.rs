@@ -8,6 +8,8 @@
 //! | `programs/NAME` | the programs |
 //! | `links/cgroup-ID/HOOK` | the links, by the cgroup that they attach a program to |
 //! | `reader/` | an empty directory: who reads the events holds a lock on it |
+//! | `changing/` | an empty directory: a transaction is under way, or was killed |
+//! | `upgrade/` | the new programs of an upgrade that is under way, or was killed |
 //!
 //! The locks are `flock(2)` on these directories, so that they go with whoever holds them and
 //! nothing is left behind elsewhere. `carnet/` is locked while an instance comes or goes; the
@@ -101,12 +103,8 @@ impl Location {
         &self.directory
     }
 
-    pub(crate) fn is_up(&self) -> bool {
-        self.directory.exists()
-    }
-
-    /// The directory in which the instance is built before it gets its name. No instance can have
-    /// this one.
+    /// The directory in which the instance is built before it gets its name, and taken apart when it
+    /// has lost it. No instance can have this one.
     pub(crate) fn workshop(&self) -> PathBuf {
         self.parent.join(format!("{WORKSHOP}{}", self.instance))
     }

@@ -13,7 +13,7 @@ pub(crate) fn mount_points(file_system: &str) -> Result<Vec<PathBuf>, Error> {
 }
 
 /// Each line is: device, mount point, type, options, and two numbers.
-fn points_of(table: &[u8], file_system: &[u8]) -> Vec<PathBuf> {
+pub(crate) fn points_of(table: &[u8], file_system: &[u8]) -> Vec<PathBuf> {
     let mut points = Vec::new();
     for line in table.split(|byte| *byte == b'\n') {
         let mut fields = line.split(|byte| *byte == b' ').skip(1);

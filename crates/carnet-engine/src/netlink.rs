@@ -87,9 +87,14 @@ pub(crate) fn number_of(namespace: BorrowedFd<'_>) -> io::Result<i32> {
 fn known_number(namespace: BorrowedFd<'_>) -> io::Result<Option<i32>> {
     let descriptor = namespace.as_raw_fd().to_ne_bytes();
     let answer = ask(libc::RTM_GETNSID, &[0; 4], DESCRIPTOR, &descriptor)?;
+    Ok(number_in(&answer))
+}
+
+/// The number that an answer tells, if the namespace has one.
+fn number_in(answer: &[u8]) -> Option<i32> {
     let number = attribute(answer.get(4..).unwrap_or_default(), NUMBER)
         .and_then(|value| Some(i32::from_ne_bytes(value.try_into().ok()?)));
-    Ok(number.filter(|number| *number != NO_NUMBER))
+    number.filter(|number| *number != NO_NUMBER)
 }
 
 /// Asks for something that is described by a fixed structure and one attribute; gives the answer
@@ -147,6 +152,14 @@ fn attribute(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
             return Some(value);
         }
         attributes = attributes.get(length.next_multiple_of(4)..)?;
+    }
+}
+
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing {
+    /// The number of a network namespace in what the kernel has sent.
+    pub(crate) fn number_in(received: &[u8]) -> Option<i32> {
+        super::answer_in(received).ok().and_then(|answer| super::number_in(&answer))
     }
 }
 

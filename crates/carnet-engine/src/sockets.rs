@@ -288,6 +288,21 @@ fn read(body: &[u8], protocol: u8) -> Option<Listed> {
     Some(Listed { family, id, protocol, state, user, inode: inode.into(), cgroup })
 }
 
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing {
+    /// How many sockets the messages tell of.
+    pub(crate) fn count(bytes: &[u8]) -> usize {
+        let mut rest = bytes;
+        let mut sockets = 0;
+        while let Some((_, body, next)) = super::message(rest) {
+            sockets += usize::from(super::read(body, 6).is_some());
+            assert!(next.len() < rest.len(), "it does not come to an end");
+            rest = next;
+        }
+        sockets
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::{

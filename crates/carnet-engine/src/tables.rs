@@ -87,6 +87,9 @@ const DOCUMENT_BASE: usize = 64 * 1024;
 /// Conditions for each filter, on the average.
 const CONDITIONS_PER_FILTER: usize = 4;
 
+/// The bit of `ACTIVE` beside the bank, which programs do not look at.
+const CLOSED: u64 = 2;
+
 /// How much the tables of one bank hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Capacities {
@@ -503,32 +506,56 @@ impl Tables {
         self.set_first("ACTIVE", u64::from(bank))
     }
 
+    /// Puts a bank in force, and says that it is the last.
+    pub(crate) fn close(&self, bank: u32) -> Result<(), Error> {
+        self.set_first("ACTIVE", u64::from(bank) | CLOSED)
+    }
+
+    /// Whether the last bank is in force: the instance is not up any more.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.first::<u64>("ACTIVE").is_ok_and(|active| active & CLOSED != 0)
+    }
+
     /// Removes the slots of a bank that is not in force.
     pub(crate) fn clear_slots(&self, bank: u32) -> Result<(), Error> {
         self.retain::<SlotKey, u32>("SLOTS", |key| key.bank != u64::from(bank))
     }
 
-    /// Writes the contexts that are not there. Those that are never change: a filter's id is never
-    /// given to another one.
-    pub(crate) fn add_contexts(&self, compiled: &CompiledPolicy) -> Result<(), Error> {
+    /// Writes the contexts that `before` does not have. Those of its own never change: a filter's
+    /// id is never given to another one. But one that never came to be in force may have left its
+    /// context under the id that another one gets now.
+    pub(crate) fn add_contexts(
+        &self,
+        before: &Policy,
+        compiled: &CompiledPolicy,
+    ) -> Result<(), Error> {
         let mut contexts = self.hash::<u64, Context>("CONTEXTS")?;
-        let there = keys(&contexts, "CONTEXTS")?;
-        for (filter, bytes) in compiled.contexts().filter(|(filter, _)| !there.contains(filter)) {
+        let is_new = |filter| before.filter_by_id(filter).is_none();
+        for (filter, bytes) in compiled.contexts().filter(|(filter, _)| is_new(*filter)) {
             let added = contexts.insert(Wire(filter), Wire(Context::new(bytes)), 0);
             added.map_err(Error::map("CONTEXTS"))?;
         }
         Ok(())
     }
 
-    /// Removes the contexts of filters that `compiled` does not have.
-    pub(crate) fn retain_contexts(&self, compiled: &CompiledPolicy) -> Result<(), Error> {
-        self.retain::<u64, Context>("CONTEXTS", |filter| compiled.context(*filter).is_some())
+    /// Removes the contexts of filters that `policy` does not have.
+    pub(crate) fn retain_contexts(&self, policy: &Policy) -> Result<(), Error> {
+        self.retain::<u64, Context>("CONTEXTS", |filter| policy.filter_by_id(*filter).is_some())
     }
 
     /// Notes which cgroup belongs to which service.
     pub(crate) fn add_cgroups(&self, policy: &Policy) -> Result<(), Error> {
+        self.add_cgroups_where(policy, |_| true)
+    }
+
+    /// The same, for the cgroups of whose id `wanted` says so.
+    pub(crate) fn add_cgroups_where(
+        &self,
+        policy: &Policy,
+        wanted: impl Fn(u64) -> bool,
+    ) -> Result<(), Error> {
         let mut cgroups = self.hash::<u64, u64>("SVC_CGROUPS")?;
-        for service in policy.services() {
+        for service in policy.services().iter().filter(|service| wanted(service.cgroup.id)) {
             let noted = cgroups.insert(Wire(service.cgroup.id), Wire(service.handle), 0);
             noted.map_err(Error::map("SVC_CGROUPS"))?;
         }
@@ -619,20 +646,6 @@ fn memory_of(map: &MapData) -> Result<u64, Error> {
     let text = fs::read_to_string(&path).map_err(Error::io("read", path))?;
     let told = text.lines().find_map(|line| line.strip_prefix("memlock:"));
     Ok(told.and_then(|bytes| bytes.trim().parse().ok()).unwrap_or_default())
-}
-
-fn keys<K, V>(
-    map: &HashMap<MapData, Wire<K>, Wire<V>>,
-    name: &'static str,
-) -> Result<BTreeSet<K>, Error>
-where
-    K: FromBytes + IntoBytes + Immutable + Copy + Ord + 'static,
-    V: FromBytes + IntoBytes + Immutable + Copy + 'static,
-{
-    map.keys()
-        .map(|key| key.map(|Wire(key)| key))
-        .collect::<Result<_, _>>()
-        .map_err(Error::map(name))
 }
 
 /// Services' names by their handles, for those who show them.

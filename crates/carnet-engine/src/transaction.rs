@@ -4,16 +4,23 @@
 //! both banks share and the new policy needs in addition, and then puts it in force with a single
 //! store. Until then nothing that it did makes a difference to any connection, and it is taken
 //! back on an error. Afterwards it waits until no hook runs any more that may have begun under the
-//! old policy, and removes what only that needed.
+//! old policy, and removes what only that needed. The order of the steps is core's.
+//!
+//! While it does so, a mark lies in the instance's directory. Who finds the mark holds the lock, so
+//! the command that made it has died: what it added is removed before anything else is done.
+
+use std::{fs, path::PathBuf};
 
 use carnet_core::{
     compile::{CompiledPolicy, compile},
     object::Policy,
+    transaction::{AFTERWARDS, Step, UNTIL_IN_FORCE},
 };
 
 use crate::{
-    Engine, Error,
-    links::plan,
+    Engine, Error, Location,
+    engine::{CHANGING, UPGRADE, remove_all},
+    links::{create_directory, plan},
     sys::GracePeriod,
     tables::{InForce, other},
 };
@@ -34,8 +41,9 @@ impl Engine {
         &mut self,
         change: impl FnOnce(&mut Policy) -> Result<T, E>,
     ) -> Result<T, E> {
-        let _lock = self.location().lock_to_change()?;
+        let _lock = self.lock_to_change()?;
         self.instance()?;
+        self.recover()?;
         let before = self.tables().in_force()?;
         let mut policy = before.policy.clone();
         let result = change(&mut policy)?;
@@ -45,6 +53,31 @@ impl Engine {
         Ok(result)
     }
 
+    /// Removes what a command that was killed has left in the instance. The instance is locked.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Map`], [`Error::Document`].
+    pub(crate) fn recover(&self) -> Result<(), Error> {
+        let aside = self.location().path(UPGRADE);
+        if aside.exists() {
+            remove_all(&aside)?;
+        }
+        let mark = Mark::of(self.location());
+        if mark.is_there() {
+            // The command may have died right after it put its policy in force: hooks may still read
+            // the bank that was in force before.
+            GracePeriod::prepare()
+                .and_then(|grace| grace.wait())
+                .map_err(Error::io("wait for", "a grace period"))?;
+            let InForce { bank, policy, .. } = self.tables().in_force()?;
+            self.tables().add_cgroups(&policy)?;
+            self.tidy(&policy, other(bank))?;
+            mark.remove()?;
+        }
+        Ok(())
+    }
+
+    /// Puts a policy in force. The instance is locked.
     fn install(&self, before: &InForce, after: &Policy) -> Result<(), Error> {
         let bank = other(before.bank);
         let compiled = compile(after, before.generation.wrapping_add(1))?;
@@ -52,22 +85,35 @@ impl Engine {
         self.tables().check_room(&compiled, &document)?;
         // All that can fail is prepared before the store.
         let grace = GracePeriod::prepare().map_err(Error::io("prepare", "a grace period"))?;
-        let stored = self
-            .prepare(&before.policy, after, &compiled)
-            .and_then(|()| self.tables().write_bank(bank, &compiled, &document))
-            .and_then(|()| self.tables().flip(bank));
-        if let Err(error) = stored {
-            if let Err(second) = self.take_back(before, bank) {
-                tracing::warn!("{second}");
+        let mark = Mark::of(self.location());
+        let take = |step| match step {
+            Step::Wait => grace.wait().map_err(Error::io("wait for", "a grace period")),
+            Step::Prepare => {
+                mark.make()?;
+                self.prepare(&before.policy, after, &compiled)
             }
-            return Err(error);
+            Step::Write => self.tables().write_bank(bank, &compiled, &document),
+            Step::Flip => self.tables().flip(bank),
+            Step::Tidy => {
+                self.tables().add_cgroups(after)?;
+                self.tidy(after, before.bank)?;
+                mark.remove()
+            }
+        };
+        for step in UNTIL_IN_FORCE {
+            if let Err(error) = take(step) {
+                // While it waits, nothing has been done, and hooks may read that bank.
+                if mark.is_there()
+                    && let Err(second) =
+                        self.tidy(&before.policy, bank).and_then(|()| mark.remove())
+                {
+                    tracing::warn!("{second}");
+                }
+                return Err(error);
+            }
         }
         // The new policy is in force: what cannot be tidied now, the next transaction tidies.
-        let tidied = grace
-            .wait()
-            .map_err(Error::io("wait for", "a grace period"))
-            .and_then(|()| self.tidy(after, &compiled, before.bank));
-        if let Err(error) = tidied {
+        if let Err(error) = AFTERWARDS.into_iter().try_for_each(take) {
             tracing::warn!("{error}");
         }
         Ok(())
@@ -84,21 +130,18 @@ impl Engine {
         let had = |id| before.services().iter().any(|service| service.cgroup.id == id);
         // A service whose cgroup has gone does not keep the administrator from changing others.
         self.links().attach_missing(&plan, |id| had(id) || id == self.scope_id())?;
-        self.tables().add_contexts(compiled)?;
-        self.tables().add_cgroups(after)
+        self.tables().add_contexts(before, compiled)?;
+        // A cgroup that goes from one service to another is the old one's for as long as that is
+        // in force.
+        let is_new = |id| !had(id);
+        self.tables().add_cgroups_where(after, is_new)
     }
 
-    /// Undoes [`Engine::prepare`].
-    fn take_back(&self, before: &InForce, bank: u32) -> Result<(), Error> {
-        let compiled = compile(&before.policy, before.generation)?;
-        self.tables().add_cgroups(&before.policy)?;
-        self.tidy(&before.policy, &compiled, bank)
-    }
-
-    /// Removes what neither `policy` nor anybody else needs. `bank` is not in force.
-    fn tidy(&self, policy: &Policy, compiled: &CompiledPolicy, bank: u32) -> Result<(), Error> {
+    /// Removes what neither `policy`, which is in force, nor anybody else needs. `bank` is not in
+    /// force.
+    fn tidy(&self, policy: &Policy, bank: u32) -> Result<(), Error> {
         self.tables().clear_slots(bank)?;
-        self.tables().retain_contexts(compiled)?;
+        self.tables().retain_contexts(policy)?;
         self.tables().retain_cgroups(policy)?;
         self.tables().retain_listeners(policy)?;
         self.links().detach_superfluous(&plan(self.instance()?, policy)?)
@@ -106,5 +149,26 @@ impl Engine {
 
     fn scope_id(&self) -> u64 {
         self.instance().map_or(0, |instance| instance.scope_id)
+    }
+}
+
+/// [`CHANGING`].
+struct Mark(PathBuf);
+
+impl Mark {
+    fn of(location: &Location) -> Self {
+        Self(location.path(CHANGING))
+    }
+
+    fn is_there(&self) -> bool {
+        self.0.exists()
+    }
+
+    fn make(&self) -> Result<(), Error> {
+        create_directory(&self.0)
+    }
+
+    fn remove(&self) -> Result<(), Error> {
+        fs::remove_dir(&self.0).map_err(Error::io("remove", self.0.display()))
     }
 }

@@ -12,6 +12,8 @@ mod quic;
 #[cfg(test)]
 pub(crate) use datagrams::tests as test_datagrams;
 pub use datagrams::{Datagrams, Told, refusal};
+#[cfg(fuzzing)]
+pub use quic::packets;
 
 use serde::{Deserialize, Serialize};
 

@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     future::{Future, ready},
     io,
-    net::{IpAddr, Ipv4Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
@@ -185,6 +185,25 @@ impl NetworkNamespace {
         })
     }
 
+    /// Routes all of IPv4 and IPv6, groups included, to a link that is up and on which it asks nobody
+    /// for neighbours: whatever is sent leaves by it at once, whether somebody is there or not.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if there is no such link (`ENODEV`), or if there are such routes (`EEXIST`).
+    pub fn route_all_to(&self, link: &str) -> Result<(), Error> {
+        let silent = LinkUnspec::new_with_name(link).arp(false).build();
+        self.netlink("route all to link", link, &[], |handle, _| async move {
+            handle.link().set(silent).execute().await.map_err(netlink_error)?;
+            let index = link_index(&handle, link).await?;
+            let v4 = RouteMessageBuilder::<Ipv4Addr>::new().output_interface(index).build();
+            let v6 = RouteMessageBuilder::<Ipv6Addr>::new().output_interface(index).build();
+            for route in [v4, v6] {
+                handle.route().add(route).execute().await.map_err(netlink_error)?;
+            }
+            Ok(())
+        })
+    }
+
     /// Writes a value to `/proc/sys/net/NAME` as it is seen from inside the namespace, for example
     /// `("ipv4/ip_forward", "1")`.
     ///
@@ -351,10 +370,7 @@ mod tests {
     #[test]
     fn prefixes_are_checked() {
         assert_eq!(parse_prefix("192.0.2.10/24").unwrap(), (IpAddr::from([192, 0, 2, 10]), 24));
-        assert_eq!(
-            parse_prefix("::/0").unwrap(),
-            (IpAddr::from(std::net::Ipv6Addr::UNSPECIFIED), 0)
-        );
+        assert_eq!(parse_prefix("::/0").unwrap(), (IpAddr::from(Ipv6Addr::UNSPECIFIED), 0));
         for wrong in ["", "192.0.2.10", "192.0.2.10/33", "2001:db8::1/129", "host/24", "::1/-1"] {
             assert!(matches!(parse_prefix(wrong), Err(Error::Argument { .. })), "{wrong}");
         }

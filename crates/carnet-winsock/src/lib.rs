@@ -37,7 +37,10 @@ mod flows;
 mod hooks;
 mod ioctl;
 mod memory;
+#[cfg(not(fuzzing))]
 mod message;
+#[cfg(fuzzing)]
+pub mod message;
 mod operation;
 mod options;
 mod poller;

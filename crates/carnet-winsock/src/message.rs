@@ -562,6 +562,35 @@ impl Outgoing {
     }
 }
 
+/// For the fuzzer (`fuzz/`): control data of messages, both ways.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    use super::{Control, Outgoing};
+
+    /// What the kernel is to see of control data that is sent, and the record in it. `None` if it is
+    /// refused.
+    pub fn split(control: &[u8]) -> Option<(Vec<u8>, Option<Vec<u8>>)> {
+        let Outgoing { native, records } = Outgoing::split(control).ok()?;
+        Some((native, records))
+    }
+
+    /// Control data with these objects (level, kind and value), in `room` bytes; and whether all of
+    /// them had room.
+    pub fn join(room: usize, objects: &[(i32, i32, Vec<u8>)]) -> (Vec<u8>, bool) {
+        let mut control = Control::new(room);
+        for (level, kind, value) in objects {
+            control.add(*level, *kind, value);
+        }
+        control.bytes.truncate(control.used);
+        (control.bytes, !control.truncated)
+    }
+
+    /// Whether this is the id of an extension function.
+    pub fn is_extension(guid: &[u8]) -> bool {
+        super::extension_function(guid).is_some()
+    }
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;

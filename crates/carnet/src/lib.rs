@@ -65,6 +65,8 @@ pub use error::{Error, Operation};
 pub use onwards::{Onwards, connect_onwards, connect_onwards_to};
 #[doc(no_inline)]
 pub use sys::AsSocket;
+#[cfg(fuzzing)]
+pub use sys::fuzzing;
 
 use std::ffi::OsString;
 use std::fmt;

@@ -218,6 +218,23 @@ fn options_of_other_levels_work_as_ever() {
 }
 
 #[test]
+fn what_the_kernel_says_of_more_than_there_was_room_for_stays() {
+    const SOL_NETLINK: i32 = 270;
+    const ADD_MEMBERSHIP: i32 = 1;
+    const LIST_MEMBERSHIPS: i32 = 9;
+    let (lab, service, client) = scene();
+    // How much there is, in a smaller buffer: the kernel takes that for a mistake of the hook.
+    let [inside, outside] = [&service, &client].map(|puppet| {
+        let kind = Kind::Other(libc::SOCK_RAW, libc::NETLINK_ROUTE);
+        let socket = puppet.open(Family::Other(libc::AF_NETLINK), kind).must("open a socket");
+        socket.set(SOL_NETLINK, ADD_MEMBERSHIP, &1_u32.to_ne_bytes()).must("join a group");
+        socket.get(SOL_NETLINK, LIST_MEMBERSHIPS, 1)
+    });
+    assert_eq!(inside, outside);
+    drop(lab);
+}
+
+#[test]
 fn a_record_that_was_tampered_with_is_refused_and_the_one_before_stays() {
     let (lab, service, client) = scene();
     let mut trace = lab.trace();

@@ -205,7 +205,7 @@ fn no_record_is_ever_issued_under_half_a_key() {
             });
         }
         let generation = || lab.engine().status().must("ask").key.generation;
-        for _ in 0..rounds(200) {
+        for _ in 0..rounds(100) {
             let before = generation();
             let record = record_of(&accepted);
             match socket.set_record(&record) {

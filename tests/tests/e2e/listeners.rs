@@ -62,6 +62,27 @@ fn a_service_may_start_anew_as_often_as_it_likes() {
 }
 
 #[test]
+fn a_service_of_datagrams_may_start_anew_as_often_as_it_likes() {
+    let (lab, service, client) = scene();
+    for any in ["127.0.0.1:0", "[::1]:0"] {
+        let any = address(any);
+        let open = || {
+            let socket = service.udp(any);
+            socket.bind(any).must("bind");
+            socket.register(&[]).must("register");
+            socket
+        };
+        for _ in 0..3 * LISTENER_SLOTS {
+            drop(open());
+        }
+        let socket = open();
+        let to = if any.is_ipv4() { lab.v4() } else { lab.v6() };
+        client.udp(to).send_to(to, b"one").must("send");
+        assert_eq!(socket.receive_from().map(|(word, _)| word), Ok(b"one".to_vec()));
+    }
+}
+
+#[test]
 fn an_unregistered_listener_gets_nothing() {
     let (lab, service, client) = scene();
     let listener = service.listen(address("127.0.0.1:0"));

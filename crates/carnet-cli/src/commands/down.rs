@@ -1,5 +1,6 @@
 //! `carnet down`: detaches and removes an engine instance.
 
+use carnet_engine::{Engine, Error};
 use serde::Serialize;
 
 use super::DONE;
@@ -19,7 +20,12 @@ struct Down<'a> {
 }
 
 pub(super) fn run(_arguments: Arguments, session: &mut Session<'_>) -> Result<u8, Failure> {
-    session.engine()?.down()?;
+    let location = session.location()?;
+    let is_up = !matches!(Engine::open(&location), Err(Error::NotUp { .. }));
+    // What a command that was killed has left is taken down, too.
+    if is_up || !Engine::sweep(&location)? {
+        session.engine()?.down()?;
+    }
     let instance = session.global.instance.as_str();
     session.changed(&Down { instance }, format_args!("instance {instance} is down"))?;
     Ok(DONE)

@@ -3,6 +3,7 @@
 pub(crate) mod doctor;
 pub(crate) mod down;
 pub(crate) mod explain;
+pub(crate) mod export;
 pub(crate) mod filter;
 pub(crate) mod flows;
 mod inspect;
@@ -34,6 +35,8 @@ pub(crate) fn run(command: Command, session: &mut Session<'_>) -> Result<u8, Fai
         Command::Sublayer(command) => sublayer::run(command, session),
         Command::Service(command) => service::run(command, session),
         Command::Filter(command) => filter::run(command, session),
+        Command::Export(arguments) => export::export(arguments, session),
+        Command::Apply(arguments) => export::apply(arguments, session),
         Command::Flows(arguments) => flows::run(arguments, session),
         Command::Trace(arguments) => trace::run(arguments, session),
         Command::Explain(arguments) => explain::run(arguments, session),

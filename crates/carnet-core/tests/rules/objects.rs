@@ -6,8 +6,9 @@ use carnet_core::{
     abi::MAX_CONTEXT,
     object::{
         CgroupCondition, CgroupRef, ConditionError, Conditions, Context, DocumentError,
-        ExecutableCondition, FailurePolicy, FilterAction, Kind, NetnsCondition, NewFilter,
-        NewService, Policy, PolicyError, PortRange, Prefix, Protocol, Trust, UserRange, Weight,
+        ExecutableCondition, FailurePolicy, Filter, FilterAction, Identities, Kind, NetnsCondition,
+        NewFilter, NewService, Policy, PolicyError, PortRange, Prefix, Protocol, Trust, UserRange,
+        Weight,
     },
     record::FileId,
     table::{MAX_CGROUP_LEVEL, MAX_SERVICES},
@@ -507,4 +508,127 @@ proptest! {
         prop_assert!(narrow.automatic_weight() >= wide.automatic_weight());
         prop_assert!(narrow.automatic_weight() < 1 << 60);
     }
+}
+
+/// A policy of two services that trust each other and two filters of equal weight.
+fn rich() -> Policy {
+    let mut policy = policy(&[("s", 0), ("t", 0)], &["a", "b"]);
+    policy.set_trust("a", Trust::Services(vec!["b".into()])).unwrap();
+    policy.set_trust("b", Trust::Services(vec!["a".into()])).unwrap();
+    for name in ["first", "second"] {
+        let filter = new_filter("s", Conditions::default(), redirect("a"));
+        policy.add_filter(NewFilter { name: Some(name.into()), ..filter }).unwrap();
+    }
+    policy
+}
+
+#[test]
+fn a_policy_replaced_by_itself_stays_the_same() {
+    let mut before = rich();
+    let wanted = Policy::from_bytes(&before.to_bytes()).unwrap();
+    before.replace(&wanted).unwrap();
+    assert_eq!(before, wanted);
+}
+
+#[test]
+fn an_empty_policy_becomes_what_another_says_with_numbers_of_its_own() {
+    let mut fresh = Policy::new();
+    fresh.add_provider("gone", "").unwrap();
+    fresh.replace(&rich()).unwrap();
+    assert!(fresh.provider("gone").is_err());
+    let handle = |policy: &Policy, name| policy.service(name).unwrap().handle;
+    assert!(handle(&fresh, "a") > handle(&rich(), "a"), "the number of what is gone is not given");
+    assert_eq!(fresh.service("a").unwrap().trust, rich().service("a").unwrap().trust);
+    let names: Vec<_> = fresh.filters().iter().map(|f| f.name.as_deref()).collect();
+    assert_eq!(names, [Some("first"), Some("second")]);
+    assert!(Policy::from_bytes(&fresh.to_bytes()).is_ok());
+}
+
+#[test]
+fn what_stays_keeps_its_numbers_and_what_is_new_gets_others() {
+    let mut policy = rich();
+    let before = policy.clone();
+    let mut wanted = rich();
+    wanted.remove_filter("first").unwrap();
+    wanted.set_on_failure("a", FailurePolicy::Skip).unwrap();
+    wanted.add_filter(new_filter("t", Conditions::default(), FilterAction::BLOCK)).unwrap();
+    policy.replace(&wanted).unwrap();
+    for name in ["a", "b"] {
+        assert_eq!(policy.service(name).unwrap().handle, before.service(name).unwrap().handle);
+    }
+    assert_eq!(policy.service("a").unwrap().on_failure, FailurePolicy::Skip);
+    assert_eq!(policy.filter("second").unwrap().id, before.filter("second").unwrap().id);
+    let largest = before.filters().last().unwrap().id;
+    assert!(policy.filters().last().unwrap().id > largest);
+
+    // A service of another provider is another one.
+    let mut wanted = rich();
+    wanted.add_provider("q", "").unwrap();
+    let text = String::from_utf8(wanted.to_bytes()).unwrap();
+    let text = text.replacen(r#""name":"a","provider":"p""#, r#""name":"a","provider":"q""#, 1);
+    policy.replace(&Policy::from_bytes(text.as_bytes()).unwrap()).unwrap();
+    assert!(policy.service("a").unwrap().handle > largest);
+}
+
+#[test]
+fn filters_of_equal_weight_take_the_order_of_the_new_policy() {
+    let mut policy = rich();
+    let mut wanted = rich();
+    let Filter { sublayer, weight, conditions, action, .. } =
+        wanted.remove_filter("first").unwrap();
+    let name = Some("first".into());
+    wanted.add_filter(NewFilter { name, sublayer, weight, conditions, action }).unwrap();
+    policy.replace(&wanted).unwrap();
+    let names: Vec<_> = policy.filters().iter().map(|f| f.name.as_deref()).collect();
+    assert_eq!(names, [Some("second"), Some("first")]);
+    assert!(policy.filters()[0].id < policy.filters()[1].id);
+}
+
+/// Everything has the number 7, and what is named "gone" is gone.
+struct Sevens;
+
+impl Identities for Sevens {
+    type Error = String;
+
+    fn cgroup(&mut self, path: &str) -> Result<(u64, u32), String> {
+        if path.contains("gone") { Err(path.into()) } else { Ok((7, 3)) }
+    }
+
+    fn executable(&mut self, _: &str) -> Result<FileId, String> {
+        Ok(FileId { device: 7, inode: 7 })
+    }
+
+    fn network_namespace(&mut self, _: &str) -> Result<u64, String> {
+        Ok(7)
+    }
+}
+
+#[test]
+fn a_document_is_identified_anew() {
+    let mut wanted = policy(&[("s", 0)], &["a"]);
+    let conditions = Conditions {
+        cgroups: vec![CgroupCondition { path: "/x".into(), id: 1, level: 1 }],
+        executables: vec![ExecutableCondition {
+            path: "/bin/x".into(),
+            file: FileId { device: 1, inode: 1 },
+        }],
+        network_namespaces: vec![NetnsCondition { name: "/run/netns/x".into(), cookie: 1 }],
+        ..Conditions::default()
+    };
+    wanted.add_filter(new_filter("s", conditions, redirect("a"))).unwrap();
+    wanted.identify(&mut Sevens).unwrap();
+    assert_eq!(wanted.service("a").unwrap().cgroup.id, 7);
+    let Conditions { cgroups, executables, network_namespaces, .. } =
+        &wanted.filters()[0].conditions;
+    assert_eq!((cgroups[0].id, cgroups[0].level), (7, 3));
+    assert_eq!(executables[0].file.inode, 7);
+    assert_eq!(network_namespaces[0].cookie, 7);
+
+    // Two services whose paths lead to one cgroup.
+    let mut two = policy(&[("s", 0)], &["a", "b"]);
+    two.identify(&mut Sevens).unwrap();
+    let mut before = Policy::new();
+    let error = before.replace(&two).unwrap_err();
+    assert!(matches!(error, PolicyError::CgroupTaken { .. }), "{error}");
+    assert_eq!(before, Policy::new());
 }

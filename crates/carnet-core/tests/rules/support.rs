@@ -196,6 +196,8 @@ pub(crate) fn connections() -> impl Strategy<Value = HostConnection> {
         "[2001:db8::2]:100",
         "[2001:db9::1]:444",
         "[::1]:65535",
+        "224.0.1.1:80",
+        "[ff0e::1]:443",
     ];
     (
         select(&[6_u8, 17]),

@@ -445,6 +445,31 @@ fn initial_header(
     )
 }
 
+/// Packets of clients, for who has to send some: tests, and the fuzzer, which would not hit on a key.
+#[cfg(any(test, fuzzing))]
+pub mod packets {
+    use super::{Keys, Side, Version, initial_header};
+
+    fn varint(value: usize) -> [u8; 4] {
+        (value as u32 | 0x8000_0000).to_be_bytes()
+    }
+
+    /// A piece of a message, which begins at `from` in the whole, as a CRYPTO frame.
+    pub fn crypto(from: usize, piece: &[u8]) -> Vec<u8> {
+        [&[6][..], &varint(from), &varint(piece.len()), piece].concat()
+    }
+
+    /// A client's Initial packet, padded to a length with which it may begin. `None` if the
+    /// connection id or the frames are too long.
+    pub fn initial(second_version: bool, id: &[u8], number: u8, frames: &[u8]) -> Option<Vec<u8>> {
+        let version = if second_version { Version::V2 } else { Version::V1 };
+        let mut payload = frames.to_vec();
+        payload.resize(payload.len().max(1200), 0);
+        let header = initial_header(version, id, b"client", &[number], &payload)?;
+        Keys::new(version, id, Side::Client)?.seal(&header, 1, &payload)
+    }
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -480,21 +505,13 @@ pub(super) mod tests {
         Keys::new(version, SAMPLE, Side::Client).unwrap().seal(&hex(header), 4, &payload).unwrap()
     }
 
-    fn varint(value: usize) -> [u8; 4] {
-        (value as u32 | 0x8000_0000).to_be_bytes()
-    }
-
     /// A piece of a message, as a CRYPTO frame.
     pub(crate) fn crypto(message: &[u8], from: usize, to: usize) -> Vec<u8> {
-        [&[6][..], &varint(from), &varint(to - from), &message[from..to]].concat()
+        packets::crypto(from, &message[from..to])
     }
 
-    /// A client's Initial packet, padded to a length with which it may begin.
     fn packet(version: Version, id: &[u8], number: u8, frames: &[Vec<u8>]) -> Vec<u8> {
-        let mut payload = frames.concat();
-        payload.resize(payload.len().max(1200), 0);
-        let header = initial_header(version, id, b"client", &[number], &payload).unwrap();
-        Keys::new(version, id, Side::Client).unwrap().seal(&header, 1, &payload).unwrap()
+        packets::initial(version == Version::V2, id, number, &frames.concat()).unwrap()
     }
 
     pub(crate) fn initial(id: &[u8], number: u8, frames: &[Vec<u8>]) -> Vec<u8> {

@@ -60,15 +60,18 @@ pub(crate) fn original_app(socket: &impl AsSocket) -> Result<OriginalApp, Error>
 }
 
 pub(crate) fn flow(socket: &impl AsSocket) -> Result<Flow, Error> {
-    let info: FlowInfo = query_value(socket.as_fd(), Operation::Flow, abi::FLOW)?;
-    Ok(Flow {
+    query_value(socket.as_fd(), Operation::Flow, abi::FLOW).map(flow_of)
+}
+
+fn flow_of(info: FlowInfo) -> Flow {
+    Flow {
         id: info.flow,
         handle: info.handle,
         filter: info.filter,
         began: Duration::from_nanos(info.began_ns),
         hops: info.hops,
         legs: info.legs,
-    })
+    }
 }
 
 /// An endpoint in the family of its socket: a mapped address stays mapped.
@@ -112,8 +115,12 @@ fn query_value<T: FromBytes>(
     let mut buffer = vec![0; size_of::<T>() + 1];
     let length = get_option(socket, abi::LEVEL, option, &mut buffer)
         .map_err(|error| explain(operation, error, || Kind::of(socket)))?;
-    T::read_from_bytes(buffer.get(..length).unwrap_or_default())
-        .map_err(|_| Error::InvalidAnswer { operation, length })
+    value_in(&buffer, length).ok_or(Error::InvalidAnswer { operation, length })
+}
+
+/// The value that the kernel has written to a buffer, of which it says that it used so many bytes.
+fn value_in<T: FromBytes>(buffer: &[u8], length: usize) -> Option<T> {
+    T::read_from_bytes(buffer.get(..length).unwrap_or_default()).ok()
 }
 
 /// Reads an option whose value has any length.
@@ -251,6 +258,27 @@ fn set_option(socket: BorrowedFd<'_>, level: i32, option: i32, value: &[u8]) -> 
         libc::setsockopt(socket.as_raw_fd(), level, option, value.as_ptr().cast(), length)
     };
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// For the fuzzer (`fuzz/`): answers of the kernel, of any bytes and claimed length.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    use super::{Flow, OriginalApp, application, flow_of, socket_address, value_in};
+
+    /// An answer to [`ORIGINAL_DESTINATION`](carnet_core::abi::ORIGINAL_DESTINATION).
+    pub fn destination(buffer: &[u8], length: usize) -> Option<std::net::SocketAddr> {
+        value_in(buffer, length).map(|endpoint| socket_address(&endpoint))
+    }
+
+    /// An answer to [`ORIGINAL_APP`](carnet_core::abi::ORIGINAL_APP).
+    pub fn app(buffer: &[u8], length: usize) -> Option<OriginalApp> {
+        value_in(buffer, length).map(application)
+    }
+
+    /// An answer to [`FLOW`](carnet_core::abi::FLOW).
+    pub fn flow(buffer: &[u8], length: usize) -> Option<Flow> {
+        value_in(buffer, length).map(flow_of)
+    }
 }
 
 #[cfg(test)]

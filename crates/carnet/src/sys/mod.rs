@@ -12,6 +12,8 @@
 mod linux;
 #[cfg(target_os = "linux")]
 pub use linux::AsSocket;
+#[cfg(all(target_os = "linux", fuzzing))]
+pub use linux::fuzzing;
 #[cfg(target_os = "linux")]
 pub(crate) use linux::*;
 
