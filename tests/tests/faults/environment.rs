@@ -214,14 +214,17 @@ fn the_command_is_out_of_memory() {
     row.conclude();
 }
 
+/// A map of the kernel's, with keys and values as bytes.
+type Bytes<const KEY: usize, const VALUE: usize> = HashMap<MapData, [u8; KEY], [u8; VALUE]>;
+
 /// Fills a map, whatever is in it, until it takes no more; gives the keys.
 fn fill<const KEY: usize, const VALUE: usize>(
     stage: &Stage,
     name: &str,
-) -> (HashMap<MapData, [u8; KEY], [u8; VALUE]>, Vec<[u8; KEY]>) {
+) -> (Bytes<KEY, VALUE>, Vec<[u8; KEY]>) {
     let pin = stage.lab.location().directory().join("maps").join(name);
     let map = Map::HashMap(MapData::from_pin(pin).must("open a map"));
-    let mut map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(map).must("read a map");
+    let mut map = Bytes::<KEY, VALUE>::try_from(map).must("read a map");
     let mut keys = Vec::new();
     loop {
         // No network namespace has a cookie like that.
