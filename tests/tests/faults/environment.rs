@@ -13,7 +13,7 @@ use carnet_core::{
     object::FailurePolicy,
 };
 use carnet_testbed::Process;
-use carnet_tests::{Must as _, PATIENCE, Plan, program, puppet::Puppet};
+use carnet_tests::{Must as _, PATIENCE, Plan, program, puppet::Puppet, until};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 
 use crate::{
@@ -322,11 +322,14 @@ fn there_are_no_ports() {
             Err(_) => failed = true,
         }
     }
-    let direct = stage.lab.network().echo().connections().len();
-    let onward = stage.services()["alpha"].reports(0).iter().filter(|r| r.onward.is_ok()).count();
+    // What a service says of a flow reaches us a moment after the flow.
+    let told = || stage.services()["alpha"].reports(0);
+    let reports = until("alpha to tell of each", told, |reports| reports.len() >= held.len());
+    let onward = reports.iter().filter(|report| report.onward.is_ok()).count();
     row.check(failed || onward < held.len(), || "there were ports enough".into());
-    if direct > onward {
-        row.uninspected(format!("{direct} connections arrived, alpha had {onward}"));
+    let arrived = stage.lab.network().echo().connections().len();
+    if arrived > onward {
+        row.uninspected(format!("{arrived} connections arrived, alpha had {onward}"));
     }
     drop(held);
     stage.lab.settle();
