@@ -269,7 +269,7 @@ impl Clients {
     /// A hello, its answer, and the server closes.
     fn short(&self, _chance: &mut fastrand::Rng, flow: &Flow) -> io::Result<Ended> {
         let mut socket = Self::connect(flow)?;
-        socket.write_all(&flow.hello.to_bytes())?;
+        socket.write_all(&flow.hello.to_bytes()).map_err(|error| at("short, hello", &error))?;
         let mut answer = Vec::new();
         socket.read_to_end(&mut answer).map_err(|error| at("short, answer", &error))?;
         check_answer(&answer, flow)?;
@@ -280,17 +280,17 @@ impl Clients {
     fn long(&self, chance: &mut fastrand::Rng, flow: &Flow) -> io::Result<Ended> {
         let mut socket = Self::connect(flow)?;
         let hello = Hello { stays: true, ..flow.hello };
-        socket.write_all(&hello.to_bytes())?;
+        socket.write_all(&hello.to_bytes()).map_err(|error| at("long, hello", &error))?;
         let mut count = [0];
         socket.read_exact(&mut count).map_err(|error| at("long, answer", &error))?;
         let mut rest = vec![0; usize::from(count[0]) + 8];
-        socket.read_exact(&mut rest)?;
+        socket.read_exact(&mut rest).map_err(|error| at("long, answer", &error))?;
         check_answer(&[&count[..], &rest].concat(), flow)?;
         let end = Instant::now() + Duration::from_millis(chance.u64(200..20_000));
         while Instant::now() < end && !self.ends.load(Ordering::Relaxed) {
             let mut sent = vec![0; chance.usize(1..8000)];
             chance.fill(&mut sent);
-            socket.write_all(&sent)?;
+            socket.write_all(&sent).map_err(|error| at("long, sending", &error))?;
             let mut echoed = vec![0; sent.len()];
             socket.read_exact(&mut echoed).map_err(|error| at("long, echo", &error))?;
             if echoed != sent {
@@ -335,7 +335,7 @@ impl Clients {
         let mut buffer = [0; 64];
         for _ in 0..TRIES {
             let sent = if connects { socket.send(&hello) } else { socket.send_to(&hello, flow.to) };
-            sent?;
+            sent.map_err(|error| at("UDP, sending", &error))?;
             match socket.recv_from(&mut buffer) {
                 Ok((length, from)) if from == flow.to => {
                     check_answer(&buffer[..length], flow)?;
@@ -343,7 +343,7 @@ impl Clients {
                 }
                 Ok((_, from)) => return Err(io::Error::other(format!("an answer from {from}"))),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(at("UDP, answer", &error)),
             }
         }
         Err(at("UDP, answer", &io::ErrorKind::TimedOut.into()))
