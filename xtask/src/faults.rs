@@ -81,7 +81,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut command = test::as_root_with(privilege, suite, if options.quick { &[] } else { &all });
     // Most of the time they wait for the kernel.
     command
-        .args(["--nocapture", "--test-threads=4"])
+        .args(["--nocapture", "--test-threads=8"])
         .args(&options.group)
         .current_dir(&suite.directory);
     let mut rows = Vec::new();

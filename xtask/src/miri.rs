@@ -2,11 +2,12 @@
 //! out of bounds or to memory that is gone, a reference that is not unique, a data race.
 //!
 //! Miri comes with rustup's nightly alone; the one that is pinned here is installed where there is none.
+//! Tests that are too slow for it say so where they are.
 
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::cargo;
 use crate::process::{self, announce, find_program};
@@ -15,29 +16,74 @@ use crate::process::{self, announce, find_program};
 const TOOLCHAIN: &str = "nightly-2026-05-20";
 /// The same one by its compiler's version.
 const COMPILER: &str = "1.97.0-nightly (e50aa6fba 2026-05-19)";
-/// What runs: packages, and of each the modules whose tests need no socket.
-const RUNS: [(&str, &[&str]); 3] = [
-    ("carnet-core", &[]),
-    ("carnet", &["error::", "growth::", "winsock::"]),
-    ("carnet-winsock", &["contract::", "memory::", "message::", "options::"]),
+/// What runs: of each package its library's tests or an integration test, and of these the modules whose
+/// tests need no kernel and not long.
+const RUNS: [(&str, &[&str], &[&str]); 4] = [
+    ("carnet-core", &["--lib"], &[]),
+    // Policies that are compiled to tables, and decisions by these over whole chains.
+    ("carnet-core", &["--test", "rules"], &["explain::", "tree::the_worked", "tree::an_empty"]),
+    ("carnet", &["--lib"], &["error::", "growth::", "winsock::"]),
+    ("carnet-winsock", &["--lib"], &["contract::", "message::", "options::"]),
 ];
 /// Random cases of each property: Miri is some hundred times slower than the processor.
-const CASES: &str = "8";
+const CASES: &str = "4";
 
 pub(crate) fn run() -> Result<()> {
     let root = cargo::workspace_root()?;
     announce("the toolchain with Miri");
     let toolchain = toolchain()?;
     eprintln!("    {toolchain}: rustc {COMPILER}");
-    for (package, modules) in RUNS {
-        announce(format_args!("{package} under Miri"));
+    let mut ran = Vec::new();
+    for (package, target, modules) in RUNS {
+        let name = format!("{package} {}", target.join(" "));
+        announce(format_args!("{name} under Miri"));
         let mut test = nightly(&root, toolchain);
-        test.args(["miri", "test", "--locked", "--package", package, "--lib", "--"]).args(modules);
+        test.args(["miri", "test", "--locked", "--package", package]).args(target);
+        test.arg("--").args(modules);
         // Properties keep their failures in a file, and tests ask for the time.
         test.env("MIRIFLAGS", "-Zmiri-disable-isolation").env("PROPTEST_CASES", CASES);
-        process::run(test.env("CARGO_TARGET_DIR", cargo::target_directory(&root).join("miri")))?;
+        test.env("CARGO_TARGET_DIR", cargo::target_directory(&root).join("miri"));
+        let mut outcome = None;
+        let status = process::lines(&mut test, |line| {
+            println!("{line}");
+            outcome = outcome.or(Outcome::read(line));
+        })?;
+        let Some(outcome) = outcome.filter(|_| status.success()) else {
+            bail!("{name} failed under Miri ({status})");
+        };
+        // A module that has another name now would be left out silently.
+        ensure!(outcome.passed > 0, "{name}: no test is named {}", modules.join(" or "));
+        ran.push((name, outcome));
+    }
+    announce("what ran under Miri, and found nothing");
+    for (name, Outcome { passed, ignored, left_out }) in ran {
+        println!("    {name}: {passed} tests; {ignored} are too slow, {left_out} are not for Miri");
     }
     Ok(())
+}
+
+/// How many tests there were.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Outcome {
+    passed: u32,
+    ignored: u32,
+    left_out: u32,
+}
+
+impl Outcome {
+    /// The last line of a run of tests.
+    fn read(line: &str) -> Option<Self> {
+        let counts = line.strip_prefix("test result: ")?;
+        let count = |what: &str| {
+            let before = counts.split(what).next()?;
+            before.trim_end().rsplit(' ').next()?.parse().ok()
+        };
+        Some(Self {
+            passed: count("passed")?,
+            ignored: count("ignored")?,
+            left_out: count("filtered out")?,
+        })
+    }
 }
 
 /// Cargo of a toolchain, without what the cargo that started us has set.
@@ -67,4 +113,16 @@ fn toolchain() -> Result<&'static str> {
     };
     process::run(&mut rustup)?;
     Ok(found.unwrap_or(TOOLCHAIN))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_line_of_a_run_says_how_many_tests_there_were() {
+        let line = "test result: ok. 31 passed; 0 failed; 2 ignored; 0 measured; 5 filtered out; finished in 9s";
+        assert_eq!(Outcome::read(line), Some(Outcome { passed: 31, ignored: 2, left_out: 5 }));
+        assert_eq!(Outcome::read("test passed ... ok"), None);
+    }
 }

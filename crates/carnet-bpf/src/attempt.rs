@@ -1,6 +1,8 @@
 //! What is done with a connect, or with the first datagram of a flow, once it has been decided: the
 //! part that both have in common.
 
+use core::ptr;
+
 use aya_ebpf::{
     bindings::bpf_sock_addr,
     helpers::generated::{
@@ -19,6 +21,7 @@ use carnet_core::{
 use crate::{
     ctx::fetch_add,
     decide::{Request, netns_of},
+    listener::copy,
     maps::{CONFIG, CONTEXTS},
     process::{self, Process},
     report::{count, count_passed, event_of_caller, now},
@@ -84,8 +87,8 @@ impl Attempt<'_> {
         leg.began_ns = now();
         leg.pid = process::pid();
         leg.protocol = self.request.protocol;
-        leg.requested = self.request.destination;
-        leg.target = *target;
+        copy(&mut leg.requested, &self.request.destination);
+        copy(&mut leg.target, target);
     }
 
     /// Makes it the leg to the service that was decided on; `first` if it is the flow's first one, in
@@ -118,7 +121,7 @@ impl Attempt<'_> {
                 record.flow = (fetch_add(&raw mut (*config).flows, 1) as u64).wrapping_add(1);
             }
         }
-        record.destination = self.request.destination;
+        copy(&mut record.destination, &self.request.destination);
     }
 
     /// Counts and reports that a service gets it.
@@ -176,24 +179,8 @@ impl Attempt<'_> {
 
     #[inline(always)]
     fn report(&self, kind: EventKind, handle: u64, record: Option<&Record>) {
-        event_of_caller(kind, |event| {
-            event.reason = self.request.decision.reason as u32;
-            event.handle = handle;
-            event.filter = self.request.decision.filter;
-            event.skipped = self.request.decision.skipped;
-            event.generation = self.request.generation();
-            event.requested = self.request.destination;
-            event.protocol = self.request.protocol;
-            event.netns = netns_of(self.ctx);
-            match record {
-                Some(record) => {
-                    event.flow = record.flow;
-                    event.legs = record.legs;
-                    event.hops = record.hop_count;
-                }
-                None => event.legs = self.request.decision.legs,
-            }
-        });
+        let record = record.map_or(ptr::null(), ptr::from_ref);
+        carnet_report(self.ctx, self.request, kind as u32, handle, record);
     }
 
     /// A device that a socket is bound to keeps it from reaching a service on loopback; the service
@@ -216,6 +203,41 @@ impl Attempt<'_> {
             }
         }
     }
+}
+
+/// Reports an event about what was decided. A global function, see `decide`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn carnet_report(
+    ctx: *mut bpf_sock_addr,
+    request: *const Request,
+    kind: u32,
+    handle: u64,
+    record: *const Record,
+) -> i32 {
+    // SAFETY: the verifier makes callers pass whole values, or null.
+    let (Some(request), record) = (unsafe { (request.as_ref(), record.as_ref()) }) else {
+        return 0;
+    };
+    event_of_caller(kind, |event| {
+        event.reason = request.decision.reason as u32;
+        event.handle = handle;
+        event.filter = request.decision.filter;
+        event.skipped = request.decision.skipped;
+        event.generation = request.generation();
+        event.requested = request.destination;
+        event.protocol = request.protocol;
+        event.netns = netns_of(ctx);
+        match record {
+            Some(record) => {
+                event.flow = record.flow;
+                event.legs = record.legs;
+                event.hops = record.hop_count;
+            }
+            None => event.legs = request.decision.legs,
+        }
+    });
+    0
 }
 
 /// Gives the leg the context of the filter that redirects it, if that has one. Until then the place is

@@ -36,7 +36,7 @@ use carnet_core::{
 use crate::{
     attempt::{Attempt, PASS, refuse, set_context},
     client::{carnet_answers, held},
-    ctx::{fetch_add, load32, load64, store32},
+    ctx::{fetch_add, load32, load64, opaque, store32},
     decide::{Request, concerns_somebody, destination_concerns_somebody, netns_of},
     end::guard_begins,
     idle,
@@ -173,7 +173,7 @@ fn send(
         remember(ctx, &request.destination, &[0; 4]);
         return PASS;
     }
-    let mut token = [0; 4];
+    let mut token = [opaque(0) as u32; 4];
     let attempt = Attempt { ctx, socket, record, request: &request };
     let mut error = carry_out(&attempt, &mut token);
     if error == errno::ENOMEM && idle::sweep() {

@@ -19,6 +19,7 @@ use carnet_core::{
 
 use crate::{
     bank::Bank,
+    ctx::opaque,
     listener::carnet_listener,
     maps::GUARD,
     process::{self, Process},
@@ -56,17 +57,25 @@ impl Request {
     /// A connect, or a datagram, to `destination` of a socket of this protocol.
     #[inline(always)]
     pub(crate) fn new(protocol: u32, destination: Endpoint) -> Self {
+        // A number that LLVM does not know: zeros that it knows it has a function write byte by byte,
+        // and the verifier follows every byte of it on every path.
+        let none = opaque(0);
         Self {
             destination,
             target: destination,
-            home: 0,
-            chain: Chain::empty(0),
-            original: FileId { device: 0, inode: 0 },
-            recorded: 0,
+            home: none,
+            chain: Chain {
+                visited: none,
+                hops: none as u32,
+                strangers: none as u32,
+                ..Chain::empty(none as u32)
+            },
+            original: FileId { device: none, inode: none },
+            recorded: none as u32,
             protocol,
-            leaf: LeafRow { first: 0, count: 0 },
-            dead: 0,
-            forgetful: 0,
+            leaf: LeafRow { first: none as u32, count: none as u32 },
+            dead: none,
+            forgetful: none,
             decision: Decision::PASS,
             bank: Bank::in_force(),
         }

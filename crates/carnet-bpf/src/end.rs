@@ -7,7 +7,7 @@ use carnet_core::{
 };
 
 use crate::{
-    ctx::{exchange, fetch_add},
+    ctx::{exchange, fetch_add, opaque},
     maps::GUARD,
     report::{count, event},
     socket::is_datagram,
@@ -57,7 +57,7 @@ pub(crate) fn guard_ends(leg: &LegState) {
 /// Reports the end of a leg, with the bytes that the connecting side sent and received.
 #[inline(always)]
 pub(crate) fn report_end(leg: &LegState, sent: u64, received: u64) {
-    event(EventKind::Closed, |event| {
+    event(EventKind::Closed as u32, |event| {
         event.flow = leg.record.flow;
         event.handle = leg.handle;
         event.filter = leg.filter;
@@ -75,20 +75,34 @@ pub(crate) fn report_end(leg: &LegState, sent: u64, received: u64) {
 /// A leg of a UDP flow has ended. Nothing happens if it had none.
 #[inline(always)]
 pub(crate) fn datagrams_end(leg: &mut LegState) {
+    carnet_datagrams_end(leg);
+}
+
+/// The same as a global function, see `decide`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn carnet_datagrams_end(leg: *mut LegState) -> i32 {
+    // SAFETY: the verifier makes callers pass a whole value, or null.
+    let Some(leg) = (unsafe { leg.as_mut() }) else {
+        return 0;
+    };
     if leg.kind == 0 {
-        return;
+        return 0;
     }
     // Its timer, its socket and a datagram to a service that is gone may end it at the same time.
     // SAFETY: the leg is in a map value.
     let kind = unsafe { exchange(&raw mut leg.kind, 0) };
     if kind == 0 {
-        return;
+        return 0;
     }
     if kind == LEG_REDIRECTED {
         guard_ends(leg);
         count(Counter::DatagramFlowsEnded);
     }
-    report_end(leg, 0, 0);
+    // Two zeros beside each other, if LLVM knew them, would be the call of a function.
+    let bytes = opaque(0);
+    report_end(leg, bytes, bytes);
+    0
 }
 
 /// What an earlier connect left on a socket ends here: of UDP a flow, of TCP a connect that failed

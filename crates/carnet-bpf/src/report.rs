@@ -1,7 +1,7 @@
 //! Events and counters.
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
-use carnet_core::event::{Counter, Event, EventKind};
+use carnet_core::event::{Counter, Event};
 
 use crate::{
     ctx::fetch_add,
@@ -35,10 +35,10 @@ pub(crate) fn count_passed() {
     }
 }
 
-/// Reports an event of the calling process; the rest of it is filled in by `describe`, which finds
+/// Reports an event of the calling process, of an `EventKind` as number; the rest of it is filled in by `describe`, which finds
 /// it all zero.
 #[inline(always)]
-pub(crate) fn event_of_caller(kind: EventKind, describe: impl FnOnce(&mut Event)) {
+pub(crate) fn event_of_caller(kind: u32, describe: impl FnOnce(&mut Event)) {
     event(kind, |event| {
         event.pid = process::pid();
         event.uid = process::uid();
@@ -49,18 +49,23 @@ pub(crate) fn event_of_caller(kind: EventKind, describe: impl FnOnce(&mut Event)
 
 /// Reports an event that no process caused.
 #[inline(always)]
-pub(crate) fn event(kind: EventKind, describe: impl FnOnce(&mut Event)) {
+pub(crate) fn event(kind: u32, describe: impl FnOnce(&mut Event)) {
     let Some(mut entry) = EVENTS.reserve(0) else {
         count(Counter::EventsLost);
         return;
     };
+    let words = entry.as_mut_ptr().cast::<u64>();
+    for word in 0..size_of::<Event>() / size_of::<u64>() {
+        // SAFETY: within the event. Volatile, so that LLVM does not make it a call of a function that
+        // clears byte by byte, for which the stack has no room.
+        unsafe { words.add(word).write_volatile(0) };
+    }
     // SAFETY: an event is plain numbers, for which all zero is a value.
-    let event = unsafe {
-        entry.as_mut_ptr().write_bytes(0, 1);
-        entry.assume_init_mut()
-    };
+    let event = unsafe { entry.assume_init_mut() };
     event.time_ns = now();
-    event.kind = kind as u32;
+    event.kind = kind;
     describe(event);
     entry.submit(0);
 }
+
+const _: () = assert!(size_of::<Event>() % size_of::<u64>() == 0 && align_of::<Event>() == 8);

@@ -173,7 +173,7 @@ fn receive(
 /// Counts and reports a refused record; gives its errno.
 #[inline(always)]
 pub(crate) fn refused(error: RecordError, caller: &Caller) -> i32 {
-    event_of_caller(EventKind::RecordRefused, |event| {
+    event_of_caller(EventKind::RecordRefused as u32, |event| {
         event.reason = error as u32;
         event.handle = caller.service;
     });
@@ -249,7 +249,7 @@ fn register(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -> Result<()
         }
     }
     *registered = Registration { handle, netns };
-    event_of_caller(EventKind::ListenerRegistered, |event| {
+    event_of_caller(EventKind::ListenerRegistered as u32, |event| {
         event.handle = handle;
         event.requested = local;
         event.protocol = protocol;

@@ -27,6 +27,6 @@ pub fn carnet_socket(ctx: SockContext) -> i32 {
         return 1;
     }
     count(Counter::SocketsRefused);
-    event_of_caller(EventKind::SocketRefused, |event| event.reason = kind.to_number());
+    event_of_caller(EventKind::SocketRefused as u32, |event| event.reason = kind.to_number());
     0
 }

@@ -23,8 +23,8 @@ use crate::{
     links::{Links, Pinned, create_directory, list, plan},
     location::Lock,
     object::{self, BuildId},
-    sys::{self, GracePeriod},
-    tables::{Capacities, InForce, Instance, Tables, other},
+    sys,
+    tables::{Capacities, InForce, Instance, Tables},
 };
 
 /// How an instance is brought up.
@@ -190,18 +190,6 @@ impl Engine {
         check_privileges()?;
         let parent = location.lock_parent()?;
         sweep(location).and_then(|found| location.remove_parent(&parent).map(|()| found))
-    }
-
-    /// Puts the empty policy in force for good.
-    fn close(&self) -> Result<(), Error> {
-        self.instance()?;
-        let nothing = Policy::new();
-        let InForce { bank, generation, .. } = self.tables.in_force()?;
-        let compiled = compile(&nothing, generation.wrapping_add(1))?;
-        let grace = GracePeriod::prepare().map_err(Error::io("prepare", "a grace period"))?;
-        self.tables.write_bank(other(bank), &compiled, &nothing.to_bytes())?;
-        self.tables.close(other(bank))?;
-        grace.wait().map_err(Error::io("wait for", "a grace period"))
     }
 
     /// Locks the instance against others that change it or read it.

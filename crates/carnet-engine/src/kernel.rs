@@ -112,7 +112,7 @@ impl KernelTypes {
             within = below;
         }
         // No field here is a bit field: those have no address to read from.
-        if bits % 8 == 0 { Ok(bits / 8) } else { Err(unknown(first)) }
+        if bits.is_multiple_of(8) { Ok(bits / 8) } else { Err(unknown(first)) }
     }
 
     /// A member's offset in bits, and its own structure if it is one. Members of anonymous members
@@ -230,7 +230,7 @@ mod tests {
             .collect();
         assert_eq!(places.len(), FIELDS.len());
         // All but a socket's state, a byte, and port, two bytes, are words.
-        assert!(offsets[..26].iter().all(|offset| offset % 4 == 0));
+        assert!(offsets[..26].iter().all(|offset| offset.is_multiple_of(4)));
         let unknown = types.offset("task_struct", &["no_such_member"]);
         assert!(matches!(unknown, Err(Error::UnknownKernel { member: "no_such_member", .. })));
     }

@@ -119,6 +119,23 @@ impl Engine {
         Ok(())
     }
 
+    /// Puts the empty policy in force for good. The instance is locked.
+    pub(crate) fn close(&self) -> Result<(), Error> {
+        self.instance()?;
+        let nothing = Policy::new();
+        let before = self.tables().in_force()?;
+        let bank = other(before.bank);
+        let compiled = compile(&nothing, before.generation.wrapping_add(1))?;
+        let grace = GracePeriod::prepare().map_err(Error::io("prepare", "a grace period"))?;
+        UNTIL_IN_FORCE.into_iter().chain(AFTERWARDS).try_for_each(|step| match step {
+            Step::Wait => grace.wait().map_err(Error::io("wait for", "a grace period")),
+            Step::Write => self.tables().write_bank(bank, &compiled, &nothing.to_bytes()),
+            Step::Flip => self.tables().close(bank),
+            // It needs nothing, and what there is goes with the instance.
+            Step::Prepare | Step::Tidy => Ok(()),
+        })
+    }
+
     /// Adds what the new policy needs and the old one does not have.
     fn prepare(
         &self,

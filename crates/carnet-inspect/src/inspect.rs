@@ -12,7 +12,7 @@ mod quic;
 #[cfg(test)]
 pub(crate) use datagrams::tests as test_datagrams;
 pub use datagrams::{Datagrams, Told, refusal};
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 pub use quic::packets;
 
 use serde::{Deserialize, Serialize};

@@ -401,6 +401,7 @@ mod tests {
 
     /// The ranges in which statuses lie, and every one of W43 by its number.
     #[test]
+    #[cfg_attr(miri, ignore = "a third of a million numbers, and no memory")]
     fn the_table_of_statuses_is_exhaustive() {
         let rows: [(i32, &[u32]); 13] = [
             (10040, &[0x8000_0005, 0xC000_0206]),
@@ -460,6 +461,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "every status in turn, and no memory")]
     fn statuses_and_errors_are_inverse() {
         for error in 0..11_000 {
             let back = error_of_status(status_of_error(error));

@@ -226,6 +226,23 @@ fn a_killed_filters_context_is_nobody_elses() {
     row.conclude();
 }
 
+/// A command may have died right after it put its policy in force, and hooks may still read the bank
+/// that was in force before. Whoever writes that bank waits for them first.
+#[test]
+fn the_idle_bank_is_written_after_a_wait() {
+    let stage = stage_with_services();
+    for line in ["provider add new", "down"] {
+        let ended = tracer::run(&mut stage.carnet(&words(line)), Harm::None);
+        let ended = ended.must("trace the command");
+        assert_eq!(ended.status, Some(0), "{}", ended.errors);
+        let calls: Vec<&str> = ended.calls.iter().map(|call| call.text.as_str()).collect();
+        // The wait is an update, of a map of the command's own.
+        let first = |name| calls.iter().position(|call| *call == name).expect(name);
+        let (wait, write) = (first("bpf MAP_UPDATE_ELEM"), first("bpf MAP_UPDATE_BATCH"));
+        assert!(wait < write, "{line}: {calls:#?}");
+    }
+}
+
 const ALPHA: &[&str] = &["alpha"];
 const BOTH: &[&str] = &["alpha", "bravo"];
 

@@ -13,7 +13,7 @@ use carnet_core::{
     object::FailurePolicy,
 };
 use carnet_testbed::Process;
-use carnet_tests::{Must as _, PATIENCE, Plan, program, puppet::Puppet};
+use carnet_tests::{Must as _, PATIENCE, Plan, program, puppet::Puppet, until};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 
 use crate::{
@@ -214,14 +214,17 @@ fn the_command_is_out_of_memory() {
     row.conclude();
 }
 
+/// A map of the kernel's, with keys and values as bytes.
+type Bytes<const KEY: usize, const VALUE: usize> = HashMap<MapData, [u8; KEY], [u8; VALUE]>;
+
 /// Fills a map, whatever is in it, until it takes no more; gives the keys.
 fn fill<const KEY: usize, const VALUE: usize>(
     stage: &Stage,
     name: &str,
-) -> (HashMap<MapData, [u8; KEY], [u8; VALUE]>, Vec<[u8; KEY]>) {
+) -> (Bytes<KEY, VALUE>, Vec<[u8; KEY]>) {
     let pin = stage.lab.location().directory().join("maps").join(name);
     let map = Map::HashMap(MapData::from_pin(pin).must("open a map"));
-    let mut map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(map).must("read a map");
+    let mut map = Bytes::<KEY, VALUE>::try_from(map).must("read a map");
     let mut keys = Vec::new();
     loop {
         // No network namespace has a cookie like that.
@@ -319,11 +322,14 @@ fn there_are_no_ports() {
             Err(_) => failed = true,
         }
     }
-    let direct = stage.lab.network().echo().connections().len();
-    let onward = stage.services()["alpha"].reports(0).iter().filter(|r| r.onward.is_ok()).count();
+    // What a service says of a flow reaches us a moment after the flow.
+    let told = || stage.services()["alpha"].reports(0);
+    let reports = until("alpha to tell of each", told, |reports| reports.len() >= held.len());
+    let onward = reports.iter().filter(|report| report.onward.is_ok()).count();
     row.check(failed || onward < held.len(), || "there were ports enough".into());
-    if direct > onward {
-        row.uninspected(format!("{direct} connections arrived, alpha had {onward}"));
+    let arrived = stage.lab.network().echo().connections().len();
+    if arrived > onward {
+        row.uninspected(format!("{arrived} connections arrived, alpha had {onward}"));
     }
     drop(held);
     stage.lab.settle();

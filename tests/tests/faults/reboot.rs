@@ -93,8 +93,10 @@ fn restart(stage: &Stage) {
         fs::remove_dir(cgroup.path()).must("remove a cgroup");
         fs::create_dir(cgroup.path()).must("make a cgroup");
     }
-    let direct = || stage.way(Protocol::Tcp).unwrap_or_default();
-    until("nothing to be redirected", direct, Vec::is_empty);
+    // The kernel takes hooks off a moment after the last pin is gone; until then they refuse.
+    let way = || stage.way(Protocol::Tcp);
+    let _empty =
+        until("nothing to be redirected", way, |way| way.as_ref().is_ok_and(Vec::is_empty));
 }
 
 /// Alpha sees every flow; bravo those of the clients' cgroup.

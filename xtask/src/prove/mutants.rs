@@ -17,6 +17,7 @@ use crate::cargo;
 const LIST: &str = "model/mutants.toml";
 /// What is copied.
 const CORE: &str = "crates/carnet-core";
+const REFERENCE: &str = "crates/carnet-reference";
 const MODEL: &str = "model";
 
 #[derive(Debug, Deserialize)]
@@ -166,7 +167,8 @@ impl Mutant {
     }
 }
 
-/// A workspace of the model and carnet-core alone, whose files may be changed.
+/// A workspace of the model and carnet-core alone, whose files may be changed; and what core's tests
+/// depend on, which has to be there for cargo.
 struct Copy {
     directory: PathBuf,
 }
@@ -177,14 +179,14 @@ impl Copy {
         if directory.exists() {
             fs::remove_dir_all(&directory).context("cannot remove the last run's copy")?;
         }
-        for package in [CORE, MODEL] {
+        for package in [CORE, REFERENCE, MODEL] {
             copy_directory(&root.join(package), &directory.join(package))?;
         }
         let manifest = fs::read_to_string(root.join("Cargo.toml"))?;
         let mut manifest: toml::Table = toml::from_str(&manifest)?;
         let workspace = manifest.get_mut("workspace").and_then(toml::Value::as_table_mut);
         let workspace = workspace.context("Cargo.toml has no workspace")?;
-        workspace.insert("members".to_owned(), vec![CORE, MODEL].into());
+        workspace.insert("members".to_owned(), vec![CORE, REFERENCE, MODEL].into());
         workspace.remove("exclude");
         workspace.remove("default-members");
         build_fast(&mut manifest);

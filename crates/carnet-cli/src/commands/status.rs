@@ -310,7 +310,7 @@ impl fmt::Display for Account {
         write!(
             f,
             "\nrefused  {} = {} by a filter + {} without service + {} loops + {} without memory \
-             + {} for an address in use",
+             + {} addresses in use",
             refused.refused,
             refused.by_filter,
             refused.service_unavailable,
