@@ -19,6 +19,8 @@ pub(crate) const REFUSAL: usize = SERVICES.len();
 pub(crate) const ENTRIES: usize = SERVICES.len() + 1;
 /// Bytes of all entries.
 pub(crate) const BYTES: usize = ENTRIES * 8;
+/// Where the board tells what happens: after the entries, which are there twice.
+const HAPPENING: u64 = 2 * BYTES as u64;
 
 const REQUIRED: u64 = 1;
 const ALLOWED: u64 = 2;
@@ -116,6 +118,7 @@ impl Board {
         let file = file.with_context(|| format!("making {}", path.display()))?;
         let board = Self { file, made: Some(path) };
         board.write(Demand::default())?;
+        board.tell(u64::MAX)?;
         Ok(board)
     }
 
@@ -159,6 +162,25 @@ impl Board {
         self.write(demand)
     }
 
+    /// Tells what happens from now on, as a number.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub(crate) fn tell(&self, happening: u64) -> Result<()> {
+        let written = self.file.write_all_at(&happening.to_le_bytes(), HAPPENING);
+        written.context("writing the board")
+    }
+
+    /// What happens now.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub(crate) fn happening(&self) -> Result<u64> {
+        let mut bytes = [0; 8];
+        self.file.read_exact_at(&mut bytes, HAPPENING).context("reading the board")?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
     fn write(&self, demand: Demand) -> Result<()> {
         let bytes = demand.to_bytes();
         self.file.write_all_at(&[bytes, bytes].concat(), 0).context("writing the board")
@@ -199,5 +221,8 @@ mod tests {
         let seen = Board::open(board.path()).unwrap().read().unwrap();
         assert!(seen.0[1].required() && !seen.0[0].required());
         assert_eq!(Demand::from_bytes(&seen.to_bytes()), seen);
+        board.tell(3).unwrap();
+        assert_eq!(Board::open(board.path()).unwrap().happening().unwrap(), 3);
+        assert_eq!(board.read().unwrap(), seen);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use carnet_core::object::{Conditions, FilterAction, NewFilter, Policy, Weight};
@@ -65,14 +65,27 @@ impl Event {
     }
 }
 
-/// How often what has happened.
-pub(crate) type Happened = BTreeMap<&'static str, u64>;
+/// What happens, as the board tells it.
+pub(crate) fn named(happening: u64) -> &'static str {
+    let place = usize::try_from(happening).unwrap_or(usize::MAX);
+    Event::ALL.get(place).map_or("nothing", |(event, _)| event.name())
+}
+
+/// How often something has happened, and how long it took at most.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Times {
+    pub(crate) count: u64,
+    pub(crate) longest: Duration,
+}
+
+/// What has happened.
+pub(crate) type Happened = BTreeMap<&'static str, Times>;
 
 /// Has things happen.
 #[derive(Debug)]
 pub(crate) struct Churn {
     chance: fastrand::Rng,
-    happened: BTreeMap<Event, u64>,
+    happened: BTreeMap<Event, Times>,
     rotates: bool,
 }
 
@@ -86,9 +99,9 @@ impl Churn {
         }
     }
 
-    /// How often what has happened.
+    /// What has happened.
     pub(crate) fn happened(&self) -> Happened {
-        self.happened.iter().map(|(event, count)| (event.name(), *count)).collect()
+        self.happened.iter().map(|(event, times)| (event.name(), *times)).collect()
     }
 
     /// Whether this build of the command can rotate the key.
@@ -103,18 +116,24 @@ impl Churn {
     pub(crate) fn step(&mut self, site: &mut Site) -> Result<()> {
         let all: u32 = Event::ALL.iter().map(|(_, weight)| weight).sum();
         let mut drawn = self.chance.u32(0..all);
-        let event = Event::ALL.iter().find(|(_, weight)| {
+        let place = Event::ALL.iter().position(|(_, weight)| {
             let hit = drawn < *weight;
             drawn = drawn.saturating_sub(*weight);
             hit
         });
-        let (event, _) = *event.context("no event drawn")?;
+        let place = place.context("no event drawn")?;
+        let (event, _) = Event::ALL[place];
         if event == Event::RotateKey && !self.rotates {
             return Ok(());
         }
+        site.board.tell(place as u64)?;
+        let began = Instant::now();
         self.carry_out(event, site)
             .with_context(|| format!("while it happened: {}", event.name()))?;
-        *self.happened.entry(event).or_default() += 1;
+        site.board.tell(u64::MAX)?;
+        let times = self.happened.entry(event).or_default();
+        times.count += 1;
+        times.longest = times.longest.max(began.elapsed());
         Ok(())
     }
 

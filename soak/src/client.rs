@@ -1,5 +1,6 @@
 //! The process `client`: threads that make flows as fast as they can, each of which is checked.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read as _, Write as _, stdin};
 use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, Socket, Type};
 
 use crate::board::Board;
+use crate::churn;
 use crate::proof::{Hello, had_to_fail, may_fail};
 use crate::site::REFUSED_PORT;
 
@@ -24,7 +26,7 @@ const AGAIN: Duration = Duration::from_millis(500);
 const TRIES: u32 = 180;
 /// How often the process tells what it has done.
 const TELLING: Duration = Duration::from_secs(1);
-/// How many losses are described.
+/// How many faults are described in full.
 const DESCRIBED: usize = 20;
 /// How long a client rests that was refused.
 const REST: Duration = Duration::from_millis(2);
@@ -93,6 +95,9 @@ pub(crate) struct Done {
     pub(crate) excused: u64,
     /// Flows that failed without that.
     pub(crate) lost: u64,
+    /// How many of the lost there are of each class: what they were, how they failed, what happened when
+    /// they began and when they failed.
+    pub(crate) losses: BTreeMap<String, u64>,
     /// Flows that were answered although they had to be refused.
     pub(crate) unrefused: u64,
     /// The first of the faults.
@@ -113,6 +118,9 @@ impl Done {
         self.datagrams += other.datagrams;
         self.excused += other.excused;
         self.lost += other.lost;
+        for (class, count) in &other.losses {
+            *self.losses.entry(class.clone()).or_default() += count;
+        }
         self.unrefused += other.unrefused;
         self.faults.extend(other.faults.iter().cloned());
         self
@@ -203,6 +211,7 @@ impl Clients {
             let number = self.next.fetch_add(1, Ordering::Relaxed);
             let to = *chance.choice(&self.to).context("no destination")?;
             let flow = Flow { to, hello: Hello { demand, stays: false, number } };
+            let happened = self.board.happening()?;
             let began = Instant::now();
             let result = kind(self, &mut chance, &flow);
             let now = self.board.read()?;
@@ -235,7 +244,11 @@ impl Clients {
                     thread::sleep(REST);
                 }
                 Err(error) => {
+                    let happens = churn::named(self.board.happening()?);
+                    let began_while = churn::named(happened);
+                    let class = format!("{error}, from \"{began_while}\" to \"{happens}\"");
                     done.lost += 1;
+                    *done.losses.entry(class).or_default() += 1;
                     if done.faults.len() < DESCRIBED {
                         done.faults.push(described(&format!("lost ({error})")));
                     }
@@ -247,7 +260,7 @@ impl Clients {
 
     fn connect(flow: &Flow) -> io::Result<Socket> {
         let socket = Socket::new(Domain::for_address(flow.to), Type::STREAM, None)?;
-        socket.connect_timeout(&flow.to.into(), LIMIT)?;
+        socket.connect_timeout(&flow.to.into(), LIMIT).map_err(|error| at("connecting", &error))?;
         socket.set_read_timeout(Some(LIMIT))?;
         socket.set_write_timeout(Some(LIMIT))?;
         Ok(socket)
@@ -256,9 +269,9 @@ impl Clients {
     /// A hello, its answer, and the server closes.
     fn short(&self, _chance: &mut fastrand::Rng, flow: &Flow) -> io::Result<Ended> {
         let mut socket = Self::connect(flow)?;
-        socket.write_all(&flow.hello.to_bytes())?;
+        socket.write_all(&flow.hello.to_bytes()).map_err(|error| at("short, hello", &error))?;
         let mut answer = Vec::new();
-        socket.read_to_end(&mut answer)?;
+        socket.read_to_end(&mut answer).map_err(|error| at("short, answer", &error))?;
         check_answer(&answer, flow)?;
         Ok(Ended::Short)
     }
@@ -267,19 +280,19 @@ impl Clients {
     fn long(&self, chance: &mut fastrand::Rng, flow: &Flow) -> io::Result<Ended> {
         let mut socket = Self::connect(flow)?;
         let hello = Hello { stays: true, ..flow.hello };
-        socket.write_all(&hello.to_bytes())?;
+        socket.write_all(&hello.to_bytes()).map_err(|error| at("long, hello", &error))?;
         let mut count = [0];
-        socket.read_exact(&mut count)?;
+        socket.read_exact(&mut count).map_err(|error| at("long, answer", &error))?;
         let mut rest = vec![0; usize::from(count[0]) + 8];
-        socket.read_exact(&mut rest)?;
+        socket.read_exact(&mut rest).map_err(|error| at("long, answer", &error))?;
         check_answer(&[&count[..], &rest].concat(), flow)?;
         let end = Instant::now() + Duration::from_millis(chance.u64(200..20_000));
         while Instant::now() < end && !self.ends.load(Ordering::Relaxed) {
             let mut sent = vec![0; chance.usize(1..8000)];
             chance.fill(&mut sent);
-            socket.write_all(&sent)?;
+            socket.write_all(&sent).map_err(|error| at("long, sending", &error))?;
             let mut echoed = vec![0; sent.len()];
-            socket.read_exact(&mut echoed)?;
+            socket.read_exact(&mut echoed).map_err(|error| at("long, echo", &error))?;
             if echoed != sent {
                 return Err(io::Error::other("the echo is another one"));
             }
@@ -288,23 +301,23 @@ impl Clients {
         Ok(Ended::Long)
     }
 
-    /// A connection that is broken off by a reset, before or after it is there. Whatever it meets is
-    /// right.
+    /// A connection that is broken off by a reset, before or after it is there. Whatever it meets then
+    /// is right.
     fn aborted(&self, chance: &mut fastrand::Rng, flow: &Flow) -> io::Result<Ended> {
         let socket = Socket::new(Domain::for_address(flow.to), Type::STREAM, None)?;
         socket.set_nonblocking(true)?;
         socket.set_linger(Some(Duration::ZERO))?;
-        let begun = socket.connect(&flow.to.into());
-        if begun.is_ok()
-            || begun.is_err_and(|error| {
-                error.raw_os_error() == Some(rustix::io::Errno::INPROGRESS.raw_os_error())
-            })
-        {
-            let after = chance.u64(0..2000);
-            if after > 500 {
-                thread::sleep(Duration::from_micros(after));
-                let _ = (&socket).write_all(&flow.hello.to_bytes());
+        let in_progress = rustix::io::Errno::INPROGRESS.raw_os_error();
+        match socket.connect(&flow.to.into()) {
+            Err(error) if error.raw_os_error() != Some(in_progress) => {
+                return Err(at("broken off, connecting", &error));
             }
+            _ => {}
+        }
+        let after = chance.u64(0..2000);
+        if after > 500 {
+            thread::sleep(Duration::from_micros(after));
+            let _ = (&socket).write_all(&flow.hello.to_bytes());
         }
         Ok(Ended::Aborted)
     }
@@ -322,7 +335,7 @@ impl Clients {
         let mut buffer = [0; 64];
         for _ in 0..TRIES {
             let sent = if connects { socket.send(&hello) } else { socket.send_to(&hello, flow.to) };
-            sent?;
+            sent.map_err(|error| at("UDP, sending", &error))?;
             match socket.recv_from(&mut buffer) {
                 Ok((length, from)) if from == flow.to => {
                     check_answer(&buffer[..length], flow)?;
@@ -330,11 +343,16 @@ impl Clients {
                 }
                 Ok((_, from)) => return Err(io::Error::other(format!("an answer from {from}"))),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(at("UDP, answer", &error)),
             }
         }
-        Err(io::ErrorKind::TimedOut.into())
+        Err(at("UDP, answer", &io::ErrorKind::TimedOut.into()))
     }
+}
+
+/// An error, with what the flow was about to do.
+fn at(step: &str, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{step}: {error}"))
 }
 
 /// Checks that this is the answer to a flow's hello.

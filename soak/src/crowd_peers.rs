@@ -15,7 +15,7 @@ use tokio::time::timeout;
 /// How many connections are begun, or used, at the same time.
 const AT_ONCE: usize = 256;
 /// How long one may take.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// How to start the client.
 #[derive(Clone, Debug, clap::Args)]

@@ -187,14 +187,13 @@ impl Session {
     }
 }
 
-/// Takes the answers of a flow back, until there are none.
+/// Takes the answers of a flow back, until there are none, or nobody is there any more: the next datagram
+/// then goes the way that the policy has for it.
 async fn answer(session: Session, socket: Arc<UdpSocket>, all: Sessions) {
     let mut buffer = [0; DATAGRAM];
-    while let Ok(received) = timeout(IDLE, session.onward.recv(&mut buffer)).await {
-        if let Ok(length) = received {
-            // The flow may have ended.
-            let _ = socket.send_to(&buffer[..length], session.peer).await;
-        }
+    while let Ok(Ok(length)) = timeout(IDLE, session.onward.recv(&mut buffer)).await {
+        // The flow may have ended.
+        let _ = socket.send_to(&buffer[..length], session.peer).await;
     }
     let mut all = lock(&all);
     if all.get(&session.peer).is_some_and(|current| current.number == session.number) {

@@ -165,8 +165,12 @@ impl fmt::Display for Soak {
         row(f, "twice through a service", &seen.twice)?;
         row(f, "through a service unasked", &seen.unasked)?;
         row(f, "not refused", &done.unrefused)?;
-        for (what, count) in &self.happened {
-            row(f, what, count)?;
+        for (class, count) in &done.losses {
+            row(f, &format!("  lost: {class}"), count)?;
+        }
+        for (what, times) in &self.happened {
+            let longest = times.longest.as_secs_f64();
+            row(f, what, &format!("{}, longest {longest:.1} s", times.count))?;
         }
         if !self.rotates {
             row(f, "carnet rotate-key", &"not in this build")?;

@@ -101,8 +101,15 @@ pub(crate) fn run(options: &Options, memory: Option<&MemoryGroup>) -> Result<Soa
             violations.push(format!("{count} {what}"));
         }
     }
-    if [during.short, during.long, during.aborted, during.datagrams].contains(&0) {
-        violations.push("a kind of flows never came to its end: the load was none".into());
+    for (count, kind) in [
+        (during.short, "short connection"),
+        (during.long, "long connection"),
+        (during.aborted, "connection that is broken off"),
+        (during.datagrams, "UDP flow"),
+    ] {
+        if count == 0 {
+            violations.push(format!("no {kind} came to its end: the load was none"));
+        }
     }
     violations.extend(seen.faults.iter().chain(&done.faults).cloned());
     let happened = churn.happened();
