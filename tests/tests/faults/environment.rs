@@ -86,8 +86,9 @@ fn the_bpffs_is_unmounted() {
     let (success, _) = stage.run(&["status"]);
     row.check(!success, || "there is a status without a bpffs".into());
     // The kernel drops the last pins in the background.
-    let direct = || stage.way(Protocol::Tcp).unwrap_or_default();
-    carnet_tests::until("nothing to be redirected", direct, Vec::is_empty);
+    let way = || stage.way(Protocol::Tcp);
+    let _empty =
+        until("nothing to be redirected", way, |way| way.as_ref().is_ok_and(Vec::is_empty));
     stage.expect(&mut row, &[], "unmounted");
     mount("again", path, "bpf", MountFlags::empty(), c"mode=0755").must("mount a bpffs");
     row.check(stage.state() == State::Down, || "it is up on an empty bpffs".into());
