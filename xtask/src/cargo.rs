@@ -57,7 +57,13 @@ pub(crate) fn build(root: &Path, arguments: &[&str]) -> Result<Vec<Built>> {
     build_with(cargo(root), arguments)
 }
 
-/// The same, with a cargo of the caller's choice.
+/// Builds all programs and tests of the workspace: what one command has built, the next need not build
+/// again. A part of the packages would be built with other features of what they depend on.
+pub(crate) fn build_all(root: &Path) -> Result<Vec<Built>> {
+    build(root, &["--workspace", "--all-targets"])
+}
+
+/// As [`build`], with a cargo of the caller's choice.
 pub(crate) fn build_with(
     mut command: Command,
     arguments: &[impl AsRef<OsStr>],

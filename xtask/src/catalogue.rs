@@ -114,18 +114,7 @@ impl Catalogue {
     fn run_tests(&self, root: &Path, names: &BTreeSet<&str>) -> Result<Results> {
         let privilege = host::prepare()?;
         announce("building the tests");
-        let programs = cargo::build(
-            root,
-            &[
-                "--package",
-                "carnet-testbed",
-                "--package",
-                "carnet-inspect",
-                "--package",
-                TESTS,
-                "--all-targets",
-            ],
-        )?;
+        let programs = cargo::build_all(root)?;
         announce("the tests, as root");
         privilege.obtain()?;
         let mut results = Results::default();

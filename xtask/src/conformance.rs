@@ -19,8 +19,7 @@ pub(crate) fn run() -> Result<()> {
     let root = cargo::workspace_root()?;
     announce("building the matrix");
     let (package, target) = SUITE;
-    let arguments = ["--package", "carnet-testbed", "--package", package, "--bins"];
-    let built = cargo::build(&root, &[&arguments[..], &["--test", target]].concat())?;
+    let built = cargo::build_all(&root)?;
     let suite = built
         .iter()
         .find(|built| built.kind == Kind::Tests && built.target == target)

@@ -322,12 +322,7 @@ impl Contract {
             }
         }
         announce("building the tests");
-        let mut arguments = vec!["--package", "carnet-testbed", "--package", TESTS];
-        for package in named.keys().filter(|package| **package != TESTS) {
-            arguments.extend(["--package", package]);
-        }
-        arguments.push("--all-targets");
-        let programs = cargo::build(root, &arguments)?;
+        let programs = cargo::build_all(root)?;
 
         announce("the rows, as root");
         privilege.obtain()?;
@@ -503,8 +498,7 @@ fn sanitize(root: &Path, privilege: Privilege, sanitizer: Sanitizer) -> Result<(
     announce(format_args!("building the library for {name} sanitizer"));
     let library = instrumented_library(root, sanitizer)?;
     announce("building the tests");
-    let programs =
-        cargo::build(root, &["--package", "carnet-testbed", "--package", TESTS, "--all-targets"])?;
+    let programs = cargo::build_all(root)?;
     announce("the rows, as root");
     privilege.obtain()?;
     let suite = rows_program(&programs)?;

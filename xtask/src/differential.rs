@@ -30,8 +30,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let root = cargo::workspace_root()?;
     announce("building the test");
     let (package, target) = SUITE;
-    let arguments = ["--package", package, "--bins", "--test", target];
-    let built = cargo::build(&root, &arguments)?;
+    let built = cargo::build_all(&root)?;
     let suite = built
         .iter()
         .find(|built| built.kind == Kind::Tests && built.target == target)

@@ -66,10 +66,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let privilege = host::prepare()?;
     let root = cargo::workspace_root()?;
     announce("building the faults");
-    let packages = ["carnet-testbed", "carnet-inspect", "carnet-cli", PACKAGE];
-    let mut arguments: Vec<_> = packages.iter().flat_map(|name| ["--package", name]).collect();
-    arguments.extend(["--bins", "--test", PROGRAM]);
-    let built = cargo::build(&root, &arguments)?;
+    let built = cargo::build_all(&root)?;
     let suite = built
         .iter()
         .find(|built| built.kind == Kind::Tests && built.target == PROGRAM)

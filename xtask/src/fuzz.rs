@@ -158,7 +158,7 @@ fn drive(root: &Path, seconds: u64) -> Result<bool> {
     let privilege = host::prepare()?;
     let (package, target) = SUITE;
     announce("building the driver for the control interface");
-    let built = cargo::build(root, &["--package", package, "--bins", "--test", target])?;
+    let built = cargo::build_all(root)?;
     let suite = built
         .iter()
         .find(|built| built.kind == Kind::Tests && built.target == target)

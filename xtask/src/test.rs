@@ -21,7 +21,7 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
     let privilege = host::prepare()?;
     let root = cargo::workspace_root()?;
     announce("building the workspace and its tests");
-    let mut programs = cargo::build(&root, &["--workspace", "--all-targets"])?;
+    let mut programs = cargo::build_all(&root)?;
     programs.retain(|program| program.kind == Kind::Tests);
     programs.sort_by(|a, b| (&a.package, &a.target).cmp(&(&b.package, &b.target)));
     let (privileged, plain): (Vec<_>, Vec<_>) =

@@ -177,11 +177,7 @@ impl<'a> House<'a> {
     /// `arguments`, one to a word.
     fn boot_all(&self, suites: &[(Suite, String)], arguments: &[String]) -> Result<Vec<Boot>> {
         announce("building what the machine runs");
-        let mut options: Vec<&str> =
-            PACKAGES.iter().flat_map(|package| ["--package", package]).collect();
-        options.push("--bins");
-        options.extend(suites.iter().flat_map(|(suite, _)| ["--test", suite.name]));
-        let built = cargo::build(self.root, &options)?;
+        let built = cargo::build_all(self.root)?;
         let find = |suite: &Suite| {
             built
                 .iter()
@@ -193,7 +189,12 @@ impl<'a> House<'a> {
                 .with_context(|| format!("{} has no tests {}", suite.package, suite.name))
         };
         let contents = Contents {
-            programs: built.iter().filter(|built| built.kind == Kind::Program).collect(),
+            programs: built
+                .iter()
+                .filter(|built| {
+                    built.kind == Kind::Program && PACKAGES.contains(&built.package.as_str())
+                })
+                .collect(),
             suites: suites
                 .iter()
                 .map(|(suite, given)| Ok((find(suite)?, given.as_str())))
