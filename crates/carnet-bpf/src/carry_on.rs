@@ -7,7 +7,7 @@ use carnet_core::{
     abi::errno,
     access::Caller,
     event::Counter,
-    record::{LIFETIME_NS, MAX_RECORD, RecordError},
+    record::{MAX_RECORD, RecordError},
 };
 
 use crate::{
@@ -38,14 +38,8 @@ pub(crate) fn carry_on(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -
     let Some(delivered) = find(ticket) else {
         return Err(errno::EINVAL);
     };
-    if !caller.may_set(delivered.handle) {
-        return Err(refused(RecordError::NotDelivered, caller));
-    }
-    // As if the service had just asked for the record.
-    if delivered.kind != 0 {
-        delivered.record.renew(now());
-    } else if now().wrapping_sub(delivered.record.issued_ns) > LIFETIME_NS {
-        return Err(refused(RecordError::Expired, caller));
+    if let Err(error) = delivered.carry_on(caller, now()) {
+        return Err(refused(error, caller));
     }
     let length = opaque(delivered.record.length.into());
     if length > MAX_RECORD as u64 {

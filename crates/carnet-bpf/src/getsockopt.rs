@@ -106,9 +106,7 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
     match name {
         abi::QUERY_REDIRECT_RECORDS => {
             let length = u32::from(leg.record.length);
-            if leg.kind != 0 {
-                leg.record.renew(now());
-            }
+            leg.ask(now());
             // Not done at every redirect: a service that only looks at the destination does not
             // need it.
             issue(&mut leg.record);

@@ -2,7 +2,12 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::{abi::MAX_CONTEXT, address::Endpoint, record::Record};
+use crate::{
+    abi::MAX_CONTEXT,
+    access::Caller,
+    address::Endpoint,
+    record::{Record, RecordError},
+};
 
 /// [`LegState::kind`]: the connection goes to a service.
 pub const LEG_REDIRECTED: u32 = 1;
@@ -62,6 +67,33 @@ pub struct LegState {
     pub context: [u8; MAX_CONTEXT],
     /// The record with this leg's hop in it.
     pub record: Record,
+}
+
+impl LegState {
+    /// A service asks for the record at `now_ns` of the boot-time clock. As long as the connection is
+    /// there, the record is renewed ([`Record::renew`]).
+    #[inline(always)]
+    pub const fn ask(&mut self, now_ns: u64) {
+        if self.kind != 0 {
+            self.record.renew(now_ns);
+        }
+    }
+
+    /// `caller` carries the flow on by its ticket ([`CARRY_ON`](crate::abi::CARRY_ON)): what is decided is
+    /// as if it asked for the record and set it at once, but for the MAC of a record that has not left the
+    /// kernel.
+    ///
+    /// # Errors
+    /// [`RecordError::NotDelivered`] if the flow was not delivered to the caller's service (contract S30);
+    /// [`RecordError::Expired`].
+    #[inline(always)]
+    pub const fn carry_on(&mut self, caller: &Caller, now_ns: u64) -> Result<(), RecordError> {
+        if !caller.may_set(self.handle) {
+            return Err(RecordError::NotDelivered);
+        }
+        self.ask(now_ns);
+        if self.record.is_expired(now_ns) { Err(RecordError::Expired) } else { Ok(()) }
+    }
 }
 
 /// The two ends of a TCP connection, as the connecting side sees them: the key under which a leg
@@ -355,10 +387,15 @@ const _: () = {
 
 #[cfg(test)]
 mod tests {
-    use super::{Correspondent, is_source_token, source_token};
-    use crate::address::Endpoint;
+    use super::{Correspondent, LEG_REDIRECTED, LegState, is_source_token, source_token};
+    use crate::{
+        access::Caller,
+        address::Endpoint,
+        record::{LIFETIME_NS, RecordError},
+    };
     use core::net::{IpAddr, SocketAddr};
     use proptest::prelude::*;
+    use zerocopy::FromZeros as _;
 
     #[track_caller]
     fn is(token: [u32; 4], address: &str) {
@@ -382,6 +419,25 @@ mod tests {
         ] {
             assert!(!is_source_token(&other.parse::<SocketAddr>().unwrap().into()), "{other}");
         }
+    }
+
+    #[test]
+    fn a_ticket_stands_for_asking_and_setting_at_once() {
+        let of = |service| Caller { service, privileged: false };
+        let mut leg = LegState::new_zeroed();
+        (leg.kind, leg.handle, leg.record.issued_ns) = (LEG_REDIRECTED, 7, 1);
+        let late = 1 + 3 * LIFETIME_NS;
+        assert_eq!(leg.carry_on(&of(8), late), Err(RecordError::NotDelivered));
+        assert_eq!(leg.carry_on(&of(0), late), Err(RecordError::NotDelivered));
+        assert_eq!(leg.record.issued_ns, 1, "who may not carry on renews nothing");
+        assert_eq!(leg.carry_on(&of(7), late), Ok(()));
+        assert_eq!(leg.record.issued_ns, late);
+        assert_eq!(leg.carry_on(&Caller { service: 0, privileged: true }, late), Ok(()));
+        // When the connection is over nothing renews the record.
+        leg.kind = 0;
+        assert_eq!(leg.carry_on(&of(7), late + LIFETIME_NS), Ok(()));
+        assert_eq!(leg.carry_on(&of(7), late + LIFETIME_NS + 1), Err(RecordError::Expired));
+        assert_eq!(leg.record.issued_ns, late);
     }
 
     proptest! {

@@ -234,10 +234,17 @@ impl Record {
         if !same_mac(self.mac, mac) {
             return Err(RecordError::Forged);
         }
-        if now_ns.wrapping_sub(self.issued_ns) > LIFETIME_NS {
+        if self.is_expired(now_ns) {
             return Err(RecordError::Expired);
         }
         Ok(())
+    }
+
+    /// Whether the record may not be set any more at `now_ns` of the boot-time clock: because it is too
+    /// old, or from the future of that clock, and so of another boot.
+    #[inline(always)]
+    pub const fn is_expired(&self, now_ns: u64) -> bool {
+        now_ns.wrapping_sub(self.issued_ns) > LIFETIME_NS
     }
 
     /// The hop at `index`, if the record has that many.
