@@ -3,11 +3,11 @@
 use std::num::NonZeroU32;
 
 use anyhow::{Result, bail};
-use carnet_testbed::require_root;
+use carnet_testbed::{interrupt, require_root};
 
 use crate::about::About;
 use crate::report::Report;
-use crate::{firewall, hooks, interrupt, latency, services};
+use crate::{firewall, hooks, latency, services};
 
 /// What to measure, and how much of it.
 #[derive(Clone, Debug, clap::Args)]

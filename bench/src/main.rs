@@ -19,7 +19,6 @@ mod client;
 mod connect;
 mod firewall;
 mod hooks;
-mod interrupt;
 mod latency;
 mod processor;
 mod reference;

@@ -15,12 +15,12 @@ use carnet_core::object::{
     Weight,
 };
 use carnet_engine::{Engine, Location, UpOptions};
-use carnet_testbed::{BpfDirectory, Cgroup, NetworkNamespace, Process, Topology};
+use carnet_testbed::{BpfDirectory, Cgroup, NetworkNamespace, Process, Topology, interrupt};
 use serde::Serialize;
 
 use crate::client::{Exchange, Load, Measured};
 use crate::firewall;
-use crate::interrupt;
+
 use crate::processor::Used;
 use crate::reference::Reference;
 use crate::server::Server;

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use carnet_engine::{Engine, Location};
-use carnet_testbed::{BpfDirectory, Cgroup, Process, Topology};
+use carnet_testbed::{BpfDirectory, Cgroup, Process, Topology, interrupt};
 use rustix::process::{Resource, getrlimit};
 
 use crate::Options;
 use crate::command::{Carnet, INSTANCE};
-use crate::interrupt;
+
 use crate::memory::{Bytes, MemoryGroup};
 use crate::sample::{Sockets, descriptors, resident};
 use crate::site::{PORT, command, ready, roomy};

@@ -21,7 +21,6 @@ mod client;
 mod command;
 mod crowd;
 mod crowd_peers;
-mod interrupt;
 mod memory;
 mod proof;
 mod relay;
@@ -131,7 +130,7 @@ fn main() -> ExitCode {
 
 fn run(mut options: Options) -> Result<()> {
     carnet_testbed::require_root()?;
-    interrupt::prepare()?;
+    carnet_testbed::interrupt::prepare()?;
     if options.quick {
         options.minutes = 1.0 / 3.0;
         options.connections = 2000;

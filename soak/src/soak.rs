@@ -4,13 +4,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use carnet_testbed::Process;
+use carnet_testbed::{Process, interrupt};
 
 use crate::Options;
 use crate::board::SERVICES;
 use crate::churn::{Churn, Happened};
 use crate::client::{Arguments, Done};
-use crate::interrupt;
+
 use crate::memory::{Bytes, MemoryGroup};
 use crate::sample::{Sample, descriptors};
 use crate::server::Seen;

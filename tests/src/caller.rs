@@ -9,10 +9,7 @@
 use std::{
     io::{self, BufRead as _, BufReader, Write as _},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::{
-        fd::{AsFd as _, OwnedFd},
-        unix::net::UnixStream,
-    },
+    os::{fd::OwnedFd, unix::net::UnixStream},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -24,7 +21,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::{Must as _, sys};
+use crate::{Must as _, orders, sys};
 
 /// The longest that a caller waits for flows that are said to come to it.
 const ARRIVAL_LIMIT: Duration = Duration::from_secs(10);
@@ -202,19 +199,10 @@ impl Drop for Caller {
 /// # Errors
 /// What keeps it from reading an order or from answering.
 pub fn obey() -> io::Result<()> {
-    let strings = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let mut answers = strings.try_clone()?;
     let mut desk = Desk::default();
-    for line in BufReader::new(strings).lines() {
-        let answer = match desk.carry_out(serde_json::from_str(&line?)?) {
-            Ok(answer) => answer,
-            Err(error) => Answer::Failed(error.to_string()),
-        };
-        let mut line = serde_json::to_string(&answer)?;
-        line.push('\n');
-        answers.write_all(line.as_bytes())?;
-    }
-    Ok(())
+    orders::obey(|order| {
+        desk.carry_out(order).unwrap_or_else(|error| Answer::Failed(error.to_string()))
+    })
 }
 
 #[derive(Default)]

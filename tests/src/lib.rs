@@ -24,6 +24,7 @@ pub mod caller;
 pub mod contract;
 pub mod dns;
 mod lab;
+mod orders;
 pub mod puppet;
 pub mod service;
 pub mod sys;

@@ -35,7 +35,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use crate::{Must as _, program, sys};
+use crate::{Must as _, orders, program, sys};
 
 /// The longest that a puppet's call may block.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
@@ -725,18 +725,11 @@ impl Family {
 /// # Errors
 /// What keeps it from reading an order or from answering.
 pub fn obey() -> io::Result<()> {
-    let strings = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let mut answers = strings.try_clone()?;
     let mut desk = Desk::default();
-    for line in BufReader::new(strings).lines() {
-        let order = serde_json::from_str(&line?)?;
-        let answer = carry_out(order, &mut desk)
-            .unwrap_or_else(|error| Answer::Failed(error.raw_os_error().unwrap_or(libc::EPROTO)));
-        let mut line = serde_json::to_string(&answer)?;
-        line.push('\n');
-        answers.write_all(line.as_bytes())?;
-    }
-    Ok(())
+    orders::obey(|order| {
+        carry_out(order, &mut desk)
+            .unwrap_or_else(|error| Answer::Failed(error.raw_os_error().unwrap_or(libc::EPROTO)))
+    })
 }
 
 /// What a puppet has at hand.

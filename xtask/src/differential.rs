@@ -6,14 +6,12 @@
 
 use std::ffi::OsStr;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
-use crate::cargo::{self, Kind};
-use crate::process::{self, announce};
-use crate::{host, test};
+use crate::test::Suite;
+use crate::{cargo, process};
 
-/// The package and the test program.
-const SUITE: (&str, &str) = ("carnet-tests", "differential");
+const SUITE: Suite = Suite { package: "carnet-tests", target: "differential" };
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -26,25 +24,12 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let privilege = host::prepare()?;
     let root = cargo::workspace_root()?;
-    announce("building the test");
-    let (package, target) = SUITE;
-    let built = cargo::build_all(&root)?;
-    let suite = built
-        .iter()
-        .find(|built| built.kind == Kind::Tests && built.target == target)
-        .with_context(|| format!("{package} has no tests {target}"))?;
-
-    announce("random policies and flows, as root");
-    privilege.obtain()?;
     let cases = options.cases.to_string();
     let seed = options.seed.map(|seed| seed.to_string());
-    let mut settings = vec![("CARNET_DIFFERENTIAL_CASES", OsStr::new(&cases))];
-    settings.extend(seed.iter().map(|seed| ("CARNET_DIFFERENTIAL_SEED", OsStr::new(seed))));
-    let mut command = test::as_root_with(privilege, suite, &settings);
-    command.arg("--nocapture").current_dir(&suite.directory);
-    if !process::status(&mut command)?.success() {
+    let mut variables = vec![("CARNET_DIFFERENTIAL_CASES", OsStr::new(&cases))];
+    variables.extend(seed.iter().map(|seed| ("CARNET_DIFFERENTIAL_SEED", OsStr::new(seed))));
+    if !process::status(&mut SUITE.alone(&root, &variables)?)?.success() {
         bail!("decisions differ, or could not be compared: see above");
     }
     Ok(())

@@ -13,13 +13,12 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::cargo::{self, Kind};
+use crate::cargo;
 use crate::page::with_part;
 use crate::process::{self, announce};
-use crate::{host, test};
+use crate::test::Suite;
 
-const PACKAGE: &str = "carnet-tests";
-const PROGRAM: &str = "faults";
+const SUITE: Suite = Suite { package: "carnet-tests", target: "faults" };
 const PAGE: &str = "docs/faults.md";
 const COMMAND: &str = "cargo xtask faults --table";
 /// What stands before and after the table there.
@@ -63,24 +62,11 @@ impl Row {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let begun = Instant::now();
-    let privilege = host::prepare()?;
     let root = cargo::workspace_root()?;
-    announce("building the faults");
-    let built = cargo::build_all(&root)?;
-    let suite = built
-        .iter()
-        .find(|built| built.kind == Kind::Tests && built.target == PROGRAM)
-        .with_context(|| format!("{PACKAGE} has no tests {PROGRAM}"))?;
-
-    announce("the faults, as root");
-    privilege.obtain()?;
     let all = [("CARNET_FAULTS_ALL", OsStr::new("1"))];
-    let mut command = test::as_root_with(privilege, suite, if options.quick { &[] } else { &all });
+    let mut command = SUITE.alone(&root, if options.quick { &[] } else { &all })?;
     // Most of the time they wait for the kernel.
-    command
-        .args(["--nocapture", "--test-threads=8"])
-        .args(&options.group)
-        .current_dir(&suite.directory);
+    command.arg("--test-threads=8").args(&options.group);
     let mut rows = Vec::new();
     let mut unreadable = None;
     let status = process::lines(&mut command, |line| match line.strip_prefix("fault: ") {

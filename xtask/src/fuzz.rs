@@ -14,16 +14,16 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::cargo::{self, Kind};
+use crate::cargo;
 use crate::process::{self, announce};
-use crate::{host, test};
+use crate::test::Suite;
 
 /// The version of cargo-fuzz that is installed where there is none.
 const CARGO_FUZZ: &str = "0.13.1";
 /// The name under which the driver for the control interface is asked for.
 const CONTROL: &str = "control_interface";
-/// The package and the test program of that driver.
-const SUITE: (&str, &str) = ("carnet-tests", "control_fuzz");
+/// That driver.
+const SUITE: Suite = Suite { package: "carnet-tests", target: "control_fuzz" };
 /// Longest input that is tried.
 const LONGEST: u32 = 8192;
 
@@ -155,21 +155,9 @@ fn fuzz(root: &Path, target: &str, seconds: u64) -> Result<Report> {
 
 /// Runs the driver for the control interface. Gives whether all was well.
 fn drive(root: &Path, seconds: u64) -> Result<bool> {
-    let privilege = host::prepare()?;
-    let (package, target) = SUITE;
-    announce("building the driver for the control interface");
-    let built = cargo::build_all(root)?;
-    let suite = built
-        .iter()
-        .find(|built| built.kind == Kind::Tests && built.target == target)
-        .with_context(|| format!("{package} has no tests {target}"))?;
-    announce(format_args!("{CONTROL}, for {seconds} s, as root"));
-    privilege.obtain()?;
     let seconds = seconds.to_string();
-    let settings = [("CARNET_CONTROL_FUZZ_SECONDS", OsStr::new(&seconds))];
-    let mut command = test::as_root_with(privilege, suite, &settings);
-    command.arg("--nocapture").current_dir(&suite.directory);
-    Ok(process::status(&mut command)?.success())
+    let variables = [("CARNET_CONTROL_FUZZ_SECONDS", OsStr::new(&seconds))];
+    Ok(process::status(&mut SUITE.alone(root, &variables)?)?.success())
 }
 
 /// What libFuzzer said of a target.

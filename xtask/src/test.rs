@@ -5,9 +5,10 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::path::Path;
 use std::process::{Command, ExitStatus};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::cargo::{self, Built, Kind};
 use crate::host;
@@ -71,6 +72,38 @@ pub(crate) fn as_root_with(
     environment.push(("CARGO_MANIFEST_DIR", program.directory.as_os_str()));
     environment.extend(more);
     privilege.command(&program.executable, &environment)
+}
+
+/// A test program that has a command of its own, beside `cargo xtask test`.
+#[derive(Clone, Copy)]
+pub(crate) struct Suite {
+    pub(crate) package: &'static str,
+    pub(crate) target: &'static str,
+}
+
+impl Suite {
+    /// Among what was built.
+    pub(crate) fn find<'a>(&self, built: &'a [Built]) -> Result<&'a Built> {
+        let Self { package, target } = self;
+        built
+            .iter()
+            .find(|one| one.kind == Kind::Tests && one.package == *package && one.target == *target)
+            .with_context(|| format!("{package} has no tests {target}"))
+    }
+
+    /// Builds it, and gives the command that runs it alone as root, with these variables; it writes to the
+    /// terminal itself.
+    pub(crate) fn alone(&self, root: &Path, variables: &[(&str, &OsStr)]) -> Result<Command> {
+        let privilege = host::prepare()?;
+        announce("building the tests");
+        let built = cargo::build_all(root)?;
+        let suite = self.find(&built)?;
+        announce(format_args!("{}, as root", self.target));
+        privilege.obtain()?;
+        let mut command = as_root_with(privilege, suite, variables);
+        command.arg("--nocapture").current_dir(&suite.directory);
+        Ok(command)
+    }
 }
 
 /// Runs a test program by `command` in its package's directory, and adds what came of it.

@@ -13,7 +13,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use self::image::Contents;
 use self::kernels::Kernel;
@@ -22,6 +22,7 @@ use crate::cargo::{self, Kind};
 use crate::conformance;
 use crate::host::{self, PROGRAMS};
 use crate::process::{announce, find_program, is_root};
+use crate::test::Suite;
 use crate::verifier::Ledger;
 
 /// The kernels of Debian's releases: one that Carnet refuses, the oldest that it supports, and the next.
@@ -39,32 +40,25 @@ const BASE: [&str; 4] = ["libc6", "libc6-dev", "libgcc-s1", "dash"];
 /// The programs, as `cargo build` is told.
 const PACKAGES: [&str; 4] = ["carnet-cli", "carnet-inspect", "carnet-testbed", "carnet-tests"];
 /// The suites that are run.
-const SUITES: [Suite; 3] = [
+const SUITES: [Booted; 4] = [
     // A chain, trust, every way to fail, and filters of all kinds.
-    Suite {
-        package: "carnet-tests",
-        name: "e2e",
+    Booted {
+        suite: Suite { package: "carnet-tests", target: "e2e" },
         given: "",
         quick: Some("chains::two_services chains::trust_ failures:: filters::"),
     },
-    Suite { package: "carnet-tests", name: "evasion", given: "", quick: None },
+    Booted { suite: Suite { package: "carnet-tests", target: "evasion" }, given: "", quick: None },
+    Booted { suite: Suite { package: "carnet-tests", target: "attacks" }, given: "", quick: None },
     // The matrix is to show itself.
-    Suite {
-        package: conformance::SUITE.0,
-        name: conformance::SUITE.1,
-        given: "--nocapture",
-        quick: Some(""),
-    },
+    Booted { suite: conformance::SUITE, given: "--nocapture", quick: Some("") },
 ];
 /// No boot takes as long, even on a busy machine under emulation.
 const LIMIT: Duration = Duration::from_secs(45 * 60);
 
 /// A program of tests that is run in the machine.
 #[derive(Clone, Copy)]
-struct Suite {
-    package: &'static str,
-    /// The test target.
-    name: &'static str,
+struct Booted {
+    suite: Suite,
     /// Words that it is always given.
     given: &'static str,
     /// Which of its tests `--quick` runs, as words that it is given; `None` if not any.
@@ -80,7 +74,7 @@ pub(crate) struct Options {
     #[arg(long = "kernel", value_name = "SERIES", default_values = SERIES)]
     kernels: Vec<String>,
     /// Run only this suite; may be repeated
-    #[arg(long = "suite", value_name = "NAME", value_parser = SUITES.map(|suite| suite.name))]
+    #[arg(long = "suite", value_name = "NAME", value_parser = SUITES.map(|booted| booted.suite.target))]
     suites: Vec<String>,
     /// Run a selection of tests that takes less than a minute a kernel
     #[arg(long, conflicts_with = "arguments")]
@@ -96,11 +90,12 @@ pub(crate) struct Options {
 impl Options {
     /// The suites to run, and what each is given.
     fn suites(&self) -> Vec<(Suite, String)> {
-        let wanted =
-            |suite: &Suite| self.suites.is_empty() || self.suites.iter().any(|s| s == suite.name);
-        let given = |suite: Suite| {
-            let selection = if self.quick { suite.quick? } else { "" };
-            Some((suite, format!("{} {selection}", suite.given)))
+        let wanted = |booted: &Booted| {
+            self.suites.is_empty() || self.suites.iter().any(|name| name == booted.suite.target)
+        };
+        let given = |Booted { suite, given, quick }| {
+            let selection = if self.quick { quick? } else { "" };
+            Some((suite, format!("{given} {selection}")))
         };
         SUITES.into_iter().filter(wanted).filter_map(given).collect()
     }
@@ -178,16 +173,6 @@ impl<'a> House<'a> {
     fn boot_all(&self, suites: &[(Suite, String)], arguments: &[String]) -> Result<Vec<Boot>> {
         announce("building what the machine runs");
         let built = cargo::build_all(self.root)?;
-        let find = |suite: &Suite| {
-            built
-                .iter()
-                .find(|built| {
-                    built.kind == Kind::Tests
-                        && built.package == suite.package
-                        && built.target == suite.name
-                })
-                .with_context(|| format!("{} has no tests {}", suite.package, suite.name))
-        };
         let contents = Contents {
             programs: built
                 .iter()
@@ -197,7 +182,7 @@ impl<'a> House<'a> {
                 .collect(),
             suites: suites
                 .iter()
-                .map(|(suite, given)| Ok((find(suite)?, given.as_str())))
+                .map(|(suite, given)| Ok((suite.find(&built)?, given.as_str())))
                 .collect::<Result<_>>()?,
             arguments: arguments.to_vec(),
             packages: packages(),

@@ -53,6 +53,10 @@ pub enum Error {
         looked_in: Vec<PathBuf>,
     },
 
+    /// Ctrl-C or SIGTERM came: [`interrupt`](crate::interrupt).
+    #[error("interrupted")]
+    Interrupted,
+
     /// Something awaited did not happen in time.
     #[error("waited {after:?} in vain for {what}")]
     TimedOut {

@@ -40,6 +40,7 @@ mod datagram_server;
 pub mod datagrams;
 mod error;
 pub mod exchange;
+pub mod interrupt;
 mod mounts;
 mod namespace;
 mod peer;

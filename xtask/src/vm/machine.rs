@@ -24,7 +24,7 @@ const MARK: &str = "carnet-vm: ";
 /// The step that shows what the verifier said.
 const PROGRAMS: &str = "programs";
 /// The step that prints the matrix; it is shown, as a refusal is.
-const MATRIX: &str = conformance::SUITE.1;
+const MATRIX: &str = conformance::SUITE.target;
 /// The step that shows how an old kernel is refused, and the parameter that asks for it.
 const REFUSAL: &str = "refusal";
 /// Bits of `/proc/sys/kernel/tainted`: the kernel died somewhere (D), or warned (W).
