@@ -11,8 +11,8 @@ use zerocopy::{FromZeros as _, IntoBytes as _};
 const EPOCH: u64 = 7;
 const NOW: u64 = 1 << 50;
 
-/// A key that follows from all of the input. libFuzzer sees what is compared and puts it into the next
-/// input: of a fixed key it would be told the MAC.
+/// A key that follows from all of the input. libFuzzer can see what is compared and put it into the next
+/// input, which may not help it to a MAC.
 fn key_of(input: &[u8]) -> Key {
     let mut hash = SipHash::new(&[1, 2]);
     input.iter().for_each(|byte| hash.word(u64::from(*byte)));
