@@ -16,7 +16,7 @@ use carnet_core::{
         ListenerEntry, ListenerKey, LocalSourceKey, PeerKey, Registration, Tuple,
     },
     key::KeyRow,
-    record::Record,
+    record::{FileId, MAX_PATH, Record},
     siphash::Key,
     table::{ConditionRow, FilterRow, HeaderRow, LeafRow, MAX_SERVICES, NodeRow, ServiceRow},
 };
@@ -212,6 +212,36 @@ pub(crate) struct SocketTokens {
 /// On an unconnected UDP socket that has flows. Writer: sendmsg. Reader: sock_release.
 #[btf_map]
 pub(crate) static TOKENS: SkStorage<SocketTokens> = SkStorage::new();
+
+/// By what the path of an executable is known.
+#[repr(C)]
+pub(crate) struct PathKey {
+    /// Address of its mount in the kernel.
+    pub(crate) mount: u64,
+    /// Address of its directory entry in the kernel.
+    pub(crate) dentry: u64,
+}
+
+/// The path of an executable. Laid out as the end of an `AppIdentity`.
+#[repr(C)]
+pub(crate) struct KnownPath {
+    /// The executable: the addresses of the key are used again.
+    pub(crate) file: FileId,
+    /// When it was read: nanoseconds of the boot-time clock.
+    pub(crate) read_ns: u64,
+    /// Its length in bytes.
+    pub(crate) length: u64,
+    /// Always zero.
+    pub(crate) zero: u64,
+    /// The path, zero-padded.
+    pub(crate) path: [u8; MAX_PATH],
+}
+
+/// The paths of the executables that began flows last: to follow one up to the root takes as long as all
+/// else that a redirect does in connect. Writer and reader: whoever identifies a process. See
+/// [`process`](crate::process).
+#[btf_map]
+pub(crate) static PATHS: LruHashMap<PathKey, KnownPath, 512> = LruHashMap::new();
 
 /// The hop guard's memory: flows that services hold, by service and destination. Writer: sockops.
 /// Reader: connect.
