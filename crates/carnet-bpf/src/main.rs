@@ -10,6 +10,8 @@
 //! | [`sockops`] | `sockops` | carry a leg from the connecting to the accepted socket; its end |
 //! | [`getsockopt`] | `cgroup/getsockopt` | the control interface, questions; `SO_ORIGINAL_DST` |
 //! | [`setsockopt`] | `cgroup/setsockopt` | the control interface: set a record, register |
+//! | [`bind`] | `cgroup/post_bind4`, `6` | register the listeners of programs that do not |
+//! | [`getsockname`] | `cgroup/getsockname4`, `6` | proxies made for `TPROXY` find the destination |
 //! | [`getpeername`] | `cgroup/getpeername4`, `6` | the application sees whom it asked for |
 //! | [`sock_create`] | `cgroup/sock_create` | refuse sockets whose flows no hook sees |
 //! | [`iter`] | `iter/bpf_sk_storage_map`, `iter/task_file` | list live flows; identify a file |
@@ -18,7 +20,7 @@
 //! sockets), [`carry_on`] (from the one to the other), [`bank`] (core's tables over the maps),
 //! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`end`] and [`idle`] (the
 //! end of legs), [`client`] (whose UDP flow an address stands for), [`source`] (from where UDP may
-//! send), [`listener`] (a service's live listener), [`mac`], [`socket`] (state of
+//! send), [`listener`] (a service's live listener), [`registration`] (how it becomes one), [`mac`], [`socket`] (state of
 //! sockets), [`process`] (who calls), [`report`] (events and counters), [`ctx`] (fields of the
 //! hooks' contexts).
 #![no_std]
@@ -28,6 +30,7 @@
 mod accepted;
 mod attempt;
 mod bank;
+mod bind;
 mod carry_on;
 mod client;
 mod connect;
@@ -37,6 +40,7 @@ mod datagram;
 mod decide;
 mod end;
 mod getpeername;
+mod getsockname;
 mod getsockopt;
 mod idle;
 mod iter;
@@ -45,6 +49,7 @@ mod mac;
 mod maps;
 mod process;
 mod recvmsg;
+mod registration;
 mod release;
 mod report;
 mod setsockopt;
