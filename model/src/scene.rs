@@ -137,8 +137,7 @@ impl Administrator {
     /// Adds the service `name`, which process number `process` is.
     pub fn add_service(&mut self, name: &str, process: usize, on_failure: FailurePolicy) {
         let cgroup = CgroupRef { path: format!("/{}", NAMES[process]), id: cgroup(process) };
-        let (name, provider, trust) = (name.into(), "p".into(), Trust::None);
-        let new = NewService { name, provider, cgroup, on_failure, trust };
+        let new = NewService { on_failure, ..NewService::new(name, "p", cgroup) };
         let added = self.policy.add_service(new).expect(SOUND);
         self.named.insert(added.name.clone(), self.scene.handles.len());
         self.scene.handles.push(added.handle);

@@ -62,6 +62,8 @@ pub struct Plan {
     pub conditions: Conditions,
     /// The filter's context.
     pub context: Option<Vec<u8>>,
+    /// Whether the service's program knows nothing of records.
+    pub unmodified: bool,
 }
 
 impl Default for Plan {
@@ -72,6 +74,7 @@ impl Default for Plan {
             trust: Trust::None,
             conditions: Conditions::default(),
             context: None,
+            unmodified: false,
         }
     }
 }
@@ -245,17 +248,12 @@ impl Lab {
             Arc::new(self.scope.child(&format!("service-{name}")).must("make a cgroup"))
         });
         let reference = reference_of(&cgroup);
-        let Plan { weight, on_failure, trust, conditions, context } = plan;
+        let Plan { weight, on_failure, trust, conditions, context, unmodified } = plan;
         self.change(|policy| {
             policy.add_provider(name, "")?;
             policy.add_sublayer(name, name, weight)?;
-            policy.add_service(NewService {
-                name: name.into(),
-                provider: name.into(),
-                cgroup: reference,
-                on_failure,
-                trust,
-            })?;
+            let new = NewService::new(name, name, reference);
+            policy.add_service(NewService { on_failure, trust, unmodified, ..new })?;
             let context = context.map(Context::new).transpose()?;
             policy.add_filter(NewFilter {
                 name: Some(name.into()),

@@ -295,7 +295,8 @@ fn service_rows(policy: &Policy) -> Vec<ServiceRow> {
             FailurePolicy::Block => FAILURE_BLOCK,
             FailurePolicy::Skip => FAILURE_SKIP,
         };
-        ServiceRow { handle: service.handle, trusts, trusts_all, failure }
+        let unmodified = service.unmodified.into();
+        ServiceRow { handle: service.handle, trusts, trusts_all, failure, unmodified, zero: 0 }
     };
     services.iter().map(row).collect()
 }

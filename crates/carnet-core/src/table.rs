@@ -222,6 +222,12 @@ pub struct ServiceRow {
     pub trusts_all: u32,
     /// [`FAILURE_BLOCK`] or [`FAILURE_SKIP`].
     pub failure: u32,
+    /// Not 0: the service's program knows nothing of records. Its connections without a record are
+    /// given that of the flow that they may belong to (adoption); services that co-operate stay under
+    /// the hop guard.
+    pub unmodified: u32,
+    /// 0.
+    pub zero: u32,
 }
 
 const _: () = {
@@ -232,7 +238,7 @@ const _: () = {
     assert!(size_of::<LeafRow>() == 8);
     assert!(size_of::<ConditionRow>() == 40);
     assert!(size_of::<FilterRow>() == 32);
-    assert!(size_of::<ServiceRow>() == 24);
+    assert!(size_of::<ServiceRow>() == 32);
 };
 
 /// One step of a bounded loop, with its state.

@@ -376,7 +376,7 @@ fn command_name(bytes: &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use carnet_core::object::{CgroupRef, FailurePolicy, NewService, Trust};
+    use carnet_core::object::{CgroupRef, FailurePolicy, NewService};
 
     use super::*;
 
@@ -384,15 +384,8 @@ mod tests {
         let mut policy = Policy::new();
         policy.add_provider("acme", "").unwrap();
         for (id, name) in [(1, "tls"), (2, "av")] {
-            policy
-                .add_service(NewService {
-                    name: name.into(),
-                    provider: "acme".into(),
-                    cgroup: CgroupRef { path: "/s".into(), id },
-                    on_failure: FailurePolicy::Skip,
-                    trust: Trust::None,
-                })
-                .unwrap();
+            let new = NewService::new(name, "acme", CgroupRef { path: "/s".into(), id });
+            policy.add_service(NewService { on_failure: FailurePolicy::Skip, ..new }).unwrap();
         }
         policy
     }
