@@ -26,6 +26,7 @@
 #![feature(asm_experimental_arch)]
 
 mod accepted;
+mod adopt;
 mod attempt;
 mod bank;
 mod carry_on;
@@ -38,6 +39,7 @@ mod decide;
 mod end;
 mod getpeername;
 mod getsockopt;
+mod held;
 mod idle;
 mod iter;
 mod listener;
