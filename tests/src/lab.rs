@@ -17,6 +17,7 @@ use carnet_core::{
         CgroupRef, Conditions, Context, FailurePolicy, FilterAction, NewFilter, NewService, Policy,
         Trust, Weight,
     },
+    record::HEADER_LENGTH,
     siphash::Key,
 };
 use carnet_engine::{Engine, EventReader, Location, UpOptions};
@@ -531,7 +532,7 @@ pub fn handed_on(chain: &[(u64, Vec<Report>)], count: usize) -> BTreeSet<u64> {
             assert_eq!(report.handle, *handle, "{report:#?}");
             assert_eq!(report.hops as usize, hops, "{report:#?}");
             assert_eq!(report.legs as usize, hops, "{report:#?}");
-            assert_eq!(report.record.len(), 400 + 16 * hops, "{report:#?}");
+            assert_eq!(report.record.len(), HEADER_LENGTH + 16 * hops, "{report:#?}");
             let record = report.parsed();
             let named: Vec<u64> = record.hops[..hops].iter().map(|hop| hop.handle).collect();
             assert_eq!(named, handles[..hops], "{report:#?}");

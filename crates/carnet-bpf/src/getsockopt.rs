@@ -28,6 +28,7 @@ use carnet_core::{
 use crate::{
     accepted::{delivered_to, ticket},
     ctx::{load32, load64, store32},
+    held::asked,
     mac::issue,
     process,
     report::now,
@@ -63,6 +64,7 @@ pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
         let error = match answered {
             Ok(bytes) => {
                 length = bytes;
+                asked(leg, ticket(ctx, socket));
                 0
             }
             // As netfilter says it.

@@ -28,6 +28,7 @@
 #![feature(asm_experimental_arch)]
 
 mod accepted;
+mod adopt;
 mod attempt;
 mod bank;
 mod bind;
@@ -42,6 +43,7 @@ mod end;
 mod getpeername;
 mod getsockname;
 mod getsockopt;
+mod held;
 mod idle;
 mod iter;
 mod listener;

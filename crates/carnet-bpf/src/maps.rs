@@ -10,6 +10,7 @@ use aya_ebpf::{
 };
 use carnet_core::{
     abi::MAX_CONTEXT,
+    adoption::HeldFlows,
     event::{Counter, Event},
     flow::{
         Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, GuardKey, LegState,
@@ -247,6 +248,11 @@ pub(crate) static PATHS: LruHashMap<PathKey, KnownPath, 512> = LruHashMap::new()
 /// Reader: connect.
 #[btf_map]
 pub(crate) static GUARD: LruHashMap<GuardKey, GuardEntry, 65536> = LruHashMap::new();
+
+/// The flows that unmodified services hold, by service and destination; with a key of zeros but for the
+/// handle all of a service's. Writer: sockops, connect, sendmsg; what ends flows. Reader: connect, sendmsg.
+#[btf_map]
+pub(crate) static HELD: HashMap<GuardKey, HeldFlows, 65536, NO_PREALLOC> = HashMap::new();
 
 /// Counters. Writer: all hooks. Reader: user mode.
 #[btf_map]

@@ -89,8 +89,9 @@ pub struct Event {
     /// IP protocol number of the socket: 6, TCP; 17, UDP; 136, UDP-Lite; 0 where the event concerns
     /// no connection.
     pub protocol: u32,
-    /// Always zero.
-    pub zero: u32,
+    /// Flags of the record: [`RECORD_ADOPTED`](crate::record::RECORD_ADOPTED),
+    /// [`RECORD_IDENTITY_GUESSED`](crate::record::RECORD_IDENTITY_GUESSED).
+    pub flags: u32,
     /// Cookie of the network namespace: of the connecting socket, or of the listener that was
     /// registered; 0 for a refused record.
     pub netns: u64,

@@ -137,6 +137,10 @@ pub struct HeaderRow {
     pub fields: u32,
     /// Length in bytes of the administrator's document, from which the bank was compiled.
     pub document_length: u32,
+    /// Not 0: some service is unmodified.
+    pub unmodified: u32,
+    /// Always zero.
+    pub zero: u32,
 }
 
 /// A cut through the space of connections.
@@ -235,7 +239,7 @@ pub struct ServiceRow {
 const _: () = {
     // A set of services is one 64-bit word.
     assert!(MAX_SERVICES <= 64);
-    assert!(size_of::<HeaderRow>() == 104);
+    assert!(size_of::<HeaderRow>() == 112);
     assert!(size_of::<NodeRow>() == 32);
     assert!(size_of::<LeafRow>() == 8);
     assert!(size_of::<ConditionRow>() == 40);
