@@ -529,7 +529,7 @@ fn a_program_that_does_not_register_is_registered_by_its_port() {
     let server = echo();
     let port = server.address().port();
     world.succeeds(&["provider", "add", "acme"]);
-    world.fails(&["service", "wait", "web"], &["no service \"web\""]);
+    world.fails(&["service", "wait", "web", "--timeout", "0"], &["no service \"web\""]);
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let (own, listen) = (free.port().to_string(), free.to_string());
     let program = env!("CARGO_BIN_EXE_carnet");
@@ -538,11 +538,6 @@ fn a_program_that_does_not_register_is_registered_by_its_port() {
     let mut command = world.command(&[&run[..], &inspect].concat());
     for _ in 0..2 {
         let mut service = Process::spawn(command.stderr(Stdio::null())).unwrap();
-        // It has to be added first.
-        let deadline = std::time::Instant::now() + PATIENCE;
-        while world.json(&["service", "ls"]).as_array().unwrap().is_empty() {
-            assert!(std::time::Instant::now() < deadline, "the service is not added");
-        }
         world.succeeds(&["service", "wait", "web", "--timeout", "100"]);
         let listed = &world.json(&["service", "ls"])[0];
         assert_eq!(listed["listeners"][0]["address"], json!(listen));

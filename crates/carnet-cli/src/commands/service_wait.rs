@@ -13,7 +13,8 @@ const INTERVAL: Duration = Duration::from_millis(20);
 
 /// Wait until a service listens
 ///
-/// That is, until it has a registered socket on which flows can be sent to it.
+/// That is, until there is a service of that name, and it has a registered socket on which flows can be
+/// sent to it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// The service's name or id
@@ -31,11 +32,15 @@ pub(super) fn run(arguments: &Arguments, session: &Session<'_>) -> Result<u8, Fa
     let deadline = Instant::now() + arguments.timeout;
     loop {
         let policy = engine.policy()?;
-        let service = Session::known(&policy, policy.service(&arguments.service))?;
-        if live_listeners(&engine.listeners()?, service).next().is_some() {
+        // `service run` may be about to add it.
+        let service = Session::known(&policy, policy.service(&arguments.service));
+        if let Ok(service) = &service
+            && live_listeners(&engine.listeners()?, service).next().is_some()
+        {
             return Ok(DONE);
         }
         if Instant::now() >= deadline {
+            let service = service?;
             let name = &service.name;
             let failure = Failure::new(format_args!("service {name} listens nowhere"));
             return Err(failure.with_hint(match service.listen_port {
