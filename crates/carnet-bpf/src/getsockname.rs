@@ -18,6 +18,7 @@ use crate::{
     accepted,
     bank::Bank,
     ctx::{load32, load64, store32},
+    held::asked,
     listener::same,
     maps::DELIVERED,
     socket::Socket,
@@ -59,13 +60,20 @@ fn delivered(ctx: *mut bpf_sock_addr, own: &Endpoint) -> Option<&'static LegStat
     if !socket.is_tcp() {
         return None;
     }
-    let leg = match socket.get(&DELIVERED) {
-        Some(leg) => leg,
-        // SAFETY: the helper takes this context.
-        None => accepted::find(unsafe { bpf_get_socket_cookie(ctx.cast()) })?,
+    let (leg, ticket) = match socket.get(&DELIVERED) {
+        Some(leg) => (leg, 0),
+        None => {
+            // SAFETY: the helper takes this context.
+            let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+            (accepted::find(cookie)?, cookie)
+        }
     };
     let bank = Bank::in_force();
     // A cgroup around another service's has that one's sockets too.
     let service = bank.service(bank.slot_of(leg.handle))?;
-    (service.tproxy != 0 && same(&leg.target, own)).then_some(&*leg)
+    if service.tproxy == 0 || !same(&leg.target, own) {
+        return None;
+    }
+    asked(leg, ticket);
+    Some(leg)
 }
