@@ -11,8 +11,9 @@ use std::{
 
 use aya::maps::{Array, HashMap, Map, MapData};
 use carnet_core::{
+    adoption::HeldFlows,
     event::{Counter, Event, EventKind},
-    flow::{LegState, Tuple},
+    flow::{GuardKey, LegState, Tuple},
     object::{
         CgroupRef, Conditions, Context, FailurePolicy, FilterAction, NewFilter, NewService, Policy,
         Trust, Weight,
@@ -408,12 +409,12 @@ impl Lab {
     pub fn settle_sockets(&self) {
         self.settle();
         let engine = self.engine();
-        let connecting = || entries::<{ size_of::<u64>() }>(&engine, "CONNECTING");
+        let connecting = || entries::<{ size_of::<u64>() }, LEG>(&engine, "CONNECTING");
         until("the end of all sockets' legs", connecting, |legs| *legs == 0);
     }
 
-    /// Waits until the kernel keeps nothing of any connection any more: no flow is listed, and no
-    /// leg waits to be handed over or asked about.
+    /// Waits until the kernel keeps nothing of any connection any more: no flow is listed, no leg waits to
+    /// be handed over or asked about, and no service holds any.
     #[track_caller]
     pub fn settle(&self) {
         self.settle_but_for(&[]);
@@ -438,21 +439,24 @@ impl Default for Lab {
     }
 }
 
-/// How many legs of connections the kernel keeps apart from sockets: those that wait to be handed over
-/// to the accepting side, and those that were.
+/// How much the kernel keeps apart from sockets: legs that wait to be handed over to the accepting side,
+/// those that were, and destinations for which unmodified services hold flows.
 #[track_caller]
 fn kept(engine: &Engine) -> usize {
-    entries::<{ size_of::<Tuple>() }>(engine, "HANDOVER")
-        + entries::<{ size_of::<u64>() }>(engine, "ACCEPTED")
+    entries::<{ size_of::<Tuple>() }, LEG>(engine, "HANDOVER")
+        + entries::<{ size_of::<u64>() }, LEG>(engine, "ACCEPTED")
+        + entries::<{ size_of::<GuardKey>() }, { size_of::<HeldFlows>() }>(engine, "HELD")
 }
 
-/// How many legs a map holds.
+/// Size of a leg.
+const LEG: usize = size_of::<LegState>();
+
+/// How many entries a map has.
 #[track_caller]
-fn entries<const KEY: usize>(engine: &Engine, map: &str) -> usize {
-    const VALUE: usize = size_of::<LegState>();
+fn entries<const KEY: usize, const VALUE: usize>(engine: &Engine, map: &str) -> usize {
     let pin = engine.location().directory().join("maps").join(map);
-    let map = Map::HashMap(MapData::from_pin(pin).must("open a map of legs"));
-    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(map).must("read a map of legs");
+    let map = Map::HashMap(MapData::from_pin(pin).must("open a map"));
+    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(map).must("read a map");
     map.keys().count()
 }
 

@@ -5,8 +5,9 @@ use carnet_core::{
     abi::errno,
     address::Endpoint,
     adoption::{Basis, adopt},
+    event::Counter,
     flow::{LEG_ADOPTED, LEG_REDIRECTED, LegState},
-    record::Record,
+    record::{RECORD_ADOPTED, Record},
     table::Tables as _,
 };
 
@@ -20,7 +21,7 @@ use crate::{
     listener::{copy, same},
     maps::{BLANK_LEG, LEGS},
     process::{carnet_identify, carnet_service},
-    report::now,
+    report::{count, now},
     socket::{Socket, copy_record},
 };
 
@@ -69,6 +70,10 @@ pub(crate) fn adopt_if_unmodified(
         return errno::ENOMEM;
     }
     leg.set_hops = leg.record.hop_count;
+    count(Counter::Adopted);
+    if leg.record.flags != RECORD_ADOPTED {
+        count(Counter::AdoptedByGuess);
+    }
     0
 }
 

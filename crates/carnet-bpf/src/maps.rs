@@ -223,17 +223,15 @@ pub(crate) struct PathKey {
     pub(crate) dentry: u64,
 }
 
-/// The path of an executable. Laid out as the end of an `AppIdentity`.
+/// The path of an executable.
 #[repr(C)]
 pub(crate) struct KnownPath {
     /// The executable: the addresses of the key are used again.
     pub(crate) file: FileId,
-    /// When it was read: nanoseconds of the boot-time clock.
+    /// When it was read: nanoseconds of the boot-time clock; 0: it is being filled in.
     pub(crate) read_ns: u64,
     /// Its length in bytes.
     pub(crate) length: u64,
-    /// Always zero.
-    pub(crate) zero: u64,
     /// The path, zero-padded.
     pub(crate) path: [u8; MAX_PATH],
 }

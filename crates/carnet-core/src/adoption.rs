@@ -163,8 +163,11 @@ pub fn adopt<T: Tables>(
         legs = 0;
     }
     let is_certain = if basis.for_destination { basis.known && live == 1 } else { live == 0 };
-    record.flags =
-        if is_certain { RECORD_ADOPTED } else { RECORD_ADOPTED | RECORD_IDENTITY_GUESSED };
+    // What was guessed of it before stays a guess.
+    record.flags = record.flags & RECORD_IDENTITY_GUESSED | RECORD_ADOPTED;
+    if !is_certain {
+        record.flags |= RECORD_IDENTITY_GUESSED;
+    }
     if record.legs < legs {
         record.legs = legs;
     }
@@ -306,5 +309,195 @@ impl<T: Tables> Step for Marking<'_, '_, T> {
             filling.record.guess(index);
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, vec::Vec};
+
+    use proptest::prelude::*;
+    use zerocopy::FromZeros as _;
+
+    use super::*;
+    use crate::{
+        compile::{CompiledPolicy, compile},
+        object::{CgroupRef, NewService, Policy},
+        record::RECORD_HOPS_GUESSED,
+    };
+
+    /// Numbers that nobody else changes.
+    struct Plain;
+
+    impl Atomic for Plain {
+        fn add(number: &mut u64, change: u64) -> u64 {
+            let before = *number;
+            *number = before.wrapping_add(change);
+            before
+        }
+
+        fn replace(number: &mut u64, old: u64, new: u64) -> u64 {
+            let before = *number;
+            if before == old {
+                *number = new;
+            }
+            before
+        }
+    }
+
+    impl Repeat for Plain {
+        fn repeat<S: Step>(count: u32, step: &mut S) {
+            CompiledPolicy::repeat(count, step);
+        }
+    }
+
+    /// A policy of services without filters, and their handles.
+    fn services(count: usize) -> (CompiledPolicy, Vec<u64>) {
+        let mut policy = Policy::new();
+        policy.add_provider("p", "").unwrap();
+        for number in 0..count as u64 {
+            let cgroup = CgroupRef { path: std::format!("/{number}"), id: number + 1 };
+            policy.add_service(NewService::new(std::format!("s{number}"), "p", cgroup)).unwrap();
+        }
+        let handles = policy.services().iter().map(|service| service.handle).collect();
+        (compile(&policy, 1).unwrap(), handles)
+    }
+
+    /// A record with these hops, of which some are guessed.
+    fn record(hops: &[(u64, bool)]) -> Record {
+        let mut record = Record::new_zeroed();
+        for (index, (handle, guessed)) in (0..).zip(hops) {
+            assert!(record.push(Hop { handle: *handle, filter: 9 }));
+            if *guessed {
+                record.guess(index);
+            }
+        }
+        record.legs = hops.len() as u32;
+        record
+    }
+
+    fn hops(record: &Record) -> Vec<(u64, bool)> {
+        let hop = |index| record.hop(index).map(|hop| (hop.handle, record.is_guessed(index)));
+        (0..record.hop_count).filter_map(hop).collect()
+    }
+
+    fn hold(held: &mut HeldFlows, record: &Record) {
+        assert!(held.enter::<Plain>(record, 1));
+        held.count::<Plain>(record, false);
+    }
+
+    fn let_go(held: &mut HeldFlows, record: &Record) -> bool {
+        held.count::<Plain>(record, true);
+        held.leave::<Plain>()
+    }
+
+    const OF_DESTINATION: Basis = Basis { for_destination: true, known: true };
+
+    #[test]
+    fn a_connection_beside_the_only_flow_is_that_flow_s() {
+        let (policy, handles) = services(3);
+        let [a, b, own] = handles[..] else { unreachable!() };
+        let mut held = HeldFlows::default();
+        let flow = record(&[(a, false), (b, true), (own, false)]);
+        hold(&mut held, &flow);
+        let mut adopted = flow;
+        assert!(adopt(&policy, Some(&held), OF_DESTINATION, own, &mut adopted));
+        assert_eq!(hops(&adopted), hops(&flow), "as certain as it was");
+        assert_eq!(adopted.flags, RECORD_ADOPTED | RECORD_HOPS_GUESSED);
+        assert_eq!((adopted.legs, adopted.hops[2].filter), (3, 9));
+    }
+
+    #[test]
+    fn a_connection_elsewhere_is_the_service_s_own() {
+        let (policy, handles) = services(3);
+        let [a, _, own] = handles[..] else { unreachable!() };
+        let basis = Basis { for_destination: false, known: false };
+        let mut alone = record(&[]);
+        assert!(adopt(&policy, None, basis, own, &mut alone));
+        assert_eq!((hops(&alone), alone.flags), (std::vec![(own, false)], RECORD_ADOPTED));
+
+        let mut held = HeldFlows::default();
+        hold(&mut held, &record(&[(a, false), (own, false)]));
+        let mut guessed = record(&[]);
+        assert!(adopt(&policy, Some(&held), basis, own, &mut guessed));
+        assert_eq!(hops(&guessed), [(a, true), (own, false)]);
+        assert_eq!((guessed.flags & RECORD_IDENTITY_GUESSED, guessed.legs), (2, 2));
+    }
+
+    #[test]
+    fn an_entry_that_is_being_removed_takes_no_flow() {
+        let flow = record(&[(7, false)]);
+        let mut held = HeldFlows::default();
+        hold(&mut held, &flow);
+        assert!(held.is_live());
+        assert!(let_go(&mut held, &flow), "the last one");
+        assert!(!held.is_live());
+        assert!(!held.enter::<Plain>(&flow, 1));
+        assert!(!held.is_live());
+    }
+
+    /// Which of the services in a row of flags a flow has had, and which of these are guessed.
+    fn flow() -> impl Strategy<Value = Vec<(u8, bool)>> {
+        let had = prop::collection::btree_map(0..5_u8, any::<bool>(), 0..5);
+        had.prop_map(|had| had.into_iter().collect())
+    }
+
+    proptest! {
+        /// The counts say what a list of the flows says, in whatever order they come and go.
+        #[test]
+        fn what_is_counted_is_what_there_is(
+            flows in prop::collection::vec(flow(), 1..8),
+            gone in any::<u8>(),
+            likeliest in any::<prop::sample::Index>(),
+        ) {
+            let (policy, handles) = services(6);
+            let own = handles[5];
+            let of = |flow: &[(u8, bool)]| {
+                let had = flow.iter().map(|(service, guess)| (handles[usize::from(*service)], *guess));
+                record(&had.chain([(own, false)]).collect::<Vec<_>>())
+            };
+            let mut held = HeldFlows::default();
+            for flow in &flows {
+                hold(&mut held, &of(flow));
+            }
+            let is_gone = |index: &usize| *index != 0 && gone >> (index % 8) & 1 != 0;
+            let (leave, stay): (Vec<_>, Vec<_>) = (0..flows.len()).partition(is_gone);
+            for index in leave {
+                prop_assert!(!let_go(&mut held, &of(&flows[index])));
+            }
+            let likeliest = of(&flows[stay[likeliest.index(stay.len())]]);
+            let mut adopted = likeliest;
+            prop_assert!(adopt(&policy, Some(&held), OF_DESTINATION, own, &mut adopted));
+
+            // The naive way.
+            let mut expected = BTreeMap::from([(own, false)]);
+            for service in 0..5_u8 {
+                let seen = |index: &usize| flows[*index].iter().find(|(had, _)| *had == service);
+                let had: Vec<_> = stay.iter().map(seen).collect();
+                if had.iter().any(Option::is_some) {
+                    let certain = had.iter().all(|had| matches!(had, Some((_, false))));
+                    expected.insert(handles[usize::from(service)], !certain);
+                }
+            }
+            let found = hops(&adopted);
+            prop_assert_eq!(found.iter().copied().collect::<BTreeMap<_, _>>(), expected);
+            prop_assert_eq!(found.len() as u32, adopted.hop_count);
+            prop_assert_eq!(found.last(), Some(&(own, false)));
+            let guesses = stay.len() > 1;
+            prop_assert_eq!(adopted.flags & RECORD_IDENTITY_GUESSED != 0, guesses);
+            prop_assert!(adopted.legs >= likeliest.legs && adopted.legs >= adopted.hop_count);
+        }
+
+        #[test]
+        fn nothing_is_left_when_all_have_gone(flows in prop::collection::vec(flow(), 1..8)) {
+            let records: Vec<_> = flows.iter().map(|flow| {
+                record(&flow.iter().map(|(s, guess)| (u64::from(*s) + 40, *guess)).collect::<Vec<_>>())
+            }).collect();
+            let mut held = HeldFlows::default();
+            records.iter().for_each(|record| hold(&mut held, record));
+            let last = records.iter().rev().map(|record| let_go(&mut held, record)).last();
+            prop_assert_eq!(last, Some(true));
+            prop_assert!(held.hops.iter().all(|hop| hop.flows == 0));
+        }
     }
 }

@@ -89,8 +89,7 @@ pub struct Event {
     /// IP protocol number of the socket: 6, TCP; 17, UDP; 136, UDP-Lite; 0 where the event concerns
     /// no connection.
     pub protocol: u32,
-    /// Flags of the record: [`RECORD_ADOPTED`](crate::record::RECORD_ADOPTED),
-    /// [`RECORD_IDENTITY_GUESSED`](crate::record::RECORD_IDENTITY_GUESSED).
+    /// The [flags](crate::record::Record::flags) of the record.
     pub flags: u32,
     /// Cookie of the network namespace: of the connecting socket, or of the listener that was
     /// registered; 0 for a refused record.
@@ -164,11 +163,15 @@ pub enum Counter {
     Asked = 25,
     /// Times that it could not be told, for want of memory.
     AskFailed = 26,
+    /// Connections of unmodified services, and first datagrams of their flows, that adopted a record.
+    Adopted = 27,
+    /// Of the adopted: those of which flow, application or services are guessed.
+    AdoptedByGuess = 28,
 }
 
 impl Counter {
     /// Number of counters.
-    pub const COUNT: usize = 27;
+    pub const COUNT: usize = 29;
 
     /// All counters with the names under which they are shown.
     pub const ALL: [(Self, &'static str); Self::COUNT] = [
@@ -199,5 +202,7 @@ impl Counter {
         (Self::DatagramFlowsEnded, "udp_flows_ended"),
         (Self::Asked, "udp_flows_asked"),
         (Self::AskFailed, "udp_ask_failed"),
+        (Self::Adopted, "records_adopted"),
+        (Self::AdoptedByGuess, "records_guessed"),
     ];
 }

@@ -27,7 +27,7 @@
 //! | 48 | 24 | original destination, an [`Endpoint`] |
 //! | 72 | 328 | original application, an [`AppIdentity`] |
 //! | 400 | 4 | set of the hops that are guessed: bit `n` for hop `n` |
-//! | 404 | 4 | [`RECORD_ADOPTED`], [`RECORD_IDENTITY_GUESSED`] |
+//! | 404 | 4 | [`RECORD_ADOPTED`], [`RECORD_IDENTITY_GUESSED`], [`RECORD_HOPS_GUESSED`] |
 //! | 408 | 16 * hops | the hops, newest last, each a [`Hop`] |
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -53,12 +53,14 @@ pub const HEADER_LENGTH: usize = core::mem::offset_of!(Record, hops);
 /// connection is there, a query renews it ([`Record::renew`]).
 pub const LIFETIME_NS: u64 = 3_600_000_000_000;
 
-/// [`Record::flags`]: no service set it. The engine gave it to a connection of an unmodified service
-/// ([`adoption`](crate::adoption)).
+/// [`Record::flags`]: not all services that had the flow set it. The engine gave it to a connection of an
+/// unmodified one ([`adoption`](crate::adoption)).
 pub const RECORD_ADOPTED: u32 = 1;
 /// [`Record::flags`]: flow id and original application are those of one of several flows to which the
 /// connection may belong, or those of the service itself.
 pub const RECORD_IDENTITY_GUESSED: u32 = 2;
+/// [`Record::flags`]: some of the hops are guessed ([`Record::guessed`]).
+pub const RECORD_HOPS_GUESSED: u32 = 4;
 
 /// Longest executable path kept, in bytes.
 pub const MAX_PATH: usize = 256;
@@ -171,7 +173,7 @@ pub struct Record {
     pub app: AppIdentity,
     /// Bit `n` set: that hop `n` is the flow's is guessed.
     pub guessed: u32,
-    /// [`RECORD_ADOPTED`], [`RECORD_IDENTITY_GUESSED`].
+    /// [`RECORD_ADOPTED`], [`RECORD_IDENTITY_GUESSED`], [`RECORD_HOPS_GUESSED`].
     pub flags: u32,
     /// The hops, oldest first.
     pub hops: [Hop; MAX_HOPS],
@@ -296,6 +298,7 @@ impl Record {
     #[inline(always)]
     pub const fn guess(&mut self, index: u32) {
         self.guessed |= hop_bit(index);
+        self.flags |= RECORD_HOPS_GUESSED;
     }
 
     /// Whether the hop at `index` is guessed.

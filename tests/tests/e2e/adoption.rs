@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use carnet_core::{
     event::{Counter, EventKind},
     object::Conditions,
-    record::{RECORD_ADOPTED, RECORD_IDENTITY_GUESSED, Record},
+    record::{RECORD_ADOPTED, RECORD_HOPS_GUESSED, RECORD_IDENTITY_GUESSED, Record},
 };
 use carnet_tests::{
     Lab, Must as _, Plan, Report, Running,
@@ -201,7 +201,8 @@ fn flows_that_differ_are_told_apart_as_far_as_can_be() {
             let (seen, record) = earlier.accept();
             let expected = vec![(earlier_handle, true), (own, false), (earlier_handle, false)];
             assert_eq!(hops(&record), expected);
-            assert_eq!(record.flags, RECORD_ADOPTED | RECORD_IDENTITY_GUESSED);
+            let guessed = RECORD_IDENTITY_GUESSED | RECORD_HOPS_GUESSED;
+            assert_eq!(record.flags, RECORD_ADOPTED | guessed);
             let last = earlier.puppet.tcp(lab.v4());
             last.set_record(&seen.query(220).must("ask")).must("set the record");
             last.connect(lab.v4()).must("connect onwards");
