@@ -12,7 +12,8 @@
 //! io_uring), before routing, and it can change both addresses. Datagrams of IPv6 sockets to mapped
 //! addresses come to sendmsg4.
 //!
-//! **Returns** 1: go on. 0: the call fails with the errno that was set.
+//! **Returns** 1: go on. 0: the call fails with the errno that was set; the destination's port is 0 then,
+//! to which the kernel sends nothing should a program that runs later clear that.
 //!
 //! **Fails closed**: where kernel memory is exhausted a datagram that should be redirected is refused.
 //! **WFP**: the `ALE_CONNECT_REDIRECT` layers, at the first datagram of a flow.
@@ -55,6 +56,7 @@ pub fn carnet_sendmsg4(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
     let error = look_at(ctx, &Endpoint::v4(load32!(ctx, 40), 0));
     if error != 0 {
+        store32!(ctx, 24, NO_PORT);
         return refuse(error);
     }
     let destination = Endpoint::v4(load32!(ctx, 4), u16::from_be(load32!(ctx, 24) as u16));
@@ -73,6 +75,7 @@ pub fn carnet_sendmsg6(ctx: SockAddrContext) -> i32 {
     let source = [load32!(ctx, 44), load32!(ctx, 48), load32!(ctx, 52), load32!(ctx, 56)];
     let error = look_at(ctx, &Endpoint::v6(source, 0));
     if error != 0 {
+        store32!(ctx, 24, NO_PORT);
         return refuse(error);
     }
     let destination = Endpoint::v6(
@@ -93,6 +96,9 @@ pub fn carnet_sendmsg6(ctx: SockAddrContext) -> i32 {
         store32!(ctx, 24, u32::from(to.port.to_be()));
     })
 }
+
+/// The port of [`Endpoint::nowhere`].
+const NO_PORT: u32 = 0;
 
 /// Both hooks. `rewrite` changes the destination, and the source address if it is to be another one.
 #[inline(always)]
@@ -139,6 +145,7 @@ fn send(
         // An answer to a flow that has ended. It is no flow of the service's: taken for one it would come
         // back to the service, for ever.
         if service != 0 {
+            rewrite(None, &request.destination.nowhere());
             return refuse(errno::ECONNREFUSED);
         }
     }
@@ -183,6 +190,7 @@ fn send(
         if error == errno::ENOMEM {
             give_up(&attempt);
         }
+        rewrite(None, &request.destination.nowhere());
         return refuse(error);
     }
     remember(ctx, &request.destination, &token);

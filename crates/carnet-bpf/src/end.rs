@@ -8,6 +8,7 @@ use carnet_core::{
 
 use crate::{
     ctx::{exchange, fetch_add, opaque},
+    enforce::carnet_unsettled,
     maps::GUARD,
     report::{count, event},
     socket::is_datagram,
@@ -111,7 +112,16 @@ extern "C" fn carnet_datagrams_end(leg: *mut LegState) -> i32 {
 pub(crate) fn abandon(leg: &mut LegState) {
     if is_datagram(leg.protocol) {
         datagrams_end(leg);
-        return;
+    } else {
+        abandon_connect(leg);
+    }
+}
+
+/// The half of it that is for TCP.
+#[inline(always)]
+pub(crate) fn abandon_connect(leg: &mut LegState) {
+    if leg.kind & LEG_STARTING != 0 {
+        carnet_unsettled(-1);
     }
     if leg.kind == LEG_REDIRECTED | LEG_STARTING {
         count(Counter::Unsent);
