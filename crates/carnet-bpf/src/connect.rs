@@ -170,8 +170,10 @@ fn carry_out(attempt: &Attempt<'_>) -> i32 {
         if is_datagram(request.protocol) && is_taken(attempt) {
             return attempt.address_in_use();
         }
+        if !attempt.unbind_device() {
+            return attempt.bound_to_device();
+        }
         if redirect(attempt) {
-            attempt.unbind_device();
             return 0;
         }
         return attempt.out_of_memory();

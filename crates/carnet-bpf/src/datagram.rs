@@ -297,10 +297,12 @@ fn carry_out(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> i32 {
     let decision = &attempt.request.decision;
     attempt.report_forgetful();
     if decision.redirects() {
+        if !attempt.unbind_device() {
+            return attempt.bound_to_device();
+        }
         let Some(timed) = begin(attempt, token) else {
             return errno::ENOMEM;
         };
-        attempt.unbind_device();
         remember_token(attempt.socket, token);
         attempt.report_redirected(&timed.held.leg.record);
         return 0;

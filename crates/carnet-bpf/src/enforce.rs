@@ -7,10 +7,7 @@
 //! of it. That leg must not be an earlier connect's: [`UNSETTLED`] tells, at the cost of one load, whether
 //! there can be any.
 
-use aya_ebpf::{
-    bindings::{bpf_sock_addr, bpf_sock_ops},
-    helpers::generated::bpf_setsockopt,
-};
+use aya_ebpf::bindings::{bpf_sock_addr, bpf_sock_ops};
 use carnet_core::{
     event::{Counter, EventKind},
     flow::{LEG_REFUSED, LEG_STARTING, LegState},
@@ -19,7 +16,7 @@ use carnet_core::{
 };
 
 use crate::{
-    attempt::Attempt,
+    attempt::{Attempt, bind_to_device},
     connect::begin,
     connecting::leg_of,
     ctx::{fetch_add, load64},
@@ -103,22 +100,10 @@ fn record_on_multipath(socket: Socket) -> Option<&'static Record> {
 /// `connect(2)` fails with `EHOSTUNREACH`.
 #[inline(always)]
 pub(crate) fn hold_back(ctx: *mut bpf_sock_ops, leg: &LegState, outcome: Outcome) {
-    const SOL_SOCKET: i32 = 1;
-    const SO_BINDTOIFINDEX: i32 = 62;
+    const NO_DEVICE: i32 = i32::MAX;
     // There is no verdict here. But a socket that is bound to another device loses its route, and looks for
     // a new one before the SYN, which over this device there is not.
-    let mut no_device = i32::MAX;
-    // SAFETY: the helper takes this context and reads 4 bytes.
-    let failed = unsafe {
-        bpf_setsockopt(
-            ctx.cast(),
-            SOL_SOCKET,
-            SO_BINDTOIFINDEX,
-            (&raw mut no_device).cast(),
-            size_of::<i32>() as i32,
-        )
-    };
-    if failed != 0 {
+    if !bind_to_device(ctx.cast(), NO_DEVICE) {
         count(Counter::NotHeldBack);
     }
     count(match outcome {

@@ -176,11 +176,13 @@ pub enum Counter {
     Diverted = 28,
     /// Of the two before: those that went out all the same, since the kernel would not keep them back.
     NotHeldBack = 29,
+    /// Of the refused: their socket is bound to a device, by a process that may not undo that.
+    BoundToDevice = 30,
 }
 
 impl Counter {
     /// Number of counters.
-    pub const COUNT: usize = 30;
+    pub const COUNT: usize = 31;
 
     /// All counters with the names under which they are shown.
     pub const ALL: [(Self, &'static str); Self::COUNT] = [
@@ -214,5 +216,6 @@ impl Counter {
         (Self::RefusalsCleared, "refusals_cleared"),
         (Self::Diverted, "diverted"),
         (Self::NotHeldBack, "not_held_back"),
+        (Self::BoundToDevice, "bound_to_device"),
     ];
 }
