@@ -70,7 +70,7 @@ impl Foreign {
     /// Attaches one that runs before all that are attached to the cgroup already.
     ///
     /// # Errors
-    /// `EINVAL` from kernels that have no such order (before Linux 6.16).
+    /// `EINVAL` from kernels that know no such order, Linux 6.12 among them.
     pub fn attach_first(hook: Hook, cgroup: &Cgroup, deed: Deed) -> io::Result<Self> {
         const BEFORE: u32 = 1 << 3;
         Self::link(hook, cgroup, deed, BEFORE)
@@ -144,7 +144,11 @@ fn words(hook: Hook, address: SocketAddr) -> Vec<(i16, u32)> {
                 IpAddr::V6(ip) => ip.octets(),
             };
             let word = |bytes: &[u8]| u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-            octets.chunks_exact(4).zip(0..).map(|(bytes, at)| (IPV6 + 4 * at, word(bytes))).collect()
+            octets
+                .chunks_exact(4)
+                .zip(0..)
+                .map(|(bytes, at)| (IPV6 + 4 * at, word(bytes)))
+                .collect()
         }
     };
     words.push((PORT, address.port().to_be().into()));

@@ -1,12 +1,13 @@
 //! BPF programs of others at the same hooks, before and after Carnet's (contract L9, L10).
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, process::Command};
 
 use carnet_core::{
     event::{Counter, EventKind},
     object::Conditions,
     outcome::Outcome,
 };
+use carnet_engine::doctor::{self, State};
 use carnet_testbed::{Cgroup, DatagramServer, EchoServer, Topology};
 use carnet_tests::{
     Lab, Must as _, Plan,
@@ -260,9 +261,8 @@ fn a_program_that_leads_datagrams_elsewhere() {
     block(lab, "closed", Conditions::default());
     let [v4, _] = [server.addresses()[0], server.addresses()[1]];
     let deed = Deed { rewrite: Some(v4), ..CLEAR };
-    let _foreign = [Hook::Connect4, Hook::Sendmsg4].map(|hook| {
-        Foreign::attach(hook, lab.scope(), deed)
-    });
+    let _foreign =
+        [Hook::Connect4, Hook::Sendmsg4].map(|hook| Foreign::attach(hook, lab.scope(), deed));
     let closed = SocketAddr::from((Topology::DESTINATION_V4, 9));
     let socket = scene.client.udp(closed);
     socket.send_to(closed, b"marco").must("send");
@@ -271,4 +271,84 @@ fn a_program_that_leads_datagrams_elsewhere() {
     connected.send(b"polo").must("send");
     let both = |datagrams: &[carnet_testbed::ReceivedDatagram]| datagrams.len() == 2;
     server.wait_for("both datagrams", carnet_tests::PATIENCE, both).must("see them");
+}
+
+#[test]
+fn an_ordinary_users_socket_that_is_bound_to_a_device() {
+    let scene = Scene::new();
+    let lab = &scene.lab;
+    let other = other_echo(lab);
+    block(lab, "closed", Conditions::default());
+    let to = way_out(&other);
+    let _foreign = at_connects(lab.scope(), |hook| Deed { rewrite: to(hook), ..CLEAR });
+    scene.client.become_user(65534);
+    let socket = scene.client.tcp(lab.v4());
+    socket.bind_device(Topology::LINK).must("bind to a device");
+    // The kernel lets nobody else bind it elsewhere.
+    socket.connect(lab.v4()).must("connect");
+    assert_eq!(lab.counter(Counter::RefusalsCleared), 1);
+    assert_eq!(lab.counter(Counter::NotHeldBack), 1);
+}
+
+#[test]
+fn the_doctor_names_them() {
+    let scene = Scene::new();
+    let lab = &scene.lab;
+    let found = |name: &str| {
+        let findings = doctor::examine(Some(lab.scope().path()));
+        findings.into_iter().find(|finding| finding.name == name).expect("the finding")
+    };
+    let names = ["programs before Carnet's", "programs after Carnet's", "programs on packets"];
+    for name in names {
+        assert_eq!(found(name).state, State::Ok, "{:?}", found(name));
+    }
+    let _first = Foreign::attach(Hook::Connect4, lab.apps(), Deed::default());
+    let _last = Foreign::attach(Hook::Sendmsg6, lab.scope(), Deed::default());
+    let _packets = Foreign::attach_to_packets(lab.apps(), "sd_fw_egress");
+    let [before, after, packets] = names.map(found);
+    for (finding, program, hook, cgroup) in [
+        (&before, "foreign", "connect4", lab.apps()),
+        (&after, "foreign", "sendmsg6", lab.scope()),
+        (&packets, "sd_fw_egress of systemd", "egress", lab.apps()),
+    ] {
+        let detail = &finding.detail;
+        let place = format!("{hook} at {})", cgroup.path().display());
+        assert_eq!(finding.state, State::Warning, "{finding:?}");
+        assert!(detail.starts_with(program) && detail.contains(&place), "{finding:?}");
+    }
+    assert!(after.advice.as_ref().is_some_and(|advice| advice.contains("cgroups above")));
+    // Such programs are in nobody's way.
+    scene.redirects(|client, to| client.connect(to).must("connect"));
+}
+
+#[test]
+fn rules_of_nftables() {
+    let scene = Scene::new();
+    let lab = &scene.lab;
+    let namespace = &lab.network().topology.client;
+    // Another's transparent proxy, to which what goes to the destination is led.
+    let proxy = lab.puppet();
+    let listener = proxy.listen("127.0.0.1:0".parse().expect("an address"));
+    let rule = format!(
+        "add table ip other; add chain ip other away {{ type nat hook output priority -100; }}; \
+         add rule ip other away tcp dport {} redirect to :{}",
+        lab.v4().port(),
+        listener.local().must("ask for the port").port(),
+    );
+    let mut nft = Command::new("nft");
+    namespace.enter_command(nft.arg(rule)).must("enter the namespace");
+    assert!(nft.status().must("run nft").success());
+    let connection = scene.client.connect(lab.v4()).must("connect");
+    let accepted = listener.accept().must("accept");
+    connection.send(b"marco").must("send");
+    assert_eq!(accepted.receive(5), Ok(b"marco".to_vec()));
+    assert_eq!(connection.peer(), Ok(lab.v4()));
+    let report = scene.report_of(connection.local().must("ask for the local address"));
+    assert_eq!(report.original, lab.v4());
+    // The client's connection is none to the destination any more: netfilter saw the service's.
+    assert_eq!(accepted.peer().map(|peer| peer.ip()), Ok(Topology::CLIENT_V4.into()));
+    let findings = doctor::examine(Some(lab.scope().path()));
+    let named =
+        |finding: &&doctor::Finding| finding.detail.contains("away of table ip other (nat)");
+    assert_eq!(findings.iter().find(named).map(|finding| finding.state), Some(State::Warning));
 }
