@@ -18,3 +18,4 @@ mod listeners;
 mod loops;
 mod namespaces;
 mod programs;
+mod proxy_protocol;
