@@ -15,6 +15,8 @@ use carnet_tests::{
     puppet::{Errno, Family, Kind, Puppet, Ring},
 };
 
+use socket2::{Domain, Protocol, Socket, Type};
+
 use crate::{Scene, block, canonical, destinations, echoes, udp};
 
 /// Clears whatever was refused before.
@@ -321,8 +323,22 @@ fn the_doctor_names_them() {
     scene.redirects(|client, to| client.connect(to).must("connect"));
 }
 
+/// Whether the kernel has netfilter: emulated ones run without modules.
+fn has_netfilter() -> bool {
+    const NETFILTER: i32 = 12;
+    let (netlink, protocol) = (Domain::from(libc::AF_NETLINK), Protocol::from(NETFILTER));
+    match Socket::new(netlink, Type::RAW, Some(protocol)) {
+        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => false,
+        socket => socket.map(drop).map(|()| true).must("open a netlink socket"),
+    }
+}
+
 #[test]
 fn rules_of_nftables() {
+    if !has_netfilter() {
+        eprintln!("this kernel has no netfilter");
+        return;
+    }
     let scene = Scene::new();
     let lab = &scene.lab;
     let namespace = &lab.network().topology.client;

@@ -253,7 +253,10 @@ pub(crate) mod fuzzing {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
+    use std::{
+        os::fd::{AsFd as _, AsRawFd as _},
+        process::Command,
+    };
 
     use carnet_testbed::{NetworkNamespace, require_root};
 
@@ -296,6 +299,47 @@ mod tests {
         assert_eq!(state(&of("nat")), State::Warning);
         let legacy = Rules { tables: vec!["ip nat".into()], ..Rules::default() };
         assert_eq!(state(&legacy), State::Warning);
+    }
+
+    /// Reads a queue, as an application firewall does, as long as it lives.
+    fn reader_of_queue(number: u16) -> Socket {
+        /// `NFQNL_MSG_CONFIG` of `NFNL_SUBSYS_QUEUE`, with the command `NFQNL_CFG_CMD_BIND`.
+        const CONFIGURE: u16 = 3 << 8 | 2;
+        const FLAGS: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
+        let protocol = Some(Protocol::from(NETFILTER));
+        let socket = Socket::new(Domain::from(libc::AF_NETLINK), Type::RAW, protocol).unwrap();
+        let question = [
+            &28_u32.to_ne_bytes()[..],
+            &CONFIGURE.to_ne_bytes(),
+            &FLAGS.to_ne_bytes(),
+            &[0; 8],
+            // `struct nfgenmsg`, with the queue; `NFQA_CFG_CMD`: bind.
+            &[0, 0],
+            &number.to_be_bytes(),
+            &8_u16.to_ne_bytes(),
+            &1_u16.to_ne_bytes(),
+            &[1, 0, 0, 2],
+        ];
+        socket.send(&question.concat()).unwrap();
+        let mut answer = [0; 64];
+        let received = (&socket).read(&mut answer).unwrap();
+        assert_eq!(read_answer(&answer[..received], &mut Vec::new()), Some(0), "acknowledged");
+        socket
+    }
+
+    #[test]
+    fn who_reads_a_queue_is_found() {
+        require_root().unwrap();
+        let namespace = NetworkNamespace::create("queue").unwrap();
+        let file = File::open(format!("/proc/self/fd/{}", namespace.as_fd().as_raw_fd())).unwrap();
+        let found = |process: &str| Rules::of(process, &file).unwrap().queues;
+        namespace
+            .run(|| {
+                assert_eq!(found("thread-self"), []);
+                let _reader = reader_of_queue(7);
+                assert_eq!(found("thread-self"), [(7, std::process::id())]);
+            })
+            .unwrap();
     }
 
     #[test]
