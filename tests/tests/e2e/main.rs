@@ -19,3 +19,4 @@ mod listeners;
 mod loops;
 mod namespaces;
 mod programs;
+mod proxy_protocol;
