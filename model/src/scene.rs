@@ -63,6 +63,8 @@ pub struct ServiceFact {
     pub trusts: Option<u8>,
     /// Whether flows are refused while it has no live listener.
     pub blocks: bool,
+    /// Whether its program knows nothing of records.
+    pub unmodified: bool,
 }
 
 /// What is to become of a flow.
@@ -149,6 +151,11 @@ impl Administrator {
         self.policy.set_trust(service, trust).expect(SOUND);
     }
 
+    /// Says that a service's program knows nothing of records.
+    pub fn unmodified(&mut self, service: &str) {
+        self.policy.set_unmodified(service, true).expect(SOUND);
+    }
+
     /// Adds a filter to the sublayer of weight `sublayer`.
     pub fn add_filter(
         &mut self,
@@ -200,6 +207,7 @@ impl Administrator {
                 }
             },
             blocks: service.on_failure == FailurePolicy::Block,
+            unmodified: service.unmodified,
         });
         let fate = |Intent { order, refused }| Fate {
             order: order.iter().map(|name| handle_of(name)).collect(),

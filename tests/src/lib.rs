@@ -9,6 +9,7 @@
 //! - [`tracer`]: runs a command and kills it at a system call.
 //! - [`web`]: a web server and a client whose flows can be told apart in logs.
 //! - [`dns`]: a resolver that answers anything.
+//! - [`foreign`]: BPF programs of others, beside Carnet's.
 //! - [`contract`]: the C programs of the contract suite, and what they ask of a lab.
 //!
 //! All of it panics when something does not work that is not what is being tested, and says what.
@@ -24,6 +25,7 @@ use std::{
 pub mod caller;
 pub mod contract;
 pub mod dns;
+pub mod foreign;
 mod lab;
 mod orders;
 pub mod puppet;

@@ -51,7 +51,7 @@ pub(crate) fn adopt_if_unmodified(
         return 0;
     }
     let Some(leg) = socket.get_or_create(&LEGS) else {
-        return errno::ENOMEM;
+        return out_of_memory();
     };
     leg.flags = LEG_ADOPTED;
     leg.handle = service;
@@ -67,7 +67,7 @@ pub(crate) fn adopt_if_unmodified(
     // It is the onward leg's from here on.
     leg.handle = 0;
     if complete == 0 {
-        return errno::ENOMEM;
+        return out_of_memory();
     }
     leg.set_hops = leg.record.hop_count;
     count(Counter::Adopted);
@@ -75,6 +75,13 @@ pub(crate) fn adopt_if_unmodified(
         count(Counter::AdoptedByGuess);
     }
     0
+}
+
+#[inline(always)]
+fn out_of_memory() -> i32 {
+    count(Counter::OutOfMemory);
+    count(Counter::Blocked);
+    errno::ENOMEM
 }
 
 #[inline(always)]

@@ -1,7 +1,7 @@
 //! What is done with a connect, or with the first datagram of a flow, once it has been decided: the
 //! part that both have in common.
 
-use core::ptr;
+use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     bindings::bpf_sock_addr,
@@ -171,25 +171,39 @@ impl Attempt<'_> {
     }
 
     /// A device that a socket is bound to keeps it from reaching a service on loopback; the service
-    /// reaches the destination with a socket of its own.
+    /// reaches the destination with a socket of its own. Gives `false` if it stays bound: the kernel asks
+    /// the process for `CAP_NET_RAW`, whoever does it.
     #[inline(always)]
-    pub(crate) fn unbind_device(&self) {
-        const SOL_SOCKET: i32 = 1;
-        const SO_BINDTOIFINDEX: i32 = 62;
-        if self.socket.bound_device() != 0 {
-            let mut none = 0_u32;
-            // SAFETY: the helper takes this context and reads 4 bytes.
-            unsafe {
-                bpf_setsockopt(
-                    self.ctx.cast(),
-                    SOL_SOCKET,
-                    SO_BINDTOIFINDEX,
-                    (&raw mut none).cast(),
-                    size_of::<u32>() as i32,
-                );
-            }
-        }
+    pub(crate) fn unbind_device(&self) -> bool {
+        self.socket.bound_device() == 0 || bind_to_device(self.ctx.cast(), 0)
     }
+
+    /// Counts and reports that it is refused since its socket is bound to a device; gives the errno.
+    #[inline(always)]
+    pub(crate) fn bound_to_device(&self) -> i32 {
+        count(Counter::BoundToDevice);
+        self.report_refused();
+        errno::EHOSTUNREACH
+    }
+}
+
+/// Binds a socket to the device of this index, or to none with 0; `ctx` is the context of the hook, which
+/// tells which socket. Gives whether the kernel has done so.
+#[inline(always)]
+pub(crate) fn bind_to_device(ctx: *mut c_void, mut index: i32) -> bool {
+    const SOL_SOCKET: i32 = 1;
+    const SO_BINDTOIFINDEX: i32 = 62;
+    // SAFETY: by the caller, the helper takes this context; it reads 4 bytes.
+    let failed = unsafe {
+        bpf_setsockopt(
+            ctx,
+            SOL_SOCKET,
+            SO_BINDTOIFINDEX,
+            (&raw mut index).cast(),
+            size_of::<i32>() as i32,
+        )
+    };
+    failed == 0
 }
 
 /// Begins the record of a new flow, which is all zero.

@@ -13,7 +13,7 @@
 //! destinations of IPv6 sockets come to connect6 only.
 //!
 //! **Returns** 1: go on, with the destination as it then is. 0: the connect fails with the errno
-//! that was set.
+//! that was set; the destination is nowhere then, for programs that run later may clear that.
 //!
 //! **Fails closed**: where kernel memory is exhausted a connection that should be redirected is
 //! refused. **WFP**: the `ALE_CONNECT_REDIRECT` layers.
@@ -34,6 +34,7 @@ use crate::{
     ctx::{load32, load64, store32},
     decide::{Request, concerns_somebody, destination_concerns_somebody},
     end::{abandon, datagrams_end, guard_begins},
+    enforce::{carnet_forget, carnet_refused, carnet_unsettled},
     listener::{Found, same},
     maps::{DELIVERED, LEGS},
     process::carnet_identify,
@@ -82,8 +83,8 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
         destination = destination.meant(&socket.local());
     }
     if protocol == TCP {
-        // The common case. What an earlier connect left on the socket stays there: at the SYN it is
-        // found to be stale.
+        carnet_forget(ctx);
+        // The common case.
         if !destination_concerns_somebody(TCP, &destination) {
             count_passed();
             return PASS;
@@ -99,6 +100,7 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
         }
         let error = look_at(ctx, &socket.local());
         if error != 0 {
+            rewrite(&destination.nowhere());
             return refuse(error);
         }
         take_back_record_of_datagrams(socket);
@@ -109,6 +111,7 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
     }
     let error = adopt_if_unmodified(ctx, socket, &destination);
     if error != 0 {
+        rewrite(&destination.nowhere());
         return refuse(error);
     }
     let record = record_on(socket);
@@ -123,6 +126,8 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
     }
     let error = carry_out(&Attempt { ctx, socket, record, request: &request });
     if error != 0 {
+        carnet_refused(ctx, &raw const request);
+        rewrite(&request.destination.nowhere());
         return refuse(error);
     }
     if request.decision.redirects() {
@@ -193,8 +198,10 @@ fn carry_out(attempt: &Attempt<'_>) -> i32 {
         if is_datagram(request.protocol) && is_taken(attempt) {
             return attempt.address_in_use();
         }
+        if !attempt.unbind_device() {
+            return attempt.bound_to_device();
+        }
         if redirect(attempt) {
-            attempt.unbind_device();
             return 0;
         }
         return attempt.out_of_memory();
@@ -222,6 +229,9 @@ fn redirect(attempt: &Attempt<'_>) -> bool {
     }
     set_context(leg);
     if !noted || !attempt.socket.put_on_multipath(&LEGS, leg) {
+        if leg.kind & LEG_STARTING != 0 {
+            carnet_unsettled(-1);
+        }
         leg.kind = 0;
         return false;
     }
@@ -239,8 +249,13 @@ fn pass_onward(attempt: &Attempt<'_>, record: &Record) {
     attempt.report_onward(record);
 }
 
+/// Begins the leg of a kind that leads to `target`.
 #[inline(always)]
-fn begin(attempt: &Attempt<'_>, kind: u32, target: &Endpoint) -> Option<&'static mut LegState> {
+pub(crate) fn begin(
+    attempt: &Attempt<'_>,
+    kind: u32,
+    target: &Endpoint,
+) -> Option<&'static mut LegState> {
     let is_tcp = attempt.request.protocol == TCP;
     let leg = place_for(attempt.ctx, attempt.socket, is_tcp)?;
     if let Some(record) = attempt.record
@@ -251,7 +266,11 @@ fn begin(attempt: &Attempt<'_>, kind: u32, target: &Endpoint) -> Option<&'static
         leg.set_hops = record.hop_count;
     }
     // A UDP connect is done when it is done; of TCP the SYN is the sign.
-    let starting = if is_datagram(attempt.request.protocol) { 0 } else { LEG_STARTING };
+    let mut starting = 0;
+    if !is_datagram(attempt.request.protocol) {
+        starting = LEG_STARTING;
+        carnet_unsettled(1);
+    }
     attempt.begin(leg, kind | starting, target);
     Some(leg)
 }

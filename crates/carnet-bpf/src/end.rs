@@ -8,6 +8,7 @@ use carnet_core::{
 
 use crate::{
     ctx::{exchange, fetch_add, opaque},
+    enforce::carnet_unsettled,
     held::{carnet_hold, carnet_let_go, key_of},
     maps::GUARD,
     report::{count, event},
@@ -123,6 +124,9 @@ pub(crate) fn abandon(leg: &mut LegState) {
 /// The same of a TCP socket.
 #[inline(always)]
 pub(crate) fn abandon_connect(leg: &mut LegState) {
+    if leg.kind & LEG_STARTING != 0 {
+        carnet_unsettled(-1);
+    }
     if leg.kind == LEG_REDIRECTED | LEG_STARTING {
         count(Counter::Unsent);
     }

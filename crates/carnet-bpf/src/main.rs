@@ -18,7 +18,7 @@
 //!
 //! Beside them: [`maps`] (all state), [`connecting`] and [`accepted`] (the legs of
 //! sockets), [`carry_on`] (from the one to the other), [`bank`] (core's tables over the maps),
-//! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`end`] and [`idle`] (the
+//! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`enforce`] (that it holds), [`end`] and [`idle`] (the
 //! end of legs), [`client`] (whose UDP flow an address stands for), [`source`] (from where UDP may
 //! send), [`listener`] (a service's live listener), [`registration`] (how it becomes one), [`mac`], [`socket`] (state of
 //! sockets), [`process`] (who calls), [`report`] (events and counters), [`ctx`] (fields of the
@@ -40,6 +40,7 @@ mod ctx;
 mod datagram;
 mod decide;
 mod end;
+mod enforce;
 mod getpeername;
 mod getsockname;
 mod getsockopt;

@@ -163,6 +163,12 @@ pub(crate) static SECOND_RECORDS: SkStorage<Record> = SkStorage::new();
 #[btf_map]
 pub(crate) static HANDOVER: HashMap<Tuple, LegState, 65536, NO_PREALLOC> = HashMap::new();
 
+/// How many legs of connecting TCP sockets have neither come to their SYN nor been taken away. Apart from
+/// what else is counted, since every connect looks. Writer: connect, sockops, sock_release, setsockopt.
+/// Reader: connect.
+#[btf_map]
+pub(crate) static UNSETTLED: Array<i64, 1> = Array::new();
+
 /// A UDP flow of an unconnected socket that goes to a service.
 #[repr(C)]
 pub(crate) struct TimedLeg {

@@ -13,9 +13,13 @@ use crate::{
 pub const LEG_REDIRECTED: u32 = 1;
 /// [`LegState::kind`]: the connection carries a record and goes to its destination.
 pub const LEG_ONWARD: u32 = 2;
+/// [`LegState::kind`]: the connection is refused. Always with [`LEG_STARTING`]: there is no SYN, unless
+/// another program clears the refusal.
+pub const LEG_REFUSED: u32 = 3;
 
-/// Added to [`LegState::kind`] from the connect until its SYN is sent. If it is still there at
-/// another SYN, that connect failed before, and the leg is not this one's.
+/// Added to [`LegState::kind`] of TCP from the connect until its SYN is sent. What of it an earlier connect
+/// that failed left is taken away by the next one, so that it is the present one's if it is there at the
+/// SYN: see [`Outcome`](crate::outcome::Outcome).
 pub const LEG_STARTING: u32 = 1 << 8;
 
 /// [`LegState::flags`]: the leg goes to an unmodified service, among whose flows it is counted
@@ -36,7 +40,8 @@ pub const LEG_ADOPTED: u32 = 2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct LegState {
-    /// [`LEG_REDIRECTED`] or [`LEG_ONWARD`], at first with [`LEG_STARTING`]; 0 without a connection.
+    /// [`LEG_REDIRECTED`], [`LEG_ONWARD`] or [`LEG_REFUSED`], at first with [`LEG_STARTING`]; 0 without a
+    /// connection.
     pub kind: u32,
     /// Length of the redirect context in bytes, 0 for none.
     pub context_length: u32,

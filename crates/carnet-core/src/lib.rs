@@ -18,6 +18,7 @@
 //! | [`classify`](mod@classify) | the decision function |
 //! | [`flow`] | what the kernel keeps for a redirected connection |
 //! | [`socket`] | which sockets the hooks see |
+//! | [`outcome`] | whether what was decided about a connect still holds at its SYN |
 //! | [`event`] | what the kernel tells of decisions |
 //! | `object` (feature `host`) | the administrator's objects |
 //! | `compile` (feature `host`) | objects to tables |
@@ -57,6 +58,7 @@ pub mod flow;
 pub mod key;
 #[cfg(feature = "host")]
 pub mod object;
+pub mod outcome;
 pub mod record;
 pub mod siphash;
 pub mod socket;

@@ -19,4 +19,5 @@ mod listeners;
 mod loops;
 mod namespaces;
 mod programs;
+mod proxy_protocol;
 mod unmodified;

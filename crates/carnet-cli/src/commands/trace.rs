@@ -10,6 +10,7 @@ use carnet_core::{
     classify::Reason,
     event::{Event, EventKind},
     object::{Policy, Protocol, Service},
+    outcome::Outcome,
     record::{RECORD_ADOPTED, RECORD_HOPS_GUESSED, RECORD_IDENTITY_GUESSED, RecordError},
     socket::SocketKind,
 };
@@ -46,10 +47,11 @@ struct Traced {
     /// When, RFC 3339, UTC.
     time: String,
     /// `redirected`, `onward`, `blocked`, `record_forgotten`, `closed`, `record_refused`,
-    /// `listener_registered` or `socket_refused`.
+    /// `listener_registered`, `socket_refused` or `undone`.
     event: &'static str,
     /// Why a connection was blocked (`filter`, `service_unavailable`, `loop`), or a record refused
-    /// (`malformed`, `forged`, `foreign`, `expired`).
+    /// (`malformed`, `forged`, `foreign`, `expired`); what another program had done to one that was
+    /// undone (`refusal_cleared`, `diverted`).
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<&'static str>,
     /// What socket was refused, in words.
@@ -210,11 +212,13 @@ impl Traced {
                 Some(EventKind::RecordRefused) => "record_refused",
                 Some(EventKind::ListenerRegistered) => "listener_registered",
                 Some(EventKind::SocketRefused) => "socket_refused",
+                Some(EventKind::Undone) => "undone",
                 None => "unknown",
             },
             reason: match kind {
                 Some(EventKind::Blocked) => Some(reason(Reason::from_number(event.reason))),
                 Some(EventKind::RecordRefused) => Some(refusal(event.reason)),
+                Some(EventKind::Undone) => Some(undone(Outcome::from_number(event.reason))),
                 _ => None,
             },
             socket: (kind == Some(EventKind::SocketRefused))
@@ -344,6 +348,16 @@ impl Traced {
                 let socket = self.socket.as_deref().unwrap_or("socket");
                 (BAD, format!("{socket} refused: its connections would pass unseen"))
             }
+            Some(EventKind::Undone) => (BAD, {
+                let done = match self.reason {
+                    Some("diverted") => format!("sent it elsewhere than to {service}"),
+                    _ => "cleared its refusal".into(),
+                };
+                format!(
+                    "to {destination}: refused before its SYN: another BPF program {done}, see \
+                     `carnet doctor`"
+                )
+            }),
             None => (WARNING, "an event that this version does not know".into()),
         }
     }
@@ -371,6 +385,14 @@ fn refusal(number: u32) -> &'static str {
     ];
     let known = NAMES.into_iter().find(|(error, _)| *error as u32 == number);
     known.map_or("unknown", |(_, name)| name)
+}
+
+fn undone(outcome: Option<Outcome>) -> &'static str {
+    match outcome {
+        Some(Outcome::RefusalCleared) => "refusal_cleared",
+        Some(Outcome::Diverted) => "diverted",
+        _ => "unknown",
+    }
 }
 
 /// The name of the service with this handle, or what can be said of one that was removed.
@@ -472,6 +494,18 @@ mod tests {
         assert_eq!(
             told(&Event { reason: theft, handle: 0, ..event(EventKind::RecordRefused) }),
             "flow 7 curl[42]: record refused: not delivered"
+        );
+        let diverted = Outcome::Diverted as u32;
+        assert_eq!(
+            told(&Event { reason: diverted, ..event(EventKind::Undone) }),
+            "flow 7 curl[42]: to 192.0.2.1:443: refused before its SYN: another BPF program sent it \
+             elsewhere than to tls, see `carnet doctor`"
+        );
+        let cleared = Outcome::RefusalCleared as u32;
+        assert_eq!(
+            told(&Event { reason: cleared, flow: 0, handle: 0, ..event(EventKind::Undone) }),
+            "curl[42]: to 192.0.2.1:443: refused before its SYN: another BPF program cleared its \
+             refusal, see `carnet doctor`"
         );
         let raw = SocketKind { family: 2, kind: 3, protocol: 1 }.to_number();
         assert_eq!(
