@@ -14,7 +14,7 @@ use carnet_core::{
     address::Endpoint,
     classify::Reason,
     event::{Counter, EventKind},
-    flow::{LEG_REDIRECTED, LEG_STARTING, LegState},
+    flow::{LEG_REDIRECTED, LEG_STARTING, LEG_TO_UNMODIFIED, LegState},
     record::{Hop, MAGIC, Record, VERSION},
 };
 
@@ -99,29 +99,16 @@ impl Attempt<'_> {
         let decision = &self.request.decision;
         leg.handle = decision.handle;
         leg.filter = decision.filter;
+        leg.flags &= !LEG_TO_UNMODIFIED;
+        if self.request.goes_to_unmodified() {
+            leg.flags |= LEG_TO_UNMODIFIED;
+        }
         if first {
-            self.begin_record(leg);
+            begin_record(&mut leg.record, &self.request.destination);
         }
         leg.record.legs = decision.legs.wrapping_add(1);
         leg.record.issued_ns = leg.began_ns;
         leg.record.push(Hop { handle: decision.handle, filter: decision.filter })
-    }
-
-    /// Begins the record of a flow at its first leg.
-    #[inline(always)]
-    fn begin_record(&self, leg: &mut LegState) {
-        let record = &mut leg.record;
-        record.magic = MAGIC;
-        record.version = VERSION;
-        if let Some(config) = CONFIG.get_ptr_mut(0) {
-            // SAFETY: the map's only element lives as long as the map; the counter is shared with
-            // other CPUs and touched atomically alone, the epoch is written before any hook runs.
-            unsafe {
-                record.epoch = (*config).epoch;
-                record.flow = (fetch_add(&raw mut (*config).flows, 1) as u64).wrapping_add(1);
-            }
-        }
-        copy(&mut record.destination, &self.request.destination);
     }
 
     /// Counts and reports that a service gets it.
@@ -219,6 +206,22 @@ pub(crate) fn bind_to_device(ctx: *mut c_void, mut index: i32) -> bool {
     failed == 0
 }
 
+/// Begins the record of a new flow, which is all zero.
+#[inline(always)]
+pub(crate) fn begin_record(record: &mut Record, destination: &Endpoint) {
+    record.magic = MAGIC;
+    record.version = VERSION;
+    if let Some(config) = CONFIG.get_ptr_mut(0) {
+        // SAFETY: the map's only element lives as long as the map; the counter is shared with other
+        // CPUs and touched atomically alone, the epoch is written before any hook runs.
+        unsafe {
+            record.epoch = (*config).epoch;
+            record.flow = (fetch_add(&raw mut (*config).flows, 1) as u64).wrapping_add(1);
+        }
+    }
+    copy(&mut record.destination, destination);
+}
+
 /// Reports an event about what was decided. A global function, see `decide`.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -247,6 +250,7 @@ extern "C" fn carnet_report(
                 event.flow = record.flow;
                 event.legs = record.legs;
                 event.hops = record.hop_count;
+                event.flags = record.flags;
             }
             None => event.legs = request.decision.legs,
         }

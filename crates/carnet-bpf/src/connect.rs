@@ -21,11 +21,13 @@
 use aya_ebpf::{bindings::bpf_sock_addr, macros::cgroup_sock_addr, programs::SockAddrContext};
 use carnet_core::{
     address::Endpoint,
-    flow::{LEG_ONWARD, LEG_REDIRECTED, LEG_STARTING, LegState, SAME_NAMESPACE},
+    flow::{LEG_ADOPTED, LEG_ONWARD, LEG_REDIRECTED, LEG_STARTING, LegState, SAME_NAMESPACE},
     record::Record,
 };
 
 use crate::{
+    accepted::NO_TICKET,
+    adopt::adopt_if_unmodified,
     attempt::{Attempt, PASS, refuse, set_context},
     client::carnet_client,
     connecting::place_for,
@@ -80,16 +82,16 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
     if destination.is_unspecified() {
         destination = destination.meant(&socket.local());
     }
-    let record = if protocol == TCP {
+    if protocol == TCP {
         carnet_forget(ctx);
         // The common case.
-        if !destination_concerns_somebody(TCP, &destination)
-            || socket.is_blank() && !concerns_somebody(ctx, TCP, &destination)
-        {
+        if !destination_concerns_somebody(TCP, &destination) {
             count_passed();
             return PASS;
         }
-        set_record(socket)
+        if !socket.is_blank() {
+            take_back_record(socket);
+        }
     } else {
         let mut asked = destination;
         if carnet_client(ctx, &raw mut asked) != 0 {
@@ -101,15 +103,22 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
             rewrite(&destination.nowhere());
             return refuse(error);
         }
-        let record = set_record_of_datagrams(socket);
-        if !destination_concerns_somebody(protocol, &destination)
-            || record.is_none() && !concerns_somebody(ctx, protocol, &destination)
-        {
+        take_back_record_of_datagrams(socket);
+        if !destination_concerns_somebody(protocol, &destination) {
             count_passed();
             return PASS;
         }
-        record
-    };
+    }
+    let error = adopt_if_unmodified(ctx, socket, &destination);
+    if error != 0 {
+        rewrite(&destination.nowhere());
+        return refuse(error);
+    }
+    let record = record_on(socket);
+    if record.is_none() && !concerns_somebody(ctx, protocol, &destination) {
+        count_passed();
+        return PASS;
+    }
     let mut request = Request::new(protocol, destination);
     request.settle(ctx, record);
     if request.passes_untouched(record) {
@@ -122,43 +131,62 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
         return refuse(error);
     }
     if request.decision.redirects() {
+        // Here the stack has room for that.
+        if is_datagram(protocol)
+            && let Some(leg) = socket.get(&LEGS)
+        {
+            guard_begins(leg, NO_TICKET);
+        }
         rewrite(&request.target);
     }
     PASS
 }
 
-/// The record that is set on the socket, or on the Multipath TCP connection that it belongs to. What
-/// an earlier connect left there besides is removed: the kernel keeps it over `connect(AF_UNSPEC)`.
+/// What an earlier connect added to the record that is set on the socket, or on the Multipath TCP
+/// connection that it belongs to, is taken back, and what else it left there removed: the kernel keeps it
+/// over `connect(AF_UNSPEC)`.
 #[inline(always)]
-fn set_record(socket: Socket) -> Option<&'static Record> {
+fn take_back_record(socket: Socket) {
     let mut holder = socket;
     if let Some(connection) = socket.multipath() {
         socket.delete(&LEGS);
         holder = connection;
     }
-    take_back(holder)
+    take_back(holder);
 }
 
 /// The same of a UDP socket, which may still be connected: its earlier leg ends now.
 #[inline(always)]
-fn set_record_of_datagrams(socket: Socket) -> Option<&'static Record> {
+fn take_back_record_of_datagrams(socket: Socket) {
     if let Some(leg) = socket.get(&LEGS) {
         datagrams_end(leg);
     }
     socket.delete(&DELIVERED);
-    take_back(socket)
+    take_back(socket);
 }
 
 #[inline(always)]
-fn take_back(holder: Socket) -> Option<&'static Record> {
-    let leg = holder.get(&LEGS)?;
+fn take_back(holder: Socket) {
+    let Some(leg) = holder.get(&LEGS) else {
+        return;
+    };
     abandon(leg);
-    if leg.set_hops == 0 {
+    if leg.set_hops == 0 || leg.flags & LEG_ADOPTED != 0 {
         holder.delete(&LEGS);
-        return None;
+    } else {
+        leg.record.take_back(leg.set_hops);
     }
-    leg.record.take_back(leg.set_hops);
-    Some(&leg.record)
+}
+
+/// The record with which the socket connects: its own, or that of the Multipath TCP connection that it
+/// belongs to.
+#[inline(always)]
+pub(crate) fn record_on(socket: Socket) -> Option<&'static Record> {
+    let leg = match socket.get(&LEGS) {
+        Some(leg) => leg,
+        None => socket.multipath()?.get(&LEGS)?,
+    };
+    if leg.set_hops == 0 { None } else { Some(&leg.record) }
 }
 
 /// Does what was decided: gives 0, or the errno with which the connect is refused.
@@ -206,9 +234,6 @@ fn redirect(attempt: &Attempt<'_>) -> bool {
         }
         leg.kind = 0;
         return false;
-    }
-    if is_datagram(request.protocol) {
-        guard_begins(leg);
     }
     attempt.report_redirected(&leg.record);
     true

@@ -35,6 +35,8 @@ use carnet_core::{
 };
 
 use crate::{
+    accepted::NO_TICKET,
+    adopt::adopt_if_unmodified,
     attempt::{Attempt, PASS, refuse, set_context},
     client::{carnet_answers, held},
     ctx::{fetch_add, load32, load64, opaque, store32},
@@ -166,8 +168,16 @@ fn send(
             idle::end(ctx, &known.token, timed);
         }
     }
+    let may_concern = destination_concerns_somebody(protocol, &request.destination);
+    if may_concern {
+        let error = adopt_if_unmodified(ctx, socket, &request.destination);
+        if error != 0 {
+            rewrite(None, &request.destination.nowhere());
+            return refuse(error);
+        }
+    }
     let record = record_on(socket);
-    if !destination_concerns_somebody(protocol, &request.destination)
+    if !may_concern
         || record.is_none() && !concerns_somebody(ctx, protocol, &request.destination)
         || carnet_answers(ctx, &raw const request.destination) != 0
     {
@@ -201,6 +211,7 @@ fn send(
                 carnet_identify(&raw mut timed.held.leg);
             }
             set_context(&mut timed.held.leg);
+            guard_begins(&mut timed.held.leg, NO_TICKET);
         }
         rewrite(Some(&token), &request.target);
     }
@@ -368,7 +379,6 @@ fn begin(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> Option<&'static mut Tim
         let _absent = DATAGRAM_LEGS.remove(&key);
         return None;
     }
-    guard_begins(&timed.held.leg);
     Some(timed)
 }
 

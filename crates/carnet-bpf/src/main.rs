@@ -26,6 +26,7 @@
 #![feature(asm_experimental_arch)]
 
 mod accepted;
+mod adopt;
 mod attempt;
 mod bank;
 mod carry_on;
@@ -39,6 +40,7 @@ mod end;
 mod enforce;
 mod getpeername;
 mod getsockopt;
+mod held;
 mod idle;
 mod iter;
 mod listener;

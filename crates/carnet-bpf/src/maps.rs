@@ -10,13 +10,14 @@ use aya_ebpf::{
 };
 use carnet_core::{
     abi::MAX_CONTEXT,
+    adoption::HeldFlows,
     event::{Counter, Event},
     flow::{
         Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, GuardKey, LegState,
         ListenerEntry, ListenerKey, LocalSourceKey, PeerKey, Registration, Tuple,
     },
     key::KeyRow,
-    record::Record,
+    record::{FileId, MAX_PATH, Record},
     siphash::Key,
     table::{ConditionRow, FilterRow, HeaderRow, LeafRow, MAX_SERVICES, NodeRow, ServiceRow},
 };
@@ -219,10 +220,43 @@ pub(crate) struct SocketTokens {
 #[btf_map]
 pub(crate) static TOKENS: SkStorage<SocketTokens> = SkStorage::new();
 
+/// By what the path of an executable is known.
+#[repr(C)]
+pub(crate) struct PathKey {
+    /// Address of its mount in the kernel.
+    pub(crate) mount: u64,
+    /// Address of its directory entry in the kernel.
+    pub(crate) dentry: u64,
+}
+
+/// The path of an executable.
+#[repr(C)]
+pub(crate) struct KnownPath {
+    /// The executable: the addresses of the key are used again.
+    pub(crate) file: FileId,
+    /// When it was read: nanoseconds of the boot-time clock; 0: it is being filled in.
+    pub(crate) read_ns: u64,
+    /// Its length in bytes.
+    pub(crate) length: u64,
+    /// The path, zero-padded.
+    pub(crate) path: [u8; MAX_PATH],
+}
+
+/// The paths of the executables that began flows last: to follow one up to the root takes as long as all
+/// else that a redirect does in connect. Writer and reader: whoever identifies a process. See
+/// [`process`](crate::process).
+#[btf_map]
+pub(crate) static PATHS: LruHashMap<PathKey, KnownPath, 512> = LruHashMap::new();
+
 /// The hop guard's memory: flows that services hold, by service and destination. Writer: sockops.
 /// Reader: connect.
 #[btf_map]
 pub(crate) static GUARD: LruHashMap<GuardKey, GuardEntry, 65536> = LruHashMap::new();
+
+/// The flows that unmodified services hold, by service and destination; with a key of zeros but for the
+/// handle all of a service's. Writer: sockops, connect, sendmsg; what ends flows. Reader: connect, sendmsg.
+#[btf_map]
+pub(crate) static HELD: HashMap<GuardKey, HeldFlows, 65536, NO_PREALLOC> = HashMap::new();
 
 /// Counters. Writer: all hooks. Reader: user mode.
 #[btf_map]

@@ -5,9 +5,13 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::helpers::generated::{
-    bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm,
-    bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_uid_gid, bpf_probe_read_kernel,
+use aya_ebpf::{
+    bindings::BPF_ANY,
+    helpers::generated::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm,
+        bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_uid_gid,
+        bpf_map_update_elem, bpf_probe_read_kernel,
+    },
 };
 use carnet_core::{
     access::Caller,
@@ -18,8 +22,9 @@ use carnet_core::{
 
 use crate::{
     bank::{Bank, repeat},
-    ctx::opaque,
-    maps::SVC_CGROUPS,
+    ctx::{fetch_add, opaque},
+    maps::{BLANK_LEG, KnownPath, PATHS, PathKey, SVC_CGROUPS},
+    report::now,
 };
 
 /// Byte offsets of the fields that are read, in the kernel's structures.
@@ -188,23 +193,14 @@ impl Process {
         app.gid = (ids >> 32) as u32;
         // SAFETY: the helper has no preconditions.
         app.cgroup = unsafe { bpf_get_current_cgroup_id() };
-        app.executable = self.executable();
+        let file = self.executable_file();
+        app.executable = file_id(file);
+        if file != 0 {
+            fill_in_path(file, app, scratch);
+        }
         let leader: u64 = read(self.task, offset!(task_group_leader));
         app.started_ns = read(leader, offset!(task_start_boottime));
         command(&mut app.command);
-        let length = path(self.executable_file(), scratch);
-        app.path_length = length;
-        let start = (MAX_PATH as u32).wrapping_sub(length);
-        // The mask changes nothing, it tells the verifier a bound.
-        let length = (opaque(length) & 0x1ff) as u32;
-        // SAFETY: copies at most `MAX_PATH` bytes into `path`, from the end of `scratch`.
-        unsafe {
-            bpf_probe_read_kernel(
-                app.path.as_mut_ptr().cast(),
-                length,
-                scratch.as_ptr().wrapping_add(start as usize).cast(),
-            );
-        }
     }
 }
 
@@ -306,17 +302,109 @@ pub(crate) fn file_id(file: u64) -> FileId {
     }
 }
 
-/// Writes the path of a `struct file`, as its mount namespace shows it, to the end of `buffer`.
-/// Gives its length; 0 where it is longer than the buffer or deeper than [`MAX_COMPONENTS`].
+/// How long a path counts as known, in nanoseconds: executables are renamed while they run, so it is read
+/// anew every second.
+const PATH_KNOWN_NS: u64 = 1_000_000_000;
+
+/// Fills in the path of a `struct file`, which is the executable of `app`.
 #[inline(always)]
-fn path(file: u64, buffer: &mut [u8; MAX_PATH]) -> u32 {
-    if file == 0 {
-        return 0;
-    }
-    let mnt: u64 = read(file, offset!(file_path_mnt));
-    let mut climb = Climb {
+fn fill_in_path(file: u64, app: &mut AppIdentity, scratch: &mut [u8; MAX_PATH]) {
+    let key = PathKey {
+        mount: read(file, offset!(file_path_mnt)),
         dentry: read(file, offset!(file_path_dentry)),
-        mount: mnt.wrapping_sub(offset!(mount_vfsmount).into()),
+    };
+    if copy_known_path(&key, app) {
+        return;
+    }
+    let length = path(&key, scratch);
+    app.path_length = length;
+    let start = (MAX_PATH as u32).wrapping_sub(length);
+    // The mask changes nothing, it tells the verifier a bound.
+    copy_path(app, scratch.as_ptr().wrapping_add(start as usize), (opaque(length) & 0x1ff) as u32);
+    remember_path(&key, app);
+}
+
+/// The same if the path is known. If not, it is left all zero.
+#[inline(always)]
+fn copy_known_path(key: &PathKey, app: &mut AppIdentity) -> bool {
+    let Some(known) = known_path(key) else {
+        return false;
+    };
+    let read_ns = known.read_ns;
+    if known.file != app.executable || now().wrapping_sub(read_ns) >= PATH_KNOWN_NS {
+        return false;
+    }
+    app.path_length = known.length as u32;
+    copy_path(app, known.path.as_ptr(), MAX_PATH as u32);
+    // The place of an entry that has just been replaced may have got another path meanwhile.
+    if known_path(key).is_some_and(|again| again.read_ns == read_ns) {
+        return true;
+    }
+    if let Some(blank) = BLANK_LEG.get(0) {
+        copy_path(app, blank.as_ptr(), MAX_PATH as u32);
+    }
+    false
+}
+
+#[inline(always)]
+fn known_path(key: &PathKey) -> Option<&'static KnownPath> {
+    // SAFETY: the entry stays allocated until the program ends; that it may be replaced meanwhile the
+    // caller bears in mind.
+    unsafe { PATHS.get(key) }
+}
+
+/// Copies `length` bytes, at most `MAX_PATH`, into the path of `app`.
+#[inline(always)]
+fn copy_path(app: &mut AppIdentity, source: *const u8, length: u32) {
+    // SAFETY: the bytes lie in a map value, of which the verifier makes sure.
+    unsafe { bpf_probe_read_kernel(app.path.as_mut_ptr().cast(), length, source.cast()) };
+}
+
+/// Remembers the path that has been read for `app`. It is filled in where it is: before Linux 6.3 nothing
+/// is copied into a map from an argument of a global function.
+#[inline(always)]
+fn remember_path(key: &PathKey, app: &AppIdentity) {
+    let Some(blank) = BLANK_LEG.get(0) else {
+        return;
+    };
+    // SAFETY: key and value are whole and at least of the map's sizes; the value lies in another map, from
+    // which the kernel copies it.
+    let failed = unsafe {
+        bpf_map_update_elem(
+            (&raw const PATHS).cast_mut().cast(),
+            core::ptr::from_ref(key).cast(),
+            blank.as_ptr().cast(),
+            BPF_ANY.into(),
+        )
+    };
+    if failed != 0 {
+        return;
+    }
+    let Some(known) = PATHS.get_ptr_mut(key) else {
+        return;
+    };
+    // SAFETY: the entry stays allocated until the program ends, and nobody uses it before it has a time.
+    // That comes last, and in order, as an atomic addition; if two processors come to add theirs, it lies
+    // in the future, and the path counts as old.
+    unsafe {
+        (*known).file = app.executable;
+        (*known).length = app.path_length.into();
+        bpf_probe_read_kernel(
+            (&raw mut (*known).path).cast(),
+            MAX_PATH as u32,
+            app.path.as_ptr().cast(),
+        );
+        fetch_add((&raw mut (*known).read_ns).cast(), now() as i64);
+    }
+}
+
+/// Writes the path of a file, as its mount namespace shows it, to the end of `buffer`. Gives its length; 0
+/// where it is longer than the buffer or deeper than [`MAX_COMPONENTS`].
+#[inline(always)]
+fn path(file: &PathKey, buffer: &mut [u8; MAX_PATH]) -> u32 {
+    let mut climb = Climb {
+        dentry: file.dentry,
+        mount: file.mount.wrapping_sub(offset!(mount_vfsmount).into()),
         start: Bank::forget(MAX_PATH as u32),
         complete: false,
         buffer,

@@ -143,7 +143,8 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
         Some(leg) => {
             watch_state(ctx);
             count(Counter::Delivered);
-            guard_begins(leg);
+            // SAFETY: the helper takes this context.
+            guard_begins(leg, unsafe { bpf_get_socket_cookie(ctx.cast()) });
         }
         None => count(Counter::HandoverFailed),
     }

@@ -94,8 +94,8 @@ pub struct Event {
     /// IP protocol number of the socket: 6, TCP; 17, UDP; 136, UDP-Lite; 0 where the event concerns
     /// no connection.
     pub protocol: u32,
-    /// Always zero.
-    pub zero: u32,
+    /// The [flags](crate::record::Record::flags) of the record.
+    pub flags: u32,
     /// Cookie of the network namespace: of the connecting socket, or of the listener that was
     /// registered; 0 for a refused record.
     pub netns: u64,
@@ -168,21 +168,25 @@ pub enum Counter {
     Asked = 25,
     /// Times that it could not be told, for want of memory.
     AskFailed = 26,
+    /// Connections of unmodified services, and first datagrams of their flows, that adopted a record.
+    Adopted = 27,
+    /// Of the adopted: those of which flow, application or services are guessed.
+    AdoptedByGuess = 28,
     /// TCP connects that were refused a second time, when their SYN was about to be sent: another program
     /// had cleared the refusal.
-    RefusalsCleared = 27,
+    RefusalsCleared = 29,
     /// Redirected TCP connects that were refused when their SYN was about to be sent: another program had
     /// sent them elsewhere. They are of the unsent.
-    Diverted = 28,
+    Diverted = 30,
     /// Of the two before: those that went out all the same, since the kernel would not keep them back.
-    NotHeldBack = 29,
+    NotHeldBack = 31,
     /// Of the refused: their socket is bound to a device, by a process that may not undo that.
-    BoundToDevice = 30,
+    BoundToDevice = 32,
 }
 
 impl Counter {
     /// Number of counters.
-    pub const COUNT: usize = 31;
+    pub const COUNT: usize = 33;
 
     /// All counters with the names under which they are shown.
     pub const ALL: [(Self, &'static str); Self::COUNT] = [
@@ -213,6 +217,8 @@ impl Counter {
         (Self::DatagramFlowsEnded, "udp_flows_ended"),
         (Self::Asked, "udp_flows_asked"),
         (Self::AskFailed, "udp_ask_failed"),
+        (Self::Adopted, "records_adopted"),
+        (Self::AdoptedByGuess, "records_guessed"),
         (Self::RefusalsCleared, "refusals_cleared"),
         (Self::Diverted, "diverted"),
         (Self::NotHeldBack, "not_held_back"),

@@ -22,6 +22,13 @@ pub const LEG_REFUSED: u32 = 3;
 /// SYN: see [`Outcome`](crate::outcome::Outcome).
 pub const LEG_STARTING: u32 = 1 << 8;
 
+/// [`LegState::flags`]: the leg goes to an unmodified service, among whose flows it is counted
+/// ([`HeldFlows`](crate::adoption::HeldFlows)).
+pub const LEG_TO_UNMODIFIED: u32 = 1;
+/// [`LegState::flags`]: nobody set the record on the connecting socket, the connect adopted it. It is not
+/// the next connect's.
+pub const LEG_ADOPTED: u32 = 2;
+
 /// One leg of a flow: the state of the socket that connects, copied to the socket that the service
 /// accepts.
 ///
@@ -58,8 +65,8 @@ pub struct LegState {
     pub set_hops: u32,
     /// IP protocol number of the socket: 6, TCP; 17, UDP; 136, UDP-Lite.
     pub protocol: u32,
-    /// Always zero.
-    pub zero: u32,
+    /// [`LEG_TO_UNMODIFIED`], [`LEG_ADOPTED`].
+    pub flags: u32,
     /// Of a leg that was delivered: how many of its two ends, that of the connection and that of the
     /// accepted socket, are over.
     pub ends: i64,
@@ -376,7 +383,7 @@ pub const fn is_source_token(endpoint: &Endpoint) -> bool {
 }
 
 const _: () = {
-    assert!(size_of::<LegState>() == 80 + 48 + 256 + 912);
+    assert!(size_of::<LegState>() == 80 + 48 + 256 + 920);
     assert!(size_of::<PeerKey>() == 32);
     assert!(size_of::<LocalSourceKey>() == 24);
     assert!(size_of::<CorrespondentKey>() == 32);

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`abi`] | the control interface: socket-option level, names, layouts, errno table |
 //! | [`access`] | who may do what through it |
+//! | [`adoption`] | the records of services that know nothing of records |
 //! | [`address`] | endpoints and 128-bit field values |
 //! | [`record`] | the redirect record: layout, MAC, verification |
 //! | [`key`] | the keys of the MACs: which of them count, and when |
@@ -42,6 +43,7 @@ compile_error!("Carnet's layouts are little-endian; a big-endian host is not sup
 pub mod abi;
 pub mod access;
 pub mod address;
+pub mod adoption;
 pub mod arbitration;
 pub mod chain;
 pub mod classify;

@@ -6,7 +6,7 @@ use carnet_core::{
     abi::{self, FlowInfo, OnwardsInfo},
     address::Endpoint,
     event::{Counter, EventKind},
-    record::{AppIdentity, RecordError},
+    record::{AppIdentity, HEADER_LENGTH, RecordError},
 };
 use carnet_tests::{
     Lab, Must as _, PATIENCE, Plan, Report,
@@ -248,7 +248,7 @@ fn a_record_that_was_tampered_with_is_refused_and_the_one_before_stays() {
         assert_eq!(onward.set_record(bytes), fails(libc::EINVAL), "{what}");
     };
     refused(&[], "nothing");
-    for length in [1, 8, 16, 399, 400, 415] {
+    for length in [1, 8, 16, HEADER_LENGTH - 1, HEADER_LENGTH, HEADER_LENGTH + 15] {
         refused(&record[..length], "truncated");
     }
     for more in [1, 16, 496, 497, 3000] {

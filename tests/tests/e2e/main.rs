@@ -4,6 +4,7 @@
 //! `carnet_tests::Lab`), so they run side by side; all need root.
 
 mod accounts;
+mod adoption;
 mod chains;
 mod changes;
 mod control;

@@ -11,7 +11,7 @@ use carnet_core::{
     event::{Event, EventKind},
     object::{Policy, Protocol, Service},
     outcome::Outcome,
-    record::RecordError,
+    record::{RECORD_ADOPTED, RECORD_HOPS_GUESSED, RECORD_IDENTITY_GUESSED, RecordError},
     socket::SocketKind,
 };
 use carnet_engine::{Engine, Listener};
@@ -102,6 +102,12 @@ struct Traced {
     legs: u32,
     /// Hops in the record.
     hops: u32,
+    /// Whether it has a record that was adopted, since not all services set it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    adopted: bool,
+    /// What of the record is a guess: `application` (and the flow's number), `services`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    guessed: Vec<&'static str>,
     /// Of a TCP connection that ended: bytes that the connecting side sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     bytes_sent: Option<u64>,
@@ -237,6 +243,11 @@ impl Traced {
             destination: (event.requested.port != 0).then(|| event.requested.into()),
             legs: event.legs,
             hops: event.hops,
+            adopted: event.flags & RECORD_ADOPTED != 0,
+            guessed: [(RECORD_IDENTITY_GUESSED, "application"), (RECORD_HOPS_GUESSED, "services")]
+                .into_iter()
+                .filter_map(|(flag, what)| (event.flags & flag != 0).then_some(what))
+                .collect(),
             bytes_sent: counted.then_some(event.bytes_sent),
             bytes_received: counted.then_some(event.bytes_received),
             kind,
@@ -260,7 +271,17 @@ impl Traced {
                 format!(", passing over {}", told.collect::<Vec<_>>().join(", "))
             }
         };
-        format!("{} {flow}{process}{}{skipped}", styled(FAINT, time), styled(style, what))
+        let what = styled(style, what);
+        format!("{} {flow}{process}{what}{skipped}{}", styled(FAINT, time), self.adopted())
+    }
+
+    /// That the record was adopted, and what of it is a guess.
+    fn adopted(&self) -> String {
+        match &self.guessed[..] {
+            _ if !self.adopted => String::new(),
+            [] => ", record adopted".into(),
+            guesses => format!(", record adopted ({} guessed)", guesses.join(" and ")),
+        }
     }
 
     /// What the service of this name, which got nothing, does not have.
@@ -398,7 +419,7 @@ fn command_name(bytes: &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use carnet_core::object::{CgroupRef, FailurePolicy, NewService, Trust};
+    use carnet_core::object::{CgroupRef, FailurePolicy, NewService};
 
     use super::*;
 
@@ -406,15 +427,8 @@ mod tests {
         let mut policy = Policy::new();
         policy.add_provider("acme", "").unwrap();
         for (id, name) in [(1, "tls"), (2, "av")] {
-            policy
-                .add_service(NewService {
-                    name: name.into(),
-                    provider: "acme".into(),
-                    cgroup: CgroupRef { path: "/s".into(), id },
-                    on_failure: FailurePolicy::Skip,
-                    trust: Trust::None,
-                })
-                .unwrap();
+            let new = NewService::new(name, "acme", CgroupRef { path: "/s".into(), id });
+            policy.add_service(NewService { on_failure: FailurePolicy::Skip, ..new }).unwrap();
         }
         policy
     }
@@ -466,6 +480,12 @@ mod tests {
         assert_eq!(
             told(&Event { handle: 0, ..event(EventKind::Onward) }),
             "flow 7 curl[42]: onwards to 192.0.2.1:443 after 1 service"
+        );
+        let flags = RECORD_ADOPTED | RECORD_IDENTITY_GUESSED | RECORD_HOPS_GUESSED;
+        assert_eq!(
+            told(&Event { flags, hops: 2, ..event(EventKind::Onward) }),
+            "flow 7 curl[42]: onwards to 192.0.2.1:443 after 2 services, record adopted \
+             (application and services guessed)"
         );
         let unavailable = Reason::ServiceUnavailable as u32;
         assert_eq!(
