@@ -227,14 +227,27 @@ pub const CONFIGURATIONS: &[Configuration] = &[
     },
     Configuration {
         name: "unmodified",
-        about: "4 services, of which each non-empty set is unmodified, passed over when dead, 3 flows; \
+        about: "4 services, of which each non-empty set is unmodified, passed over when dead, 2 flows; \
                 services die and start again at any time",
         quick: false,
         model: Build::Protocol(|| Protocol {
             scenes: (1..16).map(|set| unmodified(&NAMES, set)).collect(),
-            flows: vec![0, 0, 0],
+            flows: vec![0, 0],
             deaths: true,
             witnesses: vec![Witness::ThroughFour, Witness::Guessed, Witness::Broken],
+            ..Protocol::default()
+        }),
+    },
+    Configuration {
+        name: "unmodified-crowd",
+        about: "2 services, of which each non-empty set is unmodified, passed over when dead, 3 flows; \
+                services die and start again at any time",
+        quick: false,
+        model: Build::Protocol(|| Protocol {
+            scenes: (1..4).map(|set| unmodified(&NAMES[..2], set)).collect(),
+            flows: vec![0, 0, 0],
+            deaths: true,
+            witnesses: vec![Witness::ThroughFewer, Witness::Guessed, Witness::Broken],
             ..Protocol::default()
         }),
     },

@@ -38,11 +38,10 @@ pub(crate) fn adopt_if_unmodified(
     if Bank::in_force().header().is_none_or(|header| header.unmodified == 0) {
         return 0;
     }
-    if let Some(leg) = socket.get(&LEGS)
-        && leg.set_hops != 0
-    {
-        // A UDP socket may have been connected by adoption, and sends elsewhere.
-        if leg.flags & LEG_ADOPTED == 0 || leg.kind != 0 {
+    if let Some(leg) = socket.get(&LEGS) {
+        let is_set = leg.set_hops != 0 && leg.flags & LEG_ADOPTED == 0;
+        // A UDP socket that is connected, and sends elsewhere, does so with the record of its connection.
+        if is_set || leg.kind != 0 {
             return 0;
         }
     }
@@ -51,7 +50,7 @@ pub(crate) fn adopt_if_unmodified(
         return 0;
     }
     let Some(leg) = socket.get_or_create(&LEGS) else {
-        return errno::ENOMEM;
+        return out_of_memory();
     };
     leg.flags = LEG_ADOPTED;
     leg.handle = service;
@@ -67,7 +66,7 @@ pub(crate) fn adopt_if_unmodified(
     // It is the onward leg's from here on.
     leg.handle = 0;
     if complete == 0 {
-        return errno::ENOMEM;
+        return out_of_memory();
     }
     leg.set_hops = leg.record.hop_count;
     count(Counter::Adopted);
@@ -75,6 +74,13 @@ pub(crate) fn adopt_if_unmodified(
         count(Counter::AdoptedByGuess);
     }
     0
+}
+
+#[inline(always)]
+fn out_of_memory() -> i32 {
+    count(Counter::OutOfMemory);
+    count(Counter::Blocked);
+    errno::ENOMEM
 }
 
 #[inline(always)]

@@ -164,7 +164,7 @@ pub fn adopt<T: Tables>(
     }
     let is_certain = if basis.for_destination { basis.known && live == 1 } else { live == 0 };
     // What was guessed of it before stays a guess.
-    record.flags = record.flags & RECORD_IDENTITY_GUESSED | RECORD_ADOPTED;
+    record.flags |= RECORD_ADOPTED;
     if !is_certain {
         record.flags |= RECORD_IDENTITY_GUESSED;
     }
@@ -175,10 +175,12 @@ pub fn adopt<T: Tables>(
 }
 
 /// Marks the hops of the record that are guessed, adds what it lacks, and puts the service's own last.
+///
+/// What is marked already stays so. A service that co-operates may be there twice, as a guess and then for
+/// certain: were both certain, its flow would count for two.
 #[inline(always)]
 fn fill_in<T: Tables>(tables: &T, had: Had, own: u64, record: &mut Record, exact: bool) -> bool {
     let filter = record.take_last(own);
-    record.guessed = 0;
     let mut filling = Filling { tables, had, own, record, named: 0, exact, complete: true };
     T::repeat(MAX_HOPS as u32, &mut Marking(&mut filling));
     T::repeat(MAX_SERVICES, &mut filling);
@@ -422,6 +424,24 @@ mod tests {
         assert!(adopt(&policy, Some(&held), basis, own, &mut guessed));
         assert_eq!(hops(&guessed), [(a, true), (own, false)]);
         assert_eq!((guessed.flags & RECORD_IDENTITY_GUESSED, guessed.legs), (2, 2));
+    }
+
+    #[test]
+    fn a_service_that_got_a_flow_after_a_guess_counts_once() {
+        let (policy, handles) = services(3);
+        let [a, b, own] = handles[..] else { unreachable!() };
+        let twice = record(&[(a, true), (b, false), (a, false), (own, false)]);
+        let mut held = HeldFlows::default();
+        hold(&mut held, &twice);
+        let mut adopted = twice;
+        assert!(adopt(&policy, Some(&held), OF_DESTINATION, own, &mut adopted));
+        assert_eq!(hops(&adopted), hops(&twice));
+
+        // Another flow has not had it.
+        hold(&mut held, &record(&[(b, false), (own, false)]));
+        let mut adopted = twice;
+        assert!(adopt(&policy, Some(&held), OF_DESTINATION, own, &mut adopted));
+        assert_eq!(hops(&adopted), [(a, true), (b, false), (a, true), (own, false)]);
     }
 
     #[test]

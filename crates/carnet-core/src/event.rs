@@ -168,20 +168,20 @@ pub enum Counter {
     Asked = 25,
     /// Times that it could not be told, for want of memory.
     AskFailed = 26,
-    /// Connections of unmodified services, and first datagrams of their flows, that adopted a record.
-    Adopted = 27,
-    /// Of the adopted: those of which flow, application or services are guessed.
-    AdoptedByGuess = 28,
     /// TCP connects that were refused a second time, when their SYN was about to be sent: another program
     /// had cleared the refusal.
-    RefusalsCleared = 29,
+    RefusalsCleared = 27,
     /// Redirected TCP connects that were refused when their SYN was about to be sent: another program had
     /// sent them elsewhere. They are of the unsent.
-    Diverted = 30,
+    Diverted = 28,
     /// Of the two before: those that went out all the same, since the kernel would not keep them back.
-    NotHeldBack = 31,
+    NotHeldBack = 29,
     /// Of the refused: their socket is bound to a device, by a process that may not undo that.
-    BoundToDevice = 32,
+    BoundToDevice = 30,
+    /// Connections of unmodified services, and first datagrams of their flows, that adopted a record.
+    Adopted = 31,
+    /// Of the adopted: those of which flow, application or services are guessed.
+    AdoptedByGuess = 32,
 }
 
 impl Counter {
@@ -217,11 +217,11 @@ impl Counter {
         (Self::DatagramFlowsEnded, "udp_flows_ended"),
         (Self::Asked, "udp_flows_asked"),
         (Self::AskFailed, "udp_ask_failed"),
-        (Self::Adopted, "records_adopted"),
-        (Self::AdoptedByGuess, "records_guessed"),
         (Self::RefusalsCleared, "refusals_cleared"),
         (Self::Diverted, "diverted"),
         (Self::NotHeldBack, "not_held_back"),
         (Self::BoundToDevice, "bound_to_device"),
+        (Self::Adopted, "records_adopted"),
+        (Self::AdoptedByGuess, "records_guessed"),
     ];
 }

@@ -8,6 +8,7 @@ use carnet_core::{
     object::Conditions,
     record::{RECORD_ADOPTED, RECORD_HOPS_GUESSED, RECORD_IDENTITY_GUESSED, Record},
 };
+use carnet_testbed::{DatagramServer, Topology, answer_of};
 use carnet_tests::{
     Lab, Must as _, Plan, Report, Running,
     puppet::{Hand, Puppet},
@@ -122,6 +123,54 @@ fn flows_that_are_alike_need_no_guesses() {
         }
     }
     assert_eq!(lab.network().echo().connections().len(), 300);
+}
+
+#[test]
+fn udp_flows_pass_unmodified_services_once_too() {
+    let lab = Lab::new();
+    let addresses = [(Topology::DESTINATION_V4, 0).into(), (Topology::DESTINATION_V6, 0).into()];
+    let server = DatagramServer::start_in(&lab.network().topology.destination, addresses)
+        .must("start a server");
+    let names = ["first", "second", "third"];
+    let mut services = Vec::new();
+    for (name, weight) in names.into_iter().zip([30, 20, 10]) {
+        lab.service_with(name, unmodified(weight));
+        let behaviour = Behaviour { forget_records: true, ..Behaviour::with_datagrams() };
+        services.push(lab.start_with(name, &behaviour));
+    }
+    let handles = names.map(|name| lab.handle_of(name));
+    let client = lab.puppet();
+    // Several at a time for each destination, connected and not.
+    let mut sockets = Vec::new();
+    for round in 0..3 {
+        for to in server.addresses() {
+            for connected in [false, true] {
+                let socket = client.udp(*to);
+                if connected {
+                    socket.connect(*to).must("connect");
+                }
+                let word = format!("{round} {connected}").into_bytes();
+                let sent = if connected { socket.send(&word) } else { socket.send_to(*to, &word) };
+                sent.must("send");
+                let answer = socket.receive_from();
+                assert_eq!(answer, Ok((answer_of(*to, &word), *to)));
+                sockets.push(socket);
+            }
+        }
+    }
+    let flows = sockets.len();
+    for (place, service) in services.iter().enumerate() {
+        let reports = service.reports(flows);
+        assert_eq!(reports.len(), flows, "{}", names[place]);
+        for report in &reports {
+            assert_eq!(hops(&report.parsed()), certain(&handles[..=place]), "{report:#?}");
+        }
+    }
+    assert_eq!(server.datagrams().len(), flows);
+    assert_eq!(lab.counter(Counter::Loops), 0);
+    drop(sockets);
+    drop(services);
+    lab.settle();
 }
 
 /// A service whose steps the test makes: it holds connections, and connects.
