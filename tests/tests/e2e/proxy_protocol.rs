@@ -200,6 +200,8 @@ fn an_unmodified_proxy_hands_flows_on_to_another_host() {
     let reports = lab.client(lab.v4()).run().must("run a client");
     assert!(!reports[0].ok, "{reports:#?}");
     let lines = end(inspect, &stranger);
-    assert_eq!((lines.len(), &lines[0]["verdict"]), (1, &"refuse".into()), "{lines:#?}");
+    // HAProxy may try again.
+    assert!(!lines.is_empty(), "a connection was refused");
+    assert!(lines.iter().all(|line| line["verdict"] == "refuse"), "{lines:#?}");
     assert_eq!(lab.network().echo().connections().len(), 1);
 }
