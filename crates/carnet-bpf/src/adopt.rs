@@ -38,11 +38,10 @@ pub(crate) fn adopt_if_unmodified(
     if Bank::in_force().header().is_none_or(|header| header.unmodified == 0) {
         return 0;
     }
-    if let Some(leg) = socket.get(&LEGS)
-        && leg.set_hops != 0
-    {
-        // A UDP socket may have been connected by adoption, and sends elsewhere.
-        if leg.flags & LEG_ADOPTED == 0 || leg.kind != 0 {
+    if let Some(leg) = socket.get(&LEGS) {
+        let is_set = leg.set_hops != 0 && leg.flags & LEG_ADOPTED == 0;
+        // A UDP socket that is connected, and sends elsewhere, does so with the record of its connection.
+        if is_set || leg.kind != 0 {
             return 0;
         }
     }

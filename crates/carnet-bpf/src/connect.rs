@@ -181,7 +181,7 @@ fn take_back(holder: Socket) {
 /// The record with which the socket connects: its own, or that of the Multipath TCP connection that it
 /// belongs to.
 #[inline(always)]
-fn record_on(socket: Socket) -> Option<&'static Record> {
+pub(crate) fn record_on(socket: Socket) -> Option<&'static Record> {
     let leg = match socket.get(&LEGS) {
         Some(leg) => leg,
         None => socket.multipath()?.get(&LEGS)?,

@@ -12,12 +12,11 @@ use carnet_core::{
     event::{Counter, EventKind},
     flow::{LEG_REFUSED, LEG_STARTING, LegState},
     outcome::Outcome,
-    record::Record,
 };
 
 use crate::{
     attempt::{Attempt, bind_to_device},
-    connect::begin,
+    connect::{begin, record_on},
     connecting::leg_of,
     ctx::{fetch_add, load64},
     decide::Request,
@@ -79,21 +78,13 @@ pub(crate) extern "C" fn carnet_refused(ctx: *mut bpf_sock_addr, request: *const
     if request.protocol != TCP {
         return 0;
     }
-    let attempt = Attempt { ctx, socket, record: record_on_multipath(socket), request };
+    let attempt = Attempt { ctx, socket, record: record_on(socket), request };
     if let Some(leg) = begin(&attempt, LEG_REFUSED, &request.destination) {
         leg.handle = request.decision.handle;
         leg.filter = request.decision.filter;
         socket.put_on_multipath(&LEGS, leg);
     }
     0
-}
-
-/// The record that is set on the Multipath TCP connection whose subflow the socket is. One on the socket
-/// itself needs no care.
-#[inline(always)]
-fn record_on_multipath(socket: Socket) -> Option<&'static Record> {
-    let leg = socket.multipath()?.get(&LEGS)?;
-    if leg.set_hops == 0 { None } else { Some(&leg.record) }
 }
 
 /// Keeps a connection from coming about that another program has undone, when its SYN is about to be sent:

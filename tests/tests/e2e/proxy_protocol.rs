@@ -63,20 +63,65 @@ fn lab_for_clients(service: &str) -> Lab {
     lab
 }
 
+/// HAProxy, which connects to where the header says, and in front of it Carnet's own service, whose log is
+/// in this file.
+#[track_caller]
+fn haproxy_behind_a_front(
+    lab: &Lab,
+    service: &str,
+    directory: &Directory,
+    log: &Path,
+) -> [Process; 2] {
+    let client = &lab.network().topology.client;
+    let place = free_port(client, "127.0.0.1:0");
+    let frontend = format!("bind {place} accept-proxy");
+    let line = "%ci:%cp %[dst] %[dst_port] %[fc_pp_unique_id]";
+    let haproxy = haproxy(lab, service, directory, [line, &frontend, "server original 0.0.0.0"]);
+    listens(client, place);
+    let to = place.to_string();
+    [haproxy, inspect_with(lab, service, log, &["--send-proxy", &to])]
+}
+
+#[test]
+fn a_front_and_its_proxy_are_one_service_of_a_chain() {
+    let lab = Lab::new();
+    let prefixes = ["192.0.2.0/24", "2001:db8::/32"];
+    // Not what the front says to its proxy.
+    let destinations = prefixes.map(|prefix| prefix.parse().must("parse a prefix")).to_vec();
+    let conditions = Conditions { destinations, ..Conditions::default() };
+    for (name, weight, unmodified) in
+        [("alpha", 30, false), ("front", 20, true), ("bravo", 10, false)]
+    {
+        let conditions = conditions.clone();
+        lab.service_with(name, Plan { weight, unmodified, conditions, ..Plan::default() });
+    }
+    let directory = Directory::new("chain");
+    let log = directory.0.join("front.log");
+    let alpha = lab.start("alpha");
+    let [_haproxy, front] = haproxy_behind_a_front(&lab, "front", &directory, &log);
+    let bravo = lab.start("bravo");
+    for to in [lab.v4(), lab.v6()] {
+        lab.exchange(to);
+    }
+    lab.settle();
+    assert_eq!(end(front, &log).len(), 2);
+    let handles = ["alpha", "front", "bravo"].map(|name| lab.handle_of(name));
+    let [before, after] = [alpha.finish(), bravo.finish()];
+    assert_eq!((before.len(), after.len()), (2, 2), "{before:#?} {after:#?}");
+    for (report, first) in after.iter().zip(&before) {
+        let record = report.parsed();
+        assert_eq!(record.hops[..3].iter().map(|hop| hop.handle).collect::<Vec<_>>(), handles);
+        assert_eq!((report.flow, report.original), (first.flow, first.original));
+    }
+    assert_eq!(lab.network().echo().connections().len(), 2);
+}
+
 #[test]
 fn a_service_that_expects_the_header_gets_it() {
     let lab = lab_for_clients("front");
     let directory = Directory::new("send-proxy");
-    let client = &lab.network().topology.client;
-    let place = free_port(client, "127.0.0.1:0");
-    let frontend = format!("bind {place} accept-proxy");
-    let log = "%ci:%cp %[dst] %[dst_port] %[fc_pp_unique_id]";
-    let haproxy = haproxy(&lab, "front", &directory, [log, &frontend, "server original 0.0.0.0"]);
-    listens(client, place);
-
     let own_log = directory.0.join("front.log");
-    let to = place.to_string();
-    let front = inspect_with(&lab, "front", &own_log, &["--send-proxy", &to]);
+    let [haproxy, front] = haproxy_behind_a_front(&lab, "front", &directory, &own_log);
     let mapped = match lab.v4() {
         SocketAddr::V4(v4) => SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()),
         SocketAddr::V6(_) => unreachable!("an IPv4 address"),
@@ -155,6 +200,8 @@ fn an_unmodified_proxy_hands_flows_on_to_another_host() {
     let reports = lab.client(lab.v4()).run().must("run a client");
     assert!(!reports[0].ok, "{reports:#?}");
     let lines = end(inspect, &stranger);
-    assert_eq!((lines.len(), &lines[0]["verdict"]), (1, &"refuse".into()), "{lines:#?}");
+    // HAProxy may try again.
+    assert!(!lines.is_empty(), "a connection was refused");
+    assert!(lines.iter().all(|line| line["verdict"] == "refuse"), "{lines:#?}");
     assert_eq!(lab.network().echo().connections().len(), 1);
 }
