@@ -42,16 +42,19 @@ fn passed_over(of: [&'static Product; 3]) {
         first += FLOWS;
         let passed = || scene.server.requests().len();
         until("some flows to pass", passed, |count| *count >= BEFORE);
+        let killed = web::now();
         scene.kill(place);
         let gone = web::now();
         let fetched = web::finish_client(client, carnet_tests::PATIENCE);
         let lost = fetched.iter().filter(|flow| flow.failure.is_some());
         let later: Vec<_> = lost.clone().filter(|flow| flow.began > gone).collect();
         assert!(later.is_empty(), "{} is gone, and lost are {later:?}", product.name);
-        // What was inside is lost, and no worker has more than one flow at a time; but while the kernel
-        // takes the program's sockets away one by one, the next one may still get in.
+        // What was inside is lost, and no worker has more than one flow at a time. While the kernel takes
+        // the program's sockets away one by one, which takes its time on a busy machine, others may still
+        // get in.
+        let inside = lost.clone().filter(|flow| flow.began < killed).count();
+        assert!(inside <= AT_A_TIME as usize, "{}: {inside} flows were lost", product.name);
         let lost = lost.count();
-        assert!(lost <= 2 * AT_A_TIME as usize, "{}: {lost} flows were lost", product.name);
         assert_eq!(fetched.len(), FLOWS as usize);
         scene.skip_logs();
         // The others go on without it,
