@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use carnet_core::event::Counter;
 use carnet_tests::{rounds, until, web};
 
 use crate::{
@@ -42,9 +43,18 @@ fn ten_thousand_flows_through_three_unmodified_products() {
     let before = sockets_of(&processes);
     plan.first = plan.count;
     plan.count = rounds(10_000);
+    let counters = [Counter::Redirected, Counter::Adopted, Counter::AdoptedByGuess];
+    let counted = |scene: &Scene| counters.map(|counter| scene.lab.counter(counter));
+    let at_first = counted(&scene);
     let begun = std::time::Instant::now();
-    scene.fetch(&plan).unwrap_or_else(|fault| panic!("{fault}"));
+    let logs = scene.fetch(&plan);
     let (count, took) = (plan.count, begun.elapsed());
+    // The kernel has led each flow to each of the three, and knew each time whose it was.
+    let now = counted(&scene);
+    let legs = u64::from(3 * count);
+    let due = [at_first[0] + legs, at_first[1] + legs];
+    assert_eq!(now[..2], due, "{counters:?}, {logs:?}");
+    logs.unwrap_or_else(|fault| panic!("{fault}; guessed: {}", now[2] - at_first[2]));
     println!("{count} flows through squid -> haproxy -> envoy in {:.1} s", took.as_secs_f64());
 
     let grown =
