@@ -29,7 +29,7 @@ pub(crate) fn destinations() -> Vec<SocketAddr> {
 #[track_caller]
 fn passes(products: &[&'static Product]) {
     let to = destinations();
-    let members: Vec<_> = products.iter().map(|product| Member::Product(product)).collect();
+    let members: Vec<_> = products.iter().copied().map(Member::Product).collect();
     let mut scene = Scene::new(&members);
     let plan = web::Plan { to, workers: AT_A_TIME, ..web::Plan::new(destinations()[0], FLOWS) };
     let names: Vec<_> = products.iter().map(|product| product.name).collect();
@@ -74,7 +74,7 @@ fn every_order_of_three() {
 fn one_with_an_upstream_of_its_own_is_last() {
     // What redsocks connects goes to its SOCKS server, in its protocol.
     let to = vec![destinations()[0]];
-    let members = [&HAPROXY, &ENVOY, &REDSOCKS].map(|product| Member::Product(product));
+    let members = [&HAPROXY, &ENVOY, &REDSOCKS].map(Member::Product);
     let mut scene = Scene::new(&members);
     let plan = web::Plan { workers: AT_A_TIME, ..web::Plan::new(to[0], FLOWS) };
     scene.fetch(&plan).unwrap_or_else(|fault| panic!("{fault}"));

@@ -23,7 +23,7 @@ const AT_ONCE: Duration = Duration::from_secs(5);
 /// The chain of which one is killed.
 fn chain(of: [&'static Product; 3], on_failure: FailurePolicy) -> Scene {
     let plan = Plan { on_failure, ..Plan::default() };
-    Scene::with(&of.map(|product| Member::Product(product)), &plan)
+    Scene::with(&of.map(Member::Product), &plan)
 }
 
 fn flows(first: u32, count: u32) -> web::Plan {

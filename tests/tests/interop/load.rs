@@ -30,7 +30,7 @@ fn sockets_of(processes: &[u32]) -> Vec<usize> {
 #[test]
 #[ignore = "needs the products: cargo xtask interop"]
 fn ten_thousand_flows_through_three_unmodified_products() {
-    let members = [&SQUID, &HAPROXY, &ENVOY].map(|product| Member::Product(product));
+    let members = [&SQUID, &HAPROXY, &ENVOY].map(Member::Product);
     let mut scene = Scene::new(&members);
     let mut plan = web::Plan {
         to: destinations(),

@@ -13,7 +13,7 @@ const FLOWS: u32 = 30;
 #[test]
 #[ignore = "needs the products: cargo xtask interop"]
 fn a_pooled_connection_passes_the_next_service_once_whosever_requests_it_carries() {
-    let members = [&SQUID_WITH_POOL, &HAPROXY].map(|product| Member::Product(product));
+    let members = [&SQUID_WITH_POOL, &HAPROXY].map(Member::Product);
     let mut scene = Scene::new(&members);
     let to = destinations()[0];
     let fetched = web::fetch(&scene.lab, &web::Plan::new(to, FLOWS));

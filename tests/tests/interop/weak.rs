@@ -17,7 +17,7 @@ const FLOWS: u32 = 12;
 #[test]
 #[ignore = "needs the products: cargo xtask interop"]
 fn sslsplit_finds_the_destinations() {
-    let members = [&SSLSPLIT, &HAPROXY].map(|product| Member::Product(product));
+    let members = [&SSLSPLIT, &HAPROXY].map(Member::Product);
     let mut scene = Scene::new(&members);
     for (turn, to) in (0..).zip(destinations()) {
         scene.server.forget();
