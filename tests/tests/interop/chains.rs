@@ -73,9 +73,9 @@ fn every_order_of_three() {
 #[ignore = "needs the products: cargo xtask interop"]
 fn one_with_an_upstream_of_its_own_is_last() {
     // What redsocks connects goes to its SOCKS server, in its protocol.
-    let to = vec![destinations()[0]];
+    let to = destinations()[0];
     let members = [&HAPROXY, &ENVOY, &REDSOCKS].map(Member::Product);
     let mut scene = Scene::new(&members);
-    let plan = web::Plan { workers: AT_A_TIME, ..web::Plan::new(to[0], FLOWS) };
+    let plan = web::Plan { workers: AT_A_TIME, ..web::Plan::new(to, FLOWS) };
     scene.fetch(&plan).unwrap_or_else(|fault| panic!("{fault}"));
 }
