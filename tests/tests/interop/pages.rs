@@ -68,3 +68,35 @@ fn each_page_is_pasted() {
         println!("docs/interop/{page}.md: pasted, and the flow arrived");
     }
 }
+
+/// The tests that a page names, `module::test`.
+fn tests_named_in(page: &str) -> Vec<String> {
+    let words = page.split('`').skip(1).step_by(2);
+    let is_test = |word: &&str| {
+        let part =
+            |part: &str| part.chars().all(|c| c.is_ascii_lowercase() || "0123456789_".contains(c));
+        word.split_once("::")
+            .is_some_and(|(module, test)| part(module) && part(test) && !test.is_empty())
+    };
+    words.filter(is_test).map(str::to_owned).collect()
+}
+
+#[test]
+fn the_tests_that_pages_name_are_there() {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let suites = ["conformance", "e2e", "evasion", "faults", "interop"];
+    for page in ["interop.md", "peers.md"] {
+        let page = package.parent().expect("the workspace's root").join("docs").join(page);
+        let named = tests_named_in(&fs::read_to_string(&page).must("read a page"));
+        assert!(named.len() > 5, "{}: {named:?}", page.display());
+        for test in named {
+            let (module, function) = test.split_once("::").expect("a module");
+            let is_there = suites.iter().any(|suite| {
+                let file = package.join("tests").join(suite).join(format!("{module}.rs"));
+                let text = fs::read_to_string(file).unwrap_or_default();
+                text.contains(&format!("\nfn {function}()"))
+            });
+            assert!(is_there, "{} names {test}, and there is no such test", page.display());
+        }
+    }
+}
