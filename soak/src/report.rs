@@ -124,7 +124,7 @@ impl Crowds {
     /// Something of each crowd.
     fn each<T: fmt::Display>(&self, value: impl Fn(&Round) -> T) -> String {
         let values: Vec<_> = self.rounds.iter().map(|round| value(round).to_string()).collect();
-        values.join(", ")
+        values.join("; ")
     }
 
     /// Two lines: what there was at first and after each crowd, and with all connections of each.
@@ -135,7 +135,7 @@ impl Crowds {
         value: impl Fn(&Level) -> String,
     ) -> fmt::Result {
         let after = self.each(|round| value(&round.after));
-        row(f, what, &format!("{} at first; {after}", value(&self.before)))?;
+        row(f, what, &format!("{} at first, then {after}", value(&self.before)))?;
         row(f, "  with all connections", &self.each(|round| value(&round.with)))
     }
 
