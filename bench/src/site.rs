@@ -11,8 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use carnet_core::event::Counter;
 use carnet_core::object::{
-    CgroupRef, Conditions, FailurePolicy, FilterAction, NewFilter, NewService, Policy, Trust,
-    Weight,
+    CgroupRef, Conditions, FilterAction, NewFilter, NewService, Policy, Weight,
 };
 use carnet_engine::{Engine, Location, UpOptions};
 use carnet_testbed::{BpfDirectory, Cgroup, NetworkNamespace, Process, Topology, interrupt};
@@ -197,13 +196,7 @@ impl Site {
         let reference = CgroupRef { path: format!("/{}", path.display()), id: cgroup.id() };
         self.change(|policy| {
             policy.add_sublayer(&name, NAME, u16::MAX - place)?;
-            policy.add_service(NewService {
-                name: name.clone(),
-                provider: NAME.into(),
-                cgroup: reference,
-                on_failure: FailurePolicy::Block,
-                trust: Trust::None,
-            })?;
+            policy.add_service(NewService::new(&name, NAME, reference))?;
             policy.add_filter(NewFilter {
                 name: None,
                 sublayer: name.clone(),

@@ -8,10 +8,7 @@ use carnet_core::{
     classify::{Listeners, Unobserved, classify},
     compile::compile,
     explain::{HostConnection, Process, explain},
-    object::{
-        CgroupCondition, CgroupRef, ExecutableCondition, FailurePolicy, NetnsCondition, NewService,
-        Policy, Trust,
-    },
+    object::{CgroupCondition, CgroupRef, ExecutableCondition, NetnsCondition, NewService, Policy},
     record::{FileId, Hop, Record},
 };
 use carnet_reference::{
@@ -63,14 +60,8 @@ fn policy(choices: &mut Bytes<'_>) -> Policy {
     let mut policy = Policy::new();
     policy.add_provider("p", "").expect("a provider");
     for n in 0..choices.below(7) {
-        let service = NewService {
-            name: format!("s{n}"),
-            provider: "p".into(),
-            cgroup: CgroupRef { path: format!("/{n}"), id: 100 + n },
-            on_failure: FailurePolicy::Block,
-            trust: Trust::None,
-        };
-        policy.add_service(service).expect("a service");
+        let cgroup = CgroupRef { path: format!("/{n}"), id: 100 + n };
+        policy.add_service(NewService::new(format!("s{n}"), "p", cgroup)).expect("a service");
     }
     generate::replace(&mut policy, &world(), 24, choices).expect("a policy");
     policy

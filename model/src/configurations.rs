@@ -6,7 +6,7 @@ use carnet_core::object::FailurePolicy::{Block, Skip};
 
 use self::scenes::{
     ALL, MIXED, bank_policies, changes, everybody, failures, filters, masks, opposite_orders,
-    opposite_pair,
+    opposite_pair, unmodified, unmodified_pair,
 };
 use crate::{
     banks::{self, Banks},
@@ -222,6 +222,59 @@ pub const CONFIGURATIONS: &[Configuration] = &[
             hours: true,
             rotations: 1,
             witnesses: vec![Witness::Believed, Witness::ThroughFewer],
+            ..Protocol::default()
+        }),
+    },
+    Configuration {
+        name: "unmodified",
+        about: "4 services, of which each non-empty set is unmodified, passed over when dead, 2 flows; \
+                services die and start again at any time",
+        quick: false,
+        model: Build::Protocol(|| Protocol {
+            scenes: (1..16).map(|set| unmodified(&NAMES, set)).collect(),
+            flows: vec![0, 0],
+            deaths: true,
+            witnesses: vec![Witness::ThroughFour, Witness::Guessed, Witness::Broken],
+            ..Protocol::default()
+        }),
+    },
+    Configuration {
+        name: "unmodified-crowd",
+        about: "2 services, of which each non-empty set is unmodified, passed over when dead, 3 flows; \
+                services die and start again at any time",
+        quick: false,
+        model: Build::Protocol(|| Protocol {
+            scenes: (1..4).map(|set| unmodified(&NAMES[..2], set)).collect(),
+            flows: vec![0, 0, 0],
+            deaths: true,
+            witnesses: vec![Witness::ThroughFewer, Witness::Guessed, Witness::Broken],
+            ..Protocol::default()
+        }),
+    },
+    Configuration {
+        name: "unmodified-elsewhere",
+        about: "2 services in opposite orders for 2 destinations, of which each non-empty set is \
+                unmodified, 3 flows, 2 of which go on to the other destination",
+        quick: false,
+        model: Build::Protocol(|| Protocol {
+            scenes: (1..4).map(unmodified_pair).collect(),
+            flows: vec![0, 0, 1],
+            lies: 2,
+            witnesses: vec![Witness::ThroughFewer, Witness::Guessed],
+            ..Protocol::default()
+        }),
+    },
+    Configuration {
+        name: "unmodified-three",
+        about: "3 services, of which each non-empty set is unmodified, passed over when dead, 2 flows; \
+                services die and start again; 1 flow goes on to the other destination",
+        quick: true,
+        model: Build::Protocol(|| Protocol {
+            scenes: (1..8).map(|set| unmodified(&NAMES[..3], set)).collect(),
+            flows: vec![0, 0],
+            deaths: true,
+            lies: 1,
+            witnesses: vec![Witness::ThroughFewer, Witness::Guessed, Witness::Broken],
             ..Protocol::default()
         }),
     },

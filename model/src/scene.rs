@@ -63,6 +63,8 @@ pub struct ServiceFact {
     pub trusts: Option<u8>,
     /// Whether flows are refused while it has no live listener.
     pub blocks: bool,
+    /// Whether its program knows nothing of records.
+    pub unmodified: bool,
 }
 
 /// What is to become of a flow.
@@ -137,8 +139,7 @@ impl Administrator {
     /// Adds the service `name`, which process number `process` is.
     pub fn add_service(&mut self, name: &str, process: usize, on_failure: FailurePolicy) {
         let cgroup = CgroupRef { path: format!("/{}", NAMES[process]), id: cgroup(process) };
-        let (name, provider, trust) = (name.into(), "p".into(), Trust::None);
-        let new = NewService { name, provider, cgroup, on_failure, trust };
+        let new = NewService { on_failure, ..NewService::new(name, "p", cgroup) };
         let added = self.policy.add_service(new).expect(SOUND);
         self.named.insert(added.name.clone(), self.scene.handles.len());
         self.scene.handles.push(added.handle);
@@ -148,6 +149,11 @@ impl Administrator {
     /// Says whom a service trusts.
     pub fn trust(&mut self, service: &str, trust: Trust) {
         self.policy.set_trust(service, trust).expect(SOUND);
+    }
+
+    /// Says that a service's program knows nothing of records.
+    pub fn unmodified(&mut self, service: &str) {
+        self.policy.set_unmodified(service, true).expect(SOUND);
     }
 
     /// Adds a filter to the sublayer of weight `sublayer`.
@@ -201,6 +207,7 @@ impl Administrator {
                 }
             },
             blocks: service.on_failure == FailurePolicy::Block,
+            unmodified: service.unmodified,
         });
         let fate = |Intent { order, refused }| Fate {
             order: order.iter().map(|name| handle_of(name)).collect(),

@@ -270,13 +270,15 @@ fn account(f: &mut fmt::Formatter<'_>, sample: &Sample) -> fmt::Result {
     let sums = format!("{} = {} ended + {} live", udp.redirected, udp.ended, udp.live);
     row(f, "redirected, UDP", &sums)?;
     let sums = format!(
-        "{} = {} by a filter + {} without service + {} loops + {} without memory + {} in use",
+        "{} = {} by a filter + {} without service + {} loops + {} without memory + {} in use \
+         + {} bound to a device",
         refused.refused,
         refused.by_filter,
         refused.service_unavailable,
         refused.loops_ended,
         refused.out_of_memory,
-        refused.address_in_use
+        refused.address_in_use,
+        refused.bound_to_device
     );
     row(f, "refused", &sums)
 }

@@ -10,12 +10,14 @@ use std::{
 
 use aya::maps::{Array, HashMap, Map, MapData};
 use carnet_core::{
+    adoption::HeldFlows,
     event::{Counter, Event, EventKind},
-    flow::{LegState, Tuple},
+    flow::{GuardKey, LegState, Tuple},
     object::{
         CgroupRef, Conditions, Context, FailurePolicy, FilterAction, NewFilter, NewService, Policy,
         Trust, Weight,
     },
+    record::HEADER_LENGTH,
     siphash::Key,
 };
 use carnet_engine::{Engine, EventReader, Location, UpOptions};
@@ -62,6 +64,8 @@ pub struct Plan {
     pub conditions: Conditions,
     /// The filter's context.
     pub context: Option<Vec<u8>>,
+    /// Whether the service's program knows nothing of records.
+    pub unmodified: bool,
 }
 
 impl Default for Plan {
@@ -72,6 +76,7 @@ impl Default for Plan {
             trust: Trust::None,
             conditions: Conditions::default(),
             context: None,
+            unmodified: false,
         }
     }
 }
@@ -245,17 +250,12 @@ impl Lab {
             Arc::new(self.scope.child(&format!("service-{name}")).must("make a cgroup"))
         });
         let reference = reference_of(&cgroup);
-        let Plan { weight, on_failure, trust, conditions, context } = plan;
+        let Plan { weight, on_failure, trust, conditions, context, unmodified } = plan;
         self.change(|policy| {
             policy.add_provider(name, "")?;
             policy.add_sublayer(name, name, weight)?;
-            policy.add_service(NewService {
-                name: name.into(),
-                provider: name.into(),
-                cgroup: reference,
-                on_failure,
-                trust,
-            })?;
+            let new = NewService::new(name, name, reference);
+            policy.add_service(NewService { on_failure, trust, unmodified, ..new })?;
             let context = context.map(Context::new).transpose()?;
             policy.add_filter(NewFilter {
                 name: Some(name.into()),
@@ -394,12 +394,12 @@ impl Lab {
     pub fn settle_sockets(&self) {
         self.settle();
         let engine = self.engine();
-        let connecting = || entries::<{ size_of::<u64>() }>(&engine, "CONNECTING");
+        let connecting = || entries::<{ size_of::<u64>() }, LEG>(&engine, "CONNECTING");
         until("the end of all sockets' legs", connecting, |legs| *legs == 0);
     }
 
-    /// Waits until the kernel keeps nothing of any connection any more: no flow is listed, and no
-    /// leg waits to be handed over or asked about.
+    /// Waits until the kernel keeps nothing of any connection any more: no flow is listed, no leg waits to
+    /// be handed over or asked about, and no service holds any.
     #[track_caller]
     pub fn settle(&self) {
         self.settle_but_for(&[]);
@@ -424,21 +424,24 @@ impl Default for Lab {
     }
 }
 
-/// How many legs of connections the kernel keeps apart from sockets: those that wait to be handed over
-/// to the accepting side, and those that were.
+/// How much the kernel keeps apart from sockets: legs that wait to be handed over to the accepting side,
+/// those that were, and destinations for which unmodified services hold flows.
 #[track_caller]
 fn kept(engine: &Engine) -> usize {
-    entries::<{ size_of::<Tuple>() }>(engine, "HANDOVER")
-        + entries::<{ size_of::<u64>() }>(engine, "ACCEPTED")
+    entries::<{ size_of::<Tuple>() }, LEG>(engine, "HANDOVER")
+        + entries::<{ size_of::<u64>() }, LEG>(engine, "ACCEPTED")
+        + entries::<{ size_of::<GuardKey>() }, { size_of::<HeldFlows>() }>(engine, "HELD")
 }
 
-/// How many legs a map holds.
+/// Size of a leg.
+const LEG: usize = size_of::<LegState>();
+
+/// How many entries a map has.
 #[track_caller]
-fn entries<const KEY: usize>(engine: &Engine, map: &str) -> usize {
-    const VALUE: usize = size_of::<LegState>();
+fn entries<const KEY: usize, const VALUE: usize>(engine: &Engine, map: &str) -> usize {
     let pin = engine.location().directory().join("maps").join(map);
-    let map = Map::HashMap(MapData::from_pin(pin).must("open a map of legs"));
-    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(map).must("read a map of legs");
+    let map = Map::HashMap(MapData::from_pin(pin).must("open a map"));
+    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(map).must("read a map");
     map.keys().count()
 }
 
@@ -518,7 +521,7 @@ pub fn handed_on(chain: &[(u64, Vec<Report>)], count: usize) -> BTreeSet<u64> {
             assert_eq!(report.handle, *handle, "{report:#?}");
             assert_eq!(report.hops as usize, hops, "{report:#?}");
             assert_eq!(report.legs as usize, hops, "{report:#?}");
-            assert_eq!(report.record.len(), 400 + 16 * hops, "{report:#?}");
+            assert_eq!(report.record.len(), HEADER_LENGTH + 16 * hops, "{report:#?}");
             let record = report.parsed();
             let named: Vec<u64> = record.hops[..hops].iter().map(|hop| hop.handle).collect();
             assert_eq!(named, handles[..hops], "{report:#?}");

@@ -8,6 +8,7 @@
 //! - [`caller::Caller`]: a process that makes many calls at an order, one after another.
 //! - [`tracer`]: runs a command and kills it at a system call.
 //! - [`dns`]: a resolver that answers anything.
+//! - [`foreign`]: BPF programs of others, beside Carnet's.
 //! - [`contract`]: the C programs of the contract suite, and what they ask of a lab.
 //!
 //! All of it panics when something does not work that is not what is being tested, and says what.
@@ -23,6 +24,7 @@ use std::{
 pub mod caller;
 pub mod contract;
 pub mod dns;
+pub mod foreign;
 mod lab;
 mod orders;
 pub mod puppet;

@@ -95,6 +95,87 @@ pub fn open_bpf(object: &BpfObject) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor as i32) })
 }
 
+/// Loads a BPF program of this type, for this place, under this name of at most 15 bytes. Each instruction is
+/// a `struct bpf_insn`.
+///
+/// # Errors
+/// What the kernel says.
+pub fn load_program(
+    kind: u32,
+    attach_type: u32,
+    instructions: &[u64],
+    name: &str,
+) -> io::Result<OwnedFd> {
+    const PROG_LOAD: i64 = 5;
+    let mut attributes = LoadAttributes {
+        kind,
+        count: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+        instructions: instructions.as_ptr() as u64,
+        licence: c"GPL".as_ptr() as u64,
+        log: [0; 4],
+        version_and_flags: [0; 2],
+        name: [0; 16],
+        device: 0,
+        attach_type,
+    };
+    for (to, byte) in attributes.name[..15].iter_mut().zip(name.bytes()) {
+        *to = byte;
+    }
+    // SAFETY: the kernel reads as many attributes as it is told there are, the instructions and the
+    // licence, all of which outlive the call.
+    let descriptor = unsafe {
+        libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attributes, size_of_val(&attributes))
+    };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel gave a new descriptor, which nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor as i32) })
+}
+
+/// The begin of `union bpf_attr`, for loading a program.
+#[repr(C)]
+struct LoadAttributes {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    licence: u64,
+    log: [u32; 4],
+    version_and_flags: [u32; 2],
+    name: [u8; 16],
+    device: u32,
+    attach_type: u32,
+}
+
+/// Attaches a program to a cgroup by a link, which ends with the descriptor.
+///
+/// # Errors
+/// What the kernel says.
+pub fn link_program(
+    program: impl AsFd,
+    cgroup: impl AsFd,
+    attach_type: u32,
+    flags: u32,
+) -> io::Result<OwnedFd> {
+    const LINK_CREATE: i64 = 28;
+    let number = |fd: i32| fd.cast_unsigned();
+    let attributes = [
+        number(program.as_fd().as_raw_fd()),
+        number(cgroup.as_fd().as_raw_fd()),
+        attach_type,
+        flags,
+    ];
+    // SAFETY: the kernel reads 16 bytes of attributes, which outlive the call.
+    let descriptor = unsafe {
+        libc::syscall(libc::SYS_bpf, LINK_CREATE, attributes.as_ptr(), size_of_val(&attributes))
+    };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel gave a new descriptor, which nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor as i32) })
+}
+
 /// Has this process, which has one thread, enter a user namespace of its own.
 ///
 /// # Errors

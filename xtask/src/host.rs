@@ -16,11 +16,12 @@ const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
 /// The real programs that the end-to-end tests put at both ends of a connection, and the Debian
 /// package of each.
-pub(crate) const PROGRAMS: [(&str, &str); 11] = [
+pub(crate) const PROGRAMS: [(&str, &str); 12] = [
     ("cc", "gcc"),
     ("curl", "curl"),
     ("dig", "bind9-dnsutils"),
     ("dnsmasq", "dnsmasq-base"),
+    ("haproxy", "haproxy"),
     ("ip", "iproute2"),
     ("nft", "nftables"),
     ("nginx", "nginx"),

@@ -69,10 +69,13 @@ pub(crate) fn delivered_to(ctx: *mut bpf_sockopt, socket: Socket) -> Option<&'st
     }
 }
 
-/// By what [`find`] finds the leg of such a socket; 0 if it does not.
+/// What stands for a leg that [`find`] does not find.
+pub(crate) const NO_TICKET: u64 = 0;
+
+/// By what [`find`] finds the leg of such a socket; [`NO_TICKET`] if it does not.
 #[inline(always)]
 pub(crate) fn ticket(ctx: *mut bpf_sockopt, socket: Socket) -> u64 {
-    if socket.get(&DELIVERED).is_some() { 0 } else { cookie_of(ctx) }
+    if socket.get(&DELIVERED).is_some() { NO_TICKET } else { cookie_of(ctx) }
 }
 
 /// The cookie of the socket of a socket-option hook, which no helper tells it. An accepted socket has

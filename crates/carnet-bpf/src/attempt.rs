@@ -1,7 +1,7 @@
 //! What is done with a connect, or with the first datagram of a flow, once it has been decided: the
 //! part that both have in common.
 
-use core::ptr;
+use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     bindings::bpf_sock_addr,
@@ -14,7 +14,7 @@ use carnet_core::{
     address::Endpoint,
     classify::Reason,
     event::{Counter, EventKind},
-    flow::{LEG_REDIRECTED, LEG_STARTING, LegState},
+    flow::{LEG_REDIRECTED, LEG_STARTING, LEG_TO_UNMODIFIED, LegState},
     record::{Hop, MAGIC, Record, VERSION},
 };
 
@@ -99,29 +99,16 @@ impl Attempt<'_> {
         let decision = &self.request.decision;
         leg.handle = decision.handle;
         leg.filter = decision.filter;
+        leg.flags &= !LEG_TO_UNMODIFIED;
+        if self.request.goes_to_unmodified() {
+            leg.flags |= LEG_TO_UNMODIFIED;
+        }
         if first {
-            self.begin_record(leg);
+            begin_record(&mut leg.record, &self.request.destination);
         }
         leg.record.legs = decision.legs.wrapping_add(1);
         leg.record.issued_ns = leg.began_ns;
         leg.record.push(Hop { handle: decision.handle, filter: decision.filter })
-    }
-
-    /// Begins the record of a flow at its first leg.
-    #[inline(always)]
-    fn begin_record(&self, leg: &mut LegState) {
-        let record = &mut leg.record;
-        record.magic = MAGIC;
-        record.version = VERSION;
-        if let Some(config) = CONFIG.get_ptr_mut(0) {
-            // SAFETY: the map's only element lives as long as the map; the counter is shared with
-            // other CPUs and touched atomically alone, the epoch is written before any hook runs.
-            unsafe {
-                record.epoch = (*config).epoch;
-                record.flow = (fetch_add(&raw mut (*config).flows, 1) as u64).wrapping_add(1);
-            }
-        }
-        copy(&mut record.destination, &self.request.destination);
     }
 
     /// Counts and reports that a service gets it.
@@ -184,25 +171,55 @@ impl Attempt<'_> {
     }
 
     /// A device that a socket is bound to keeps it from reaching a service on loopback; the service
-    /// reaches the destination with a socket of its own.
+    /// reaches the destination with a socket of its own. Gives `false` if it stays bound: the kernel asks
+    /// the process for `CAP_NET_RAW`, whoever does it.
     #[inline(always)]
-    pub(crate) fn unbind_device(&self) {
-        const SOL_SOCKET: i32 = 1;
-        const SO_BINDTOIFINDEX: i32 = 62;
-        if self.socket.bound_device() != 0 {
-            let mut none = 0_u32;
-            // SAFETY: the helper takes this context and reads 4 bytes.
-            unsafe {
-                bpf_setsockopt(
-                    self.ctx.cast(),
-                    SOL_SOCKET,
-                    SO_BINDTOIFINDEX,
-                    (&raw mut none).cast(),
-                    size_of::<u32>() as i32,
-                );
-            }
+    pub(crate) fn unbind_device(&self) -> bool {
+        self.socket.bound_device() == 0 || bind_to_device(self.ctx.cast(), 0)
+    }
+
+    /// Counts and reports that it is refused since its socket is bound to a device; gives the errno.
+    #[inline(always)]
+    pub(crate) fn bound_to_device(&self) -> i32 {
+        count(Counter::BoundToDevice);
+        self.report_refused();
+        errno::EHOSTUNREACH
+    }
+}
+
+/// Binds a socket to the device of this index, or to none with 0; `ctx` is the context of the hook, which
+/// tells which socket. Gives whether the kernel has done so.
+#[inline(always)]
+pub(crate) fn bind_to_device(ctx: *mut c_void, mut index: i32) -> bool {
+    const SOL_SOCKET: i32 = 1;
+    const SO_BINDTOIFINDEX: i32 = 62;
+    // SAFETY: by the caller, the helper takes this context; it reads 4 bytes.
+    let failed = unsafe {
+        bpf_setsockopt(
+            ctx,
+            SOL_SOCKET,
+            SO_BINDTOIFINDEX,
+            (&raw mut index).cast(),
+            size_of::<i32>() as i32,
+        )
+    };
+    failed == 0
+}
+
+/// Begins the record of a new flow, which is all zero.
+#[inline(always)]
+pub(crate) fn begin_record(record: &mut Record, destination: &Endpoint) {
+    record.magic = MAGIC;
+    record.version = VERSION;
+    if let Some(config) = CONFIG.get_ptr_mut(0) {
+        // SAFETY: the map's only element lives as long as the map; the counter is shared with other
+        // CPUs and touched atomically alone, the epoch is written before any hook runs.
+        unsafe {
+            record.epoch = (*config).epoch;
+            record.flow = (fetch_add(&raw mut (*config).flows, 1) as u64).wrapping_add(1);
         }
     }
+    copy(&mut record.destination, destination);
 }
 
 /// Reports an event about what was decided. A global function, see `decide`.
@@ -233,6 +250,7 @@ extern "C" fn carnet_report(
                 event.flow = record.flow;
                 event.legs = record.legs;
                 event.hops = record.hop_count;
+                event.flags = record.flags;
             }
             None => event.legs = request.decision.legs,
         }

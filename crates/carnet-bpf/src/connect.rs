@@ -13,7 +13,7 @@
 //! destinations of IPv6 sockets come to connect6 only.
 //!
 //! **Returns** 1: go on, with the destination as it then is. 0: the connect fails with the errno
-//! that was set.
+//! that was set; the destination is nowhere then, for programs that run later may clear that.
 //!
 //! **Fails closed**: where kernel memory is exhausted a connection that should be redirected is
 //! refused. **WFP**: the `ALE_CONNECT_REDIRECT` layers.
@@ -21,17 +21,20 @@
 use aya_ebpf::{bindings::bpf_sock_addr, macros::cgroup_sock_addr, programs::SockAddrContext};
 use carnet_core::{
     address::Endpoint,
-    flow::{LEG_ONWARD, LEG_REDIRECTED, LEG_STARTING, LegState, SAME_NAMESPACE},
+    flow::{LEG_ADOPTED, LEG_ONWARD, LEG_REDIRECTED, LEG_STARTING, LegState, SAME_NAMESPACE},
     record::Record,
 };
 
 use crate::{
+    accepted::NO_TICKET,
+    adopt::adopt_if_unmodified,
     attempt::{Attempt, PASS, refuse, set_context},
     client::carnet_client,
     connecting::place_for,
     ctx::{load32, load64, store32},
     decide::{Request, concerns_somebody, destination_concerns_somebody},
     end::{abandon, datagrams_end, guard_begins},
+    enforce::{carnet_forget, carnet_refused, carnet_unsettled},
     listener::{Found, same},
     maps::{DELIVERED, LEGS},
     process::carnet_identify,
@@ -79,16 +82,16 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
     if destination.is_unspecified() {
         destination = destination.meant(&socket.local());
     }
-    let record = if protocol == TCP {
-        // The common case. What an earlier connect left on the socket stays there: at the SYN it is
-        // found to be stale.
-        if !destination_concerns_somebody(TCP, &destination)
-            || socket.is_blank() && !concerns_somebody(ctx, TCP, &destination)
-        {
+    if protocol == TCP {
+        carnet_forget(ctx);
+        // The common case.
+        if !destination_concerns_somebody(TCP, &destination) {
             count_passed();
             return PASS;
         }
-        set_record(socket)
+        if !socket.is_blank() {
+            take_back_record(socket);
+        }
     } else {
         let mut asked = destination;
         if carnet_client(ctx, &raw mut asked) != 0 {
@@ -97,17 +100,25 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
         }
         let error = look_at(ctx, &socket.local());
         if error != 0 {
+            rewrite(&destination.nowhere());
             return refuse(error);
         }
-        let record = set_record_of_datagrams(socket);
-        if !destination_concerns_somebody(protocol, &destination)
-            || record.is_none() && !concerns_somebody(ctx, protocol, &destination)
-        {
+        take_back_record_of_datagrams(socket);
+        if !destination_concerns_somebody(protocol, &destination) {
             count_passed();
             return PASS;
         }
-        record
-    };
+    }
+    let error = adopt_if_unmodified(ctx, socket, &destination);
+    if error != 0 {
+        rewrite(&destination.nowhere());
+        return refuse(error);
+    }
+    let record = record_on(socket);
+    if record.is_none() && !concerns_somebody(ctx, protocol, &destination) {
+        count_passed();
+        return PASS;
+    }
     let mut request = Request::new(protocol, destination);
     request.settle(ctx, record);
     if request.passes_untouched(record) {
@@ -115,46 +126,67 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
     }
     let error = carry_out(&Attempt { ctx, socket, record, request: &request });
     if error != 0 {
+        carnet_refused(ctx, &raw const request);
+        rewrite(&request.destination.nowhere());
         return refuse(error);
     }
     if request.decision.redirects() {
+        // Here the stack has room for that.
+        if is_datagram(protocol)
+            && let Some(leg) = socket.get(&LEGS)
+        {
+            guard_begins(leg, NO_TICKET);
+        }
         rewrite(&request.target);
     }
     PASS
 }
 
-/// The record that is set on the socket, or on the Multipath TCP connection that it belongs to. What
-/// an earlier connect left there besides is removed: the kernel keeps it over `connect(AF_UNSPEC)`.
+/// What an earlier connect added to the record that is set on the socket, or on the Multipath TCP
+/// connection that it belongs to, is taken back, and what else it left there removed: the kernel keeps it
+/// over `connect(AF_UNSPEC)`.
 #[inline(always)]
-fn set_record(socket: Socket) -> Option<&'static Record> {
+fn take_back_record(socket: Socket) {
     let mut holder = socket;
     if let Some(connection) = socket.multipath() {
         socket.delete(&LEGS);
         holder = connection;
     }
-    take_back(holder)
+    take_back(holder);
 }
 
 /// The same of a UDP socket, which may still be connected: its earlier leg ends now.
 #[inline(always)]
-fn set_record_of_datagrams(socket: Socket) -> Option<&'static Record> {
+fn take_back_record_of_datagrams(socket: Socket) {
     if let Some(leg) = socket.get(&LEGS) {
         datagrams_end(leg);
     }
     socket.delete(&DELIVERED);
-    take_back(socket)
+    take_back(socket);
 }
 
 #[inline(always)]
-fn take_back(holder: Socket) -> Option<&'static Record> {
-    let leg = holder.get(&LEGS)?;
+fn take_back(holder: Socket) {
+    let Some(leg) = holder.get(&LEGS) else {
+        return;
+    };
     abandon(leg);
-    if leg.set_hops == 0 {
+    if leg.set_hops == 0 || leg.flags & LEG_ADOPTED != 0 {
         holder.delete(&LEGS);
-        return None;
+    } else {
+        leg.record.take_back(leg.set_hops);
     }
-    leg.record.take_back(leg.set_hops);
-    Some(&leg.record)
+}
+
+/// The record with which the socket connects: its own, or that of the Multipath TCP connection that it
+/// belongs to.
+#[inline(always)]
+fn record_on(socket: Socket) -> Option<&'static Record> {
+    let leg = match socket.get(&LEGS) {
+        Some(leg) => leg,
+        None => socket.multipath()?.get(&LEGS)?,
+    };
+    if leg.set_hops == 0 { None } else { Some(&leg.record) }
 }
 
 /// Does what was decided: gives 0, or the errno with which the connect is refused.
@@ -166,8 +198,10 @@ fn carry_out(attempt: &Attempt<'_>) -> i32 {
         if is_datagram(request.protocol) && is_taken(attempt) {
             return attempt.address_in_use();
         }
+        if !attempt.unbind_device() {
+            return attempt.bound_to_device();
+        }
         if redirect(attempt) {
-            attempt.unbind_device();
             return 0;
         }
         return attempt.out_of_memory();
@@ -195,11 +229,11 @@ fn redirect(attempt: &Attempt<'_>) -> bool {
     }
     set_context(leg);
     if !noted || !attempt.socket.put_on_multipath(&LEGS, leg) {
+        if leg.kind & LEG_STARTING != 0 {
+            carnet_unsettled(-1);
+        }
         leg.kind = 0;
         return false;
-    }
-    if is_datagram(request.protocol) {
-        guard_begins(leg);
     }
     attempt.report_redirected(&leg.record);
     true
@@ -215,8 +249,13 @@ fn pass_onward(attempt: &Attempt<'_>, record: &Record) {
     attempt.report_onward(record);
 }
 
+/// Begins the leg of a kind that leads to `target`.
 #[inline(always)]
-fn begin(attempt: &Attempt<'_>, kind: u32, target: &Endpoint) -> Option<&'static mut LegState> {
+pub(crate) fn begin(
+    attempt: &Attempt<'_>,
+    kind: u32,
+    target: &Endpoint,
+) -> Option<&'static mut LegState> {
     let is_tcp = attempt.request.protocol == TCP;
     let leg = place_for(attempt.ctx, attempt.socket, is_tcp)?;
     if let Some(record) = attempt.record
@@ -227,7 +266,11 @@ fn begin(attempt: &Attempt<'_>, kind: u32, target: &Endpoint) -> Option<&'static
         leg.set_hops = record.hop_count;
     }
     // A UDP connect is done when it is done; of TCP the SYN is the sign.
-    let starting = if is_datagram(attempt.request.protocol) { 0 } else { LEG_STARTING };
+    let mut starting = 0;
+    if !is_datagram(attempt.request.protocol) {
+        starting = LEG_STARTING;
+        carnet_unsettled(1);
+    }
     attempt.begin(leg, kind | starting, target);
     Some(leg)
 }

@@ -12,7 +12,7 @@ use aya_ebpf::{
 use carnet_core::flow::{LEG_STARTING, LegState};
 
 use crate::{
-    end::abandon,
+    end::abandon_connect,
     maps::{BLANK_LEG, CONNECTING, LEGS},
     socket::Socket,
 };
@@ -46,7 +46,7 @@ pub(crate) fn place_for(
     // SAFETY: the helper takes this context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     if let Some(earlier) = find(cookie) {
-        abandon(earlier);
+        abandon_connect(earlier);
     }
     if let Some(leg) = socket.get(&LEGS) {
         return Some(leg);
@@ -89,12 +89,12 @@ pub(crate) fn socket_ends(socket: Socket, cookie: u64) {
     if let Some(leg) = socket.get(&LEGS)
         && leg.kind & LEG_STARTING != 0
     {
-        abandon(leg);
+        abandon_connect(leg);
     }
     if let Some(leg) = find(cookie)
         && (leg.kind == 0 || leg.kind & LEG_STARTING != 0)
     {
-        abandon(leg);
+        abandon_connect(leg);
         let _absent = CONNECTING.remove(&cookie);
     }
 }

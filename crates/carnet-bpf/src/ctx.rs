@@ -95,6 +95,26 @@ pub(crate) unsafe fn exchange(number: *mut u32, other: u32) -> u32 {
     value
 }
 
+/// Puts `new` in the place of `old`, atomically, if that is there; gives what was there.
+///
+/// # Safety
+/// `number` points to a number in a map value that lives until the program ends.
+#[inline(always)]
+pub(crate) unsafe fn compare_exchange(number: *mut u64, old: u64, new: u64) -> u64 {
+    let mut value = old;
+    // SAFETY: by the caller.
+    unsafe {
+        core::arch::asm!(
+            "r0 = cmpxchg_64({number} + 0, r0, {new})",
+            inout("r0") value,
+            number = in(reg) number,
+            new = in(reg) new,
+            options(nostack, preserves_flags),
+        );
+    }
+    value
+}
+
 /// Hides from LLVM what it knows about a number, so that the comparison that follows is made with
 /// the register that is used afterwards: the verifier does not carry bounds from one register to
 /// another that was computed beside it; before Linux 6.2 not even from the lower half of a register

@@ -12,7 +12,8 @@
 //! io_uring), before routing, and it can change both addresses. Datagrams of IPv6 sockets to mapped
 //! addresses come to sendmsg4.
 //!
-//! **Returns** 1: go on. 0: the call fails with the errno that was set.
+//! **Returns** 1: go on. 0: the call fails with the errno that was set; the destination's port is 0 then,
+//! to which the kernel sends nothing should a program that runs later clear that.
 //!
 //! **Fails closed**: where kernel memory is exhausted a datagram that should be redirected is refused.
 //! **WFP**: the `ALE_CONNECT_REDIRECT` layers, at the first datagram of a flow.
@@ -34,6 +35,8 @@ use carnet_core::{
 };
 
 use crate::{
+    accepted::NO_TICKET,
+    adopt::adopt_if_unmodified,
     attempt::{Attempt, PASS, refuse, set_context},
     client::{carnet_answers, held},
     ctx::{fetch_add, load32, load64, opaque, store32},
@@ -55,6 +58,7 @@ pub fn carnet_sendmsg4(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
     let error = look_at(ctx, &Endpoint::v4(load32!(ctx, 40), 0));
     if error != 0 {
+        store32!(ctx, 24, NO_PORT);
         return refuse(error);
     }
     let destination = Endpoint::v4(load32!(ctx, 4), u16::from_be(load32!(ctx, 24) as u16));
@@ -73,6 +77,7 @@ pub fn carnet_sendmsg6(ctx: SockAddrContext) -> i32 {
     let source = [load32!(ctx, 44), load32!(ctx, 48), load32!(ctx, 52), load32!(ctx, 56)];
     let error = look_at(ctx, &Endpoint::v6(source, 0));
     if error != 0 {
+        store32!(ctx, 24, NO_PORT);
         return refuse(error);
     }
     let destination = Endpoint::v6(
@@ -93,6 +98,9 @@ pub fn carnet_sendmsg6(ctx: SockAddrContext) -> i32 {
         store32!(ctx, 24, u32::from(to.port.to_be()));
     })
 }
+
+/// The port of [`Endpoint::nowhere`].
+const NO_PORT: u32 = 0;
 
 /// Both hooks. `rewrite` changes the destination, and the source address if it is to be another one.
 #[inline(always)]
@@ -139,6 +147,7 @@ fn send(
         // An answer to a flow that has ended. It is no flow of the service's: taken for one it would come
         // back to the service, for ever.
         if service != 0 {
+            rewrite(None, &request.destination.nowhere());
             return refuse(errno::ECONNREFUSED);
         }
     }
@@ -159,8 +168,16 @@ fn send(
             idle::end(ctx, &known.token, timed);
         }
     }
+    let may_concern = destination_concerns_somebody(protocol, &request.destination);
+    if may_concern {
+        let error = adopt_if_unmodified(ctx, socket, &request.destination);
+        if error != 0 {
+            rewrite(None, &request.destination.nowhere());
+            return refuse(error);
+        }
+    }
     let record = record_on(socket);
-    if !destination_concerns_somebody(protocol, &request.destination)
+    if !may_concern
         || record.is_none() && !concerns_somebody(ctx, protocol, &request.destination)
         || carnet_answers(ctx, &raw const request.destination) != 0
     {
@@ -183,6 +200,7 @@ fn send(
         if error == errno::ENOMEM {
             give_up(&attempt);
         }
+        rewrite(None, &request.destination.nowhere());
         return refuse(error);
     }
     remember(ctx, &request.destination, &token);
@@ -193,6 +211,7 @@ fn send(
                 carnet_identify(&raw mut timed.held.leg);
             }
             set_context(&mut timed.held.leg);
+            guard_begins(&mut timed.held.leg, NO_TICKET);
         }
         rewrite(Some(&token), &request.target);
     }
@@ -289,10 +308,12 @@ fn carry_out(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> i32 {
     let decision = &attempt.request.decision;
     attempt.report_forgetful();
     if decision.redirects() {
+        if !attempt.unbind_device() {
+            return attempt.bound_to_device();
+        }
         let Some(timed) = begin(attempt, token) else {
             return errno::ENOMEM;
         };
-        attempt.unbind_device();
         remember_token(attempt.socket, token);
         attempt.report_redirected(&timed.held.leg.record);
         return 0;
@@ -358,7 +379,6 @@ fn begin(attempt: &Attempt<'_>, token: &mut [u32; 4]) -> Option<&'static mut Tim
         let _absent = DATAGRAM_LEGS.remove(&key);
         return None;
     }
-    guard_begins(&timed.held.leg);
     Some(timed)
 }
 

@@ -65,7 +65,8 @@ impl Request {
             target: destination,
             home: none,
             chain: Chain {
-                visited: none,
+                visited: none as u32,
+                guessed: none as u32,
                 hops: none as u32,
                 strangers: none as u32,
                 ..Chain::empty(none as u32)
@@ -94,6 +95,12 @@ impl Request {
             carnet_chain(record, self);
         }
         settle(record.is_some(), self.chain.legs, services, &mut Kernel { ctx, request: self });
+    }
+
+    /// Whether the service that was decided on is unmodified.
+    #[inline(always)]
+    pub(crate) fn goes_to_unmodified(&self) -> bool {
+        self.bank.service(self.decision.slot).is_some_and(|service| service.unmodified != 0)
     }
 
     /// Generation of the policy that decides.

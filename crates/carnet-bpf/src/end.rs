@@ -3,31 +3,32 @@
 use aya_ebpf::bindings::BPF_ANY;
 use carnet_core::{
     event::{Counter, EventKind},
-    flow::{GuardEntry, GuardKey, LEG_REDIRECTED, LEG_STARTING, LegState},
+    flow::{GuardEntry, LEG_REDIRECTED, LEG_STARTING, LEG_TO_UNMODIFIED, LegState},
 };
 
 use crate::{
     ctx::{exchange, fetch_add, opaque},
+    enforce::carnet_unsettled,
+    held::{carnet_hold, carnet_let_go, key_of},
     maps::GUARD,
     report::{count, event},
     socket::is_datagram,
 };
 
+/// The service holds one flow more for the destination; `ticket` is by what `accepted` finds it, or 0.
 #[inline(always)]
-fn guard_key(leg: &LegState) -> GuardKey {
-    GuardKey {
-        handle: leg.handle,
-        netns: leg.home,
-        address: leg.requested.address,
-        port: leg.requested.port.into(),
-        protocol: leg.protocol,
+pub(crate) fn guard_begins(leg: &mut LegState, ticket: u64) {
+    if leg.flags & LEG_TO_UNMODIFIED != 0 {
+        carnet_hold(leg, ticket);
+    } else {
+        guard(leg);
     }
 }
 
-/// The service holds one flow more for the destination.
-#[inline(always)]
-pub(crate) fn guard_begins(leg: &LegState) {
-    let key = guard_key(leg);
+// Not inlined: the stack of the hooks is all but full.
+#[inline(never)]
+fn guard(leg: &LegState) {
+    let key = key_of(leg);
     if let Some(entry) = GUARD.get_ptr_mut(&key) {
         // SAFETY: the entry stays allocated until the program ends; `live` is shared with other
         // CPUs and touched atomically alone. A lost update of `legs` lets a loop go on for a leg
@@ -47,8 +48,12 @@ pub(crate) fn guard_begins(leg: &LegState) {
 
 /// The service holds one flow less for the destination.
 #[inline(always)]
-pub(crate) fn guard_ends(leg: &LegState) {
-    if let Some(entry) = GUARD.get_ptr_mut(&guard_key(leg)) {
+pub(crate) fn guard_ends(leg: &mut LegState) {
+    if leg.flags & LEG_TO_UNMODIFIED != 0 {
+        carnet_let_go(leg);
+        return;
+    }
+    if let Some(entry) = GUARD.get_ptr_mut(&key_of(leg)) {
         // SAFETY: as in `guard_begins`.
         unsafe { fetch_add(&raw mut (*entry).live, -1) };
     }
@@ -111,7 +116,16 @@ extern "C" fn carnet_datagrams_end(leg: *mut LegState) -> i32 {
 pub(crate) fn abandon(leg: &mut LegState) {
     if is_datagram(leg.protocol) {
         datagrams_end(leg);
-        return;
+    } else {
+        abandon_connect(leg);
+    }
+}
+
+/// The same of a TCP socket.
+#[inline(always)]
+pub(crate) fn abandon_connect(leg: &mut LegState) {
+    if leg.kind & LEG_STARTING != 0 {
+        carnet_unsettled(-1);
     }
     if leg.kind == LEG_REDIRECTED | LEG_STARTING {
         count(Counter::Unsent);

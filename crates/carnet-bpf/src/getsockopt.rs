@@ -28,6 +28,7 @@ use carnet_core::{
 use crate::{
     accepted::{delivered_to, ticket},
     ctx::{load32, load64, store32},
+    held::asked,
     mac::issue,
     process,
     report::now,
@@ -61,6 +62,7 @@ pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
         && let Some(answered) = original_destination(ctx, level, &leg.requested)
     {
         length = answered;
+        asked(leg, ticket(ctx, socket));
         // SAFETY: the helper has no preconditions.
         unsafe { bpf_set_retval(0) };
     }

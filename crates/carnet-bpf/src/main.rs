@@ -16,7 +16,7 @@
 //!
 //! Beside them: [`maps`] (all state), [`connecting`] and [`accepted`] (the legs of
 //! sockets), [`carry_on`] (from the one to the other), [`bank`] (core's tables over the maps),
-//! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`end`] and [`idle`] (the
+//! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`enforce`] (that it holds), [`end`] and [`idle`] (the
 //! end of legs), [`client`] (whose UDP flow an address stands for), [`source`] (from where UDP may
 //! send), [`listener`] (a service's live listener), [`mac`], [`socket`] (state of
 //! sockets), [`process`] (who calls), [`report`] (events and counters), [`ctx`] (fields of the
@@ -26,6 +26,7 @@
 #![feature(asm_experimental_arch)]
 
 mod accepted;
+mod adopt;
 mod attempt;
 mod bank;
 mod carry_on;
@@ -36,8 +37,10 @@ mod ctx;
 mod datagram;
 mod decide;
 mod end;
+mod enforce;
 mod getpeername;
 mod getsockopt;
+mod held;
 mod idle;
 mod iter;
 mod listener;

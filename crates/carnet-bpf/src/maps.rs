@@ -10,6 +10,7 @@ use aya_ebpf::{
 };
 use carnet_core::{
     abi::MAX_CONTEXT,
+    adoption::HeldFlows,
     event::{Counter, Event},
     flow::{
         Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, GuardKey, LegState,
@@ -162,6 +163,12 @@ pub(crate) static SECOND_RECORDS: SkStorage<Record> = SkStorage::new();
 #[btf_map]
 pub(crate) static HANDOVER: HashMap<Tuple, LegState, 65536, NO_PREALLOC> = HashMap::new();
 
+/// How many legs of connecting TCP sockets have neither come to their SYN nor been taken away. Apart from
+/// what else is counted, since every connect looks. Writer: connect, sockops, sock_release, setsockopt.
+/// Reader: connect.
+#[btf_map]
+pub(crate) static UNSETTLED: Array<i64, 1> = Array::new();
+
 /// A UDP flow of an unconnected socket that goes to a service.
 #[repr(C)]
 pub(crate) struct TimedLeg {
@@ -222,17 +229,15 @@ pub(crate) struct PathKey {
     pub(crate) dentry: u64,
 }
 
-/// The path of an executable. Laid out as the end of an `AppIdentity`.
+/// The path of an executable.
 #[repr(C)]
 pub(crate) struct KnownPath {
     /// The executable: the addresses of the key are used again.
     pub(crate) file: FileId,
-    /// When it was read: nanoseconds of the boot-time clock.
+    /// When it was read: nanoseconds of the boot-time clock; 0: it is being filled in.
     pub(crate) read_ns: u64,
     /// Its length in bytes.
     pub(crate) length: u64,
-    /// Always zero.
-    pub(crate) zero: u64,
     /// The path, zero-padded.
     pub(crate) path: [u8; MAX_PATH],
 }
@@ -247,6 +252,11 @@ pub(crate) static PATHS: LruHashMap<PathKey, KnownPath, 512> = LruHashMap::new()
 /// Reader: connect.
 #[btf_map]
 pub(crate) static GUARD: LruHashMap<GuardKey, GuardEntry, 65536> = LruHashMap::new();
+
+/// The flows that unmodified services hold, by service and destination; with a key of zeros but for the
+/// handle all of a service's. Writer: sockops, connect, sendmsg; what ends flows. Reader: connect, sendmsg.
+#[btf_map]
+pub(crate) static HELD: HashMap<GuardKey, HeldFlows, 65536, NO_PREALLOC> = HashMap::new();
 
 /// Counters. Writer: all hooks. Reader: user mode.
 #[btf_map]

@@ -3,10 +3,7 @@
 //! Task structures are read with `bpf_probe_read_kernel` at offsets that the loader takes from the
 //! running kernel's own type information, because Rust has no relocations for that.
 
-use core::{
-    ffi::c_void,
-    mem::{offset_of, transmute},
-};
+use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::BPF_ANY,
@@ -25,7 +22,7 @@ use carnet_core::{
 
 use crate::{
     bank::{Bank, repeat},
-    ctx::opaque,
+    ctx::{fetch_add, opaque},
     maps::{BLANK_LEG, KnownPath, PATHS, PathKey, SVC_CGROUPS},
     report::now,
 };
@@ -363,34 +360,43 @@ fn copy_path(app: &mut AppIdentity, source: *const u8, length: u32) {
     unsafe { bpf_probe_read_kernel(app.path.as_mut_ptr().cast(), length, source.cast()) };
 }
 
-/// Remembers the path that has been read for `app`. There is no stack for a second one: until they are
-/// filled in, the fields between the executable and its path make room for what an entry has there.
+/// Remembers the path that has been read for `app`. It is filled in where it is: before Linux 6.3 nothing
+/// is copied into a map from an argument of a global function.
 #[inline(always)]
-fn remember_path(key: &PathKey, app: &mut AppIdentity) {
-    app.started_ns = now();
-    // SAFETY: both are 16 bytes.
-    app.command = unsafe { transmute::<[u64; 2], [u8; 16]>([app.path_length.into(), 0]) };
-    // SAFETY: key and value are whole and of the map's types, as is asserted below.
-    unsafe {
+fn remember_path(key: &PathKey, app: &AppIdentity) {
+    let Some(blank) = BLANK_LEG.get(0) else {
+        return;
+    };
+    // SAFETY: key and value are whole and at least of the map's sizes; the value lies in another map, from
+    // which the kernel copies it.
+    let failed = unsafe {
         bpf_map_update_elem(
             (&raw const PATHS).cast_mut().cast(),
             core::ptr::from_ref(key).cast(),
-            (&raw const app.executable).cast(),
+            blank.as_ptr().cast(),
             BPF_ANY.into(),
+        )
+    };
+    if failed != 0 {
+        return;
+    }
+    let Some(known) = PATHS.get_ptr_mut(key) else {
+        return;
+    };
+    // SAFETY: the entry stays allocated until the program ends, and nobody uses it before it has a time.
+    // That comes last, and in order, as an atomic addition; if two processors come to add theirs, it lies
+    // in the future, and the path counts as old.
+    unsafe {
+        (*known).file = app.executable;
+        (*known).length = app.path_length.into();
+        bpf_probe_read_kernel(
+            (&raw mut (*known).path).cast(),
+            MAX_PATH as u32,
+            app.path.as_ptr().cast(),
         );
+        fetch_add((&raw mut (*known).read_ns).cast(), now() as i64);
     }
 }
-
-const _: () = {
-    const fn laid_out(field: usize, entry: usize) -> bool {
-        field == offset_of!(AppIdentity, executable) + entry
-    }
-    assert!(laid_out(offset_of!(AppIdentity, executable), offset_of!(KnownPath, file)));
-    assert!(laid_out(offset_of!(AppIdentity, started_ns), offset_of!(KnownPath, read_ns)));
-    assert!(laid_out(offset_of!(AppIdentity, command), offset_of!(KnownPath, length)));
-    assert!(laid_out(offset_of!(AppIdentity, path), offset_of!(KnownPath, path)));
-    assert!(laid_out(size_of::<AppIdentity>(), size_of::<KnownPath>()));
-};
 
 /// Writes the path of a file, as its mount namespace shows it, to the end of `buffer`. Gives its length; 0
 /// where it is longer than the buffer or deeper than [`MAX_COMPONENTS`].

@@ -4,7 +4,8 @@
 //! **What it does.** Before the SYN is sent, when the connection's two ends are known, it puts a
 //! copy of the leg under them; when the other end is established there it takes the copy to the
 //! accepted socket. At the end of a connection it reports the bytes and forgets; at the end of a
-//! registered listener it marks its slot as free to take.
+//! registered listener it marks its slot as free to take. A connect that another program has undone it
+//! keeps from coming about.
 //!
 //! **Why this hook.** The connect hook does not know the local port yet, and the accepting side has
 //! no hook of its own at accept. The copy is in place before the SYN, so there is no race.
@@ -28,13 +29,15 @@ use carnet_core::{
     address::{AF_INET, Endpoint},
     event::Counter,
     flow::{LEG_REDIRECTED, LEG_STARTING, Tuple},
+    outcome::Outcome,
 };
 
 use crate::{
     accepted,
     connecting::{self, leg_of},
     ctx::{load32, load64},
-    end::{abandon, guard_begins, report_end},
+    end::{abandon_connect, guard_begins, report_end},
+    enforce::{carnet_unsettled, hold_back},
     listener::{same, unlisten},
     maps::{HANDOVER, LEGS},
     report::count,
@@ -81,19 +84,23 @@ fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
         return;
     };
     let (local, remote) = ends(ctx);
-    // A leg that an earlier connect left has lost its mark, or leads elsewhere.
-    let fresh = leg.kind & LEG_STARTING != 0 && same(&remote, &leg.target);
-    if fresh {
+    let outcome = Outcome::of(leg.kind, same(&remote, &leg.target));
+    let goes = outcome == Outcome::AsDecided;
+    if goes {
         leg.kind &= !LEG_STARTING;
+        carnet_unsettled(-1);
     } else {
-        abandon(leg);
+        if outcome.is_undone() {
+            hold_back(ctx, leg, outcome);
+        }
+        abandon_connect(leg);
     }
     if let Some(connection) = socket.multipath()
         && let Some(copy) = connection.get(&LEGS)
     {
         copy.kind = leg.kind;
     }
-    if !fresh {
+    if !goes {
         return;
     }
     watch_state(ctx);
@@ -136,7 +143,8 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
         Some(leg) => {
             watch_state(ctx);
             count(Counter::Delivered);
-            guard_begins(leg);
+            // SAFETY: the helper takes this context.
+            guard_begins(leg, unsafe { bpf_get_socket_cookie(ctx.cast()) });
         }
         None => count(Counter::HandoverFailed),
     }

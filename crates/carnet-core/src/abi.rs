@@ -115,6 +115,8 @@ pub mod errno {
     pub const ENOTCONN: i32 = 107;
     /// The connection's service is not there and its failure policy is `block`.
     pub const ECONNREFUSED: i32 = 111;
+    /// The socket is bound to a device from which no service is reached, and which it cannot leave.
+    pub const EHOSTUNREACH: i32 = 113;
 }
 
 /// The flow to which an accepted connection belongs.

@@ -9,6 +9,10 @@ pub const AF_INET6: u16 = 10;
 
 /// The third word of an IPv4-mapped IPv6 address, in host order.
 const MAPPED_WORD: u32 = 0x0000_ffff;
+/// `::ffff:127.0.0.1`, in network byte order.
+const LOOPBACK_V4: [u32; 4] = [0, 0, MAPPED_WORD.to_be(), 0x7f00_0001_u32.to_be()];
+/// `::1`, likewise.
+const LOOPBACK_V6: [u32; 4] = [0, 0, 0, 1_u32.to_be()];
 
 /// An address and a port.
 ///
@@ -89,11 +93,19 @@ impl Endpoint {
         let address = if self.is_ipv4() && bound_to_ipv4 {
             bound_to.address
         } else if self.is_ipv4() || bound_to_ipv4 {
-            [0, 0, MAPPED_WORD.to_be(), 0x7f00_0001_u32.to_be()]
+            LOOPBACK_V4
         } else {
-            [0, 0, 0, 1_u32.to_be()]
+            LOOPBACK_V6
         };
         Self { address, ..self }
+    }
+
+    /// Where a socket that wanted to go here comes to nobody: port 0 of the loopback address, at which no
+    /// socket can be. The kernel itself refuses to send a datagram to an address there (`EINVAL`).
+    #[inline(always)]
+    pub const fn nowhere(&self) -> Self {
+        let address = if self.is_ipv4() { LOOPBACK_V4 } else { LOOPBACK_V6 };
+        Self { address, port: 0, family: self.family, zero: 0 }
     }
 
     /// The address as a number, most significant bit first, for range conditions.
@@ -278,6 +290,19 @@ mod tests {
             let endpoint = |text: &str| Endpoint::from(text.parse::<SocketAddr>().unwrap());
             let found = SocketAddr::from(endpoint(destination).meant(&endpoint(bound_to)));
             assert_eq!(found, meant.parse().unwrap(), "{destination} from {bound_to}");
+        }
+    }
+
+    #[test]
+    fn nowhere_is_in_the_family_of_the_destination() {
+        for (destination, nowhere) in [
+            ("192.0.2.1:80", "127.0.0.1:0"),
+            ("[::ffff:192.0.2.1]:80", "[::ffff:127.0.0.1]:0"),
+            ("[2001:db8::1]:443", "[::1]:0"),
+        ] {
+            let endpoint = Endpoint::from(destination.parse::<SocketAddr>().unwrap());
+            let found = SocketAddr::from(endpoint.nowhere());
+            assert_eq!(found, nowhere.parse().unwrap(), "{destination}");
         }
     }
 

@@ -7,7 +7,7 @@
 
 use crate::{
     record::{MAX_HOPS, Record},
-    table::{NO_SLOT, ServiceRow, Step, Tables},
+    table::{MAX_SERVICES, NO_SLOT, ServiceRow, Step, Tables},
 };
 
 /// Where a flow stands with respect to one redirect handle ("self").
@@ -33,8 +33,10 @@ pub enum RedirectState {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Chain {
-    /// Bit `n` set: the service in slot `n` is in the record.
-    pub visited: u64,
+    /// Bit `n` set: the service in slot `n` is in the record, for certain.
+    pub visited: u32,
+    /// Bit `n` set: the service in slot `n` is in the record as a guess only.
+    pub guessed: u32,
     /// Slot of the newest hop's service, [`NO_SLOT`] if the policy does not have it.
     pub last: u32,
     /// Number of hops.
@@ -49,7 +51,7 @@ impl Chain {
     /// A flow that nobody has redirected, after `legs` legs whose record was forgotten.
     #[inline(always)]
     pub const fn empty(legs: u32) -> Self {
-        Self { visited: 0, last: NO_SLOT, hops: 0, strangers: 0, legs }
+        Self { visited: 0, guessed: 0, last: NO_SLOT, hops: 0, strangers: 0, legs }
     }
 
     /// Reads the chain of a verified record.
@@ -66,7 +68,7 @@ impl Chain {
     pub const fn state(&self, slot: u32) -> RedirectState {
         if self.hops == 0 {
             RedirectState::NotRedirected
-        } else if self.visited & slot_bit(slot) == 0 {
+        } else if self.visited & bit(slot) == 0 {
             RedirectState::RedirectedByOther
         } else if self.last == slot {
             RedirectState::RedirectedBySelf
@@ -79,18 +81,26 @@ impl Chain {
     ///
     /// A service stands aside for others' results only where it trusts every one of them: one
     /// that it does not trust may have changed what a trusted one had passed.
+    ///
+    /// One that is in the record as a guess may if it co-operates: what it connects carries its own
+    /// record, so it does not meet the flow a third time. With an unmodified one nothing is certain but
+    /// that it meets a flow once: it may not.
     #[inline(always)]
     pub const fn may_redirect(&self, slot: u32, service: &ServiceRow) -> bool {
         match self.state(slot) {
             RedirectState::NotRedirected => true,
-            RedirectState::RedirectedByOther => !self.trusted_by(service),
+            RedirectState::RedirectedByOther => {
+                let may_have_had_it = self.guessed & bit(slot) != 0;
+                !(may_have_had_it && service.unmodified != 0) && !self.trusted_by(slot, service)
+            }
             RedirectState::RedirectedBySelf | RedirectState::PreviouslyRedirectedBySelf => false,
         }
     }
 
     #[inline(always)]
-    const fn trusted_by(&self, service: &ServiceRow) -> bool {
-        service.trusts_all != 0 || (self.strangers == 0 && self.visited & !service.trusts == 0)
+    const fn trusted_by(&self, slot: u32, service: &ServiceRow) -> bool {
+        let others = ((self.visited | self.guessed) & !bit(slot)) as u64;
+        service.trusts_all != 0 || (self.strangers == 0 && others & !service.trusts == 0)
     }
 }
 
@@ -111,6 +121,13 @@ pub const fn slot_bit(slot: u32) -> u64 {
     if slot < 64 { 1 << (slot & 63) } else { 0 }
 }
 
+/// The bit of a slot in the sets of a chain, for which the stack of the hooks has no more room.
+#[inline(always)]
+const fn bit(slot: u32) -> u32 {
+    const _: () = assert!(MAX_SERVICES <= u32::BITS);
+    slot_bit(slot) as u32
+}
+
 struct Reading<'a, T> {
     tables: &'a T,
     record: &'a Record,
@@ -125,7 +142,11 @@ impl<T: Tables> Step for Reading<'_, T> {
         };
         let slot = T::forget(self.tables.slot_of(hop.handle));
         self.chain.last = slot;
-        self.chain.visited |= slot_bit(slot);
+        if self.record.is_guessed(index) {
+            self.chain.guessed |= bit(slot);
+        } else {
+            self.chain.visited |= bit(slot);
+        }
         let strange = if slot == NO_SLOT { 1 } else { 0 };
         self.chain.strangers = T::forget(self.chain.strangers | strange);
         true

@@ -450,8 +450,9 @@ impl<T: Tables, C: Connection, O> Scan<'_, T, C, O> {
             return Outcome::AlreadyVisited;
         };
         if !self.chain.may_redirect(filter.slot, service) {
-            let visited = self.chain.visited & slot_bit(filter.slot) != 0;
-            return if visited { Outcome::AlreadyVisited } else { Outcome::Trusts };
+            let visited = self.chain.visited | self.chain.guessed;
+            let is_visited = u64::from(visited) & slot_bit(filter.slot) != 0;
+            return if is_visited { Outcome::AlreadyVisited } else { Outcome::Trusts };
         }
         let permitted = Verdict::from_number(self.verdict).after(Action::Redirect, 0);
         if self.slot != NO_SLOT {

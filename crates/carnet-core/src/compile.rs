@@ -117,6 +117,8 @@ pub fn compile(policy: &Policy, generation: u64) -> Result<CompiledPolicy, Compi
         fields: compiled.conditions.iter().fold(0, |fields, c| fields | 1 << c.field),
         services: compiled.services.len() as u32,
         document_length: 0,
+        unmodified: compiled.services.iter().any(|service| service.unmodified != 0).into(),
+        zero: 0,
     };
     Cutter::new(&mut compiled).cut();
     Ok(compiled)
@@ -295,7 +297,8 @@ fn service_rows(policy: &Policy) -> Vec<ServiceRow> {
             FailurePolicy::Block => FAILURE_BLOCK,
             FailurePolicy::Skip => FAILURE_SKIP,
         };
-        ServiceRow { handle: service.handle, trusts, trusts_all, failure }
+        let unmodified = service.unmodified.into();
+        ServiceRow { handle: service.handle, trusts, trusts_all, failure, unmodified, zero: 0 }
     };
     services.iter().map(row).collect()
 }

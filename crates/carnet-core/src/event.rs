@@ -25,6 +25,9 @@ pub enum EventKind {
     ListenerRegistered = 7,
     /// A socket was not made, since no hook would see its flows.
     SocketRefused = 8,
+    /// Another program had undone what was decided about a TCP connection, which was therefore refused
+    /// once more, when its SYN was about to be sent.
+    Undone = 9,
 }
 
 impl EventKind {
@@ -39,6 +42,7 @@ impl EventKind {
             6 => Self::RecordRefused,
             7 => Self::ListenerRegistered,
             8 => Self::SocketRefused,
+            9 => Self::Undone,
             _ => return None,
         })
     }
@@ -56,7 +60,8 @@ pub struct Event {
     pub kind: u32,
     /// Why: a [`Reason`](crate::classify::Reason) as number; for a refused record a
     /// [`RecordError`](crate::record::RecordError) as number; for a refused socket a
-    /// [`SocketKind`](crate::socket::SocketKind) as number.
+    /// [`SocketKind`](crate::socket::SocketKind) as number; for what was undone an
+    /// [`Outcome`](crate::outcome::Outcome) as number.
     pub reason: u32,
     /// The flow; 0 for a connection that belongs to none.
     pub flow: u64,
@@ -89,8 +94,8 @@ pub struct Event {
     /// IP protocol number of the socket: 6, TCP; 17, UDP; 136, UDP-Lite; 0 where the event concerns
     /// no connection.
     pub protocol: u32,
-    /// Always zero.
-    pub zero: u32,
+    /// The [flags](crate::record::Record::flags) of the record.
+    pub flags: u32,
     /// Cookie of the network namespace: of the connecting socket, or of the listener that was
     /// registered; 0 for a refused record.
     pub netns: u64,
@@ -163,11 +168,25 @@ pub enum Counter {
     Asked = 25,
     /// Times that it could not be told, for want of memory.
     AskFailed = 26,
+    /// TCP connects that were refused a second time, when their SYN was about to be sent: another program
+    /// had cleared the refusal.
+    RefusalsCleared = 27,
+    /// Redirected TCP connects that were refused when their SYN was about to be sent: another program had
+    /// sent them elsewhere. They are of the unsent.
+    Diverted = 28,
+    /// Of the two before: those that went out all the same, since the kernel would not keep them back.
+    NotHeldBack = 29,
+    /// Of the refused: their socket is bound to a device, by a process that may not undo that.
+    BoundToDevice = 30,
+    /// Connections of unmodified services, and first datagrams of their flows, that adopted a record.
+    Adopted = 31,
+    /// Of the adopted: those of which flow, application or services are guessed.
+    AdoptedByGuess = 32,
 }
 
 impl Counter {
     /// Number of counters.
-    pub const COUNT: usize = 27;
+    pub const COUNT: usize = 33;
 
     /// All counters with the names under which they are shown.
     pub const ALL: [(Self, &'static str); Self::COUNT] = [
@@ -198,5 +217,11 @@ impl Counter {
         (Self::DatagramFlowsEnded, "udp_flows_ended"),
         (Self::Asked, "udp_flows_asked"),
         (Self::AskFailed, "udp_ask_failed"),
+        (Self::RefusalsCleared, "refusals_cleared"),
+        (Self::Diverted, "diverted"),
+        (Self::NotHeldBack, "not_held_back"),
+        (Self::BoundToDevice, "bound_to_device"),
+        (Self::Adopted, "records_adopted"),
+        (Self::AdoptedByGuess, "records_guessed"),
     ];
 }

@@ -60,10 +60,7 @@ mod tests {
         chain::Chain,
         compile::compile,
         explain::HostConnection,
-        object::{
-            CgroupRef, Conditions, FailurePolicy, FilterAction, NewFilter, NewService, Policy,
-            Trust, Weight,
-        },
+        object::{CgroupRef, Conditions, FilterAction, NewFilter, NewService, Policy, Weight},
     };
 
     const BLOCK: FilterAction = FilterAction::Block { hard: true, veto: false };
@@ -135,14 +132,8 @@ mod tests {
     #[test]
     fn a_dead_service_ends_nothing() {
         let mut policy = policy();
-        let service = NewService {
-            name: "s".into(),
-            provider: "p".into(),
-            cgroup: CgroupRef { path: "/s".into(), id: 1 },
-            on_failure: FailurePolicy::Block,
-            trust: Trust::None,
-        };
-        policy.add_service(service).unwrap();
+        let cgroup = CgroupRef { path: "/s".into(), id: 1 };
+        policy.add_service(NewService::new("s", "p", cgroup)).unwrap();
         let redirect = FilterAction::Redirect { service: "s".into(), context: None };
         add(&mut policy, "heavy", 80, redirect);
         let soft = add(&mut policy, "light", 81, BLOCK);

@@ -13,10 +13,21 @@ use crate::{
 pub const LEG_REDIRECTED: u32 = 1;
 /// [`LegState::kind`]: the connection carries a record and goes to its destination.
 pub const LEG_ONWARD: u32 = 2;
+/// [`LegState::kind`]: the connection is refused. Always with [`LEG_STARTING`]: there is no SYN, unless
+/// another program clears the refusal.
+pub const LEG_REFUSED: u32 = 3;
 
-/// Added to [`LegState::kind`] from the connect until its SYN is sent. If it is still there at
-/// another SYN, that connect failed before, and the leg is not this one's.
+/// Added to [`LegState::kind`] of TCP from the connect until its SYN is sent. What of it an earlier connect
+/// that failed left is taken away by the next one, so that it is the present one's if it is there at the
+/// SYN: see [`Outcome`](crate::outcome::Outcome).
 pub const LEG_STARTING: u32 = 1 << 8;
+
+/// [`LegState::flags`]: the leg goes to an unmodified service, among whose flows it is counted
+/// ([`HeldFlows`](crate::adoption::HeldFlows)).
+pub const LEG_TO_UNMODIFIED: u32 = 1;
+/// [`LegState::flags`]: nobody set the record on the connecting socket, the connect adopted it. It is not
+/// the next connect's.
+pub const LEG_ADOPTED: u32 = 2;
 
 /// One leg of a flow: the state of the socket that connects, copied to the socket that the service
 /// accepts.
@@ -29,7 +40,8 @@ pub const LEG_STARTING: u32 = 1 << 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct LegState {
-    /// [`LEG_REDIRECTED`] or [`LEG_ONWARD`], at first with [`LEG_STARTING`]; 0 without a connection.
+    /// [`LEG_REDIRECTED`], [`LEG_ONWARD`] or [`LEG_REFUSED`], at first with [`LEG_STARTING`]; 0 without a
+    /// connection.
     pub kind: u32,
     /// Length of the redirect context in bytes, 0 for none.
     pub context_length: u32,
@@ -53,8 +65,8 @@ pub struct LegState {
     pub set_hops: u32,
     /// IP protocol number of the socket: 6, TCP; 17, UDP; 136, UDP-Lite.
     pub protocol: u32,
-    /// Always zero.
-    pub zero: u32,
+    /// [`LEG_TO_UNMODIFIED`], [`LEG_ADOPTED`].
+    pub flags: u32,
     /// Of a leg that was delivered: how many of its two ends, that of the connection and that of the
     /// accepted socket, are over.
     pub ends: i64,
@@ -371,7 +383,7 @@ pub const fn is_source_token(endpoint: &Endpoint) -> bool {
 }
 
 const _: () = {
-    assert!(size_of::<LegState>() == 80 + 48 + 256 + 912);
+    assert!(size_of::<LegState>() == 80 + 48 + 256 + 920);
     assert!(size_of::<PeerKey>() == 32);
     assert!(size_of::<LocalSourceKey>() == 24);
     assert!(size_of::<CorrespondentKey>() == 32);

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`abi`] | the control interface: socket-option level, names, layouts, errno table |
 //! | [`access`] | who may do what through it |
+//! | [`adoption`] | the records of services that know nothing of records |
 //! | [`address`] | endpoints and 128-bit field values |
 //! | [`record`] | the redirect record: layout, MAC, verification |
 //! | [`key`] | the keys of the MACs: which of them count, and when |
@@ -17,6 +18,7 @@
 //! | [`classify`](mod@classify) | the decision function |
 //! | [`flow`] | what the kernel keeps for a redirected connection |
 //! | [`socket`] | which sockets the hooks see |
+//! | [`outcome`] | whether what was decided about a connect still holds at its SYN |
 //! | [`event`] | what the kernel tells of decisions |
 //! | `object` (feature `host`) | the administrator's objects |
 //! | `compile` (feature `host`) | objects to tables |
@@ -41,6 +43,7 @@ compile_error!("Carnet's layouts are little-endian; a big-endian host is not sup
 pub mod abi;
 pub mod access;
 pub mod address;
+pub mod adoption;
 pub mod arbitration;
 pub mod chain;
 pub mod classify;
@@ -55,6 +58,7 @@ pub mod flow;
 pub mod key;
 #[cfg(feature = "host")]
 pub mod object;
+pub mod outcome;
 pub mod record;
 pub mod siphash;
 pub mod socket;

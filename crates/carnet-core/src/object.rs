@@ -94,6 +94,11 @@ pub struct Service {
     pub on_failure: FailurePolicy,
     /// Whose results it accepts without looking itself.
     pub trust: Trust,
+    /// Whether its program knows nothing of redirect records: its connections without a record are
+    /// given that of the flow that they may belong to (adoption). A service that co-operates stays
+    /// under the hop guard instead (contract C11). Documents of before do not have it.
+    #[serde(default)]
+    pub unmodified: bool,
 }
 
 /// A service that is to be added: [`Service`] without its numbers.
@@ -109,6 +114,23 @@ pub struct NewService {
     pub on_failure: FailurePolicy,
     /// Whose results it accepts without looking itself.
     pub trust: Trust,
+    /// Whether its program knows nothing of redirect records, see [`Service::unmodified`].
+    pub unmodified: bool,
+}
+
+impl NewService {
+    /// A service that co-operates, trusts nobody, and whose connections are refused while it has no
+    /// live listener.
+    pub fn new(name: impl Into<String>, provider: impl Into<String>, cgroup: CgroupRef) -> Self {
+        Self {
+            name: name.into(),
+            provider: provider.into(),
+            cgroup,
+            on_failure: FailurePolicy::default(),
+            trust: Trust::default(),
+            unmodified: false,
+        }
+    }
 }
 
 /// A cgroup.
@@ -654,7 +676,7 @@ impl Policy {
     /// service; [`PolicyError::TrustsItself`]; [`PolicyError::TooManyServices`];
     /// [`PolicyError::NoCgroup`]; [`PolicyError::CgroupTaken`].
     pub fn add_service(&mut self, new: NewService) -> Result<&Service, PolicyError> {
-        let NewService { name, provider, cgroup, on_failure, trust } = new;
+        let NewService { name, provider, cgroup, on_failure, trust, unmodified } = new;
         check_new_name(&self.services, &name)?;
         if self.services.len() >= MAX_SERVICES as usize {
             return Err(PolicyError::TooManyServices);
@@ -663,7 +685,7 @@ impl Policy {
         check_cgroup(&self.services, &cgroup)?;
         let trust = self.resolve_trust(&name, trust)?;
         let [id, handle] = self.take_ids()?;
-        let service = Service { id, handle, name, provider, cgroup, on_failure, trust };
+        let service = Service { id, handle, name, provider, cgroup, on_failure, trust, unmodified };
         Ok(append(&mut self.services, service))
     }
 
@@ -688,6 +710,20 @@ impl Policy {
     ) -> Result<&Service, PolicyError> {
         let at = find(&self.services, service)?;
         self.services[at].on_failure = on_failure;
+        Ok(&self.services[at])
+    }
+
+    /// Changes whether the program of a service (name or id) knows nothing of redirect records.
+    ///
+    /// # Errors
+    /// [`PolicyError::NotFound`].
+    pub fn set_unmodified(
+        &mut self,
+        service: &str,
+        unmodified: bool,
+    ) -> Result<&Service, PolicyError> {
+        let at = find(&self.services, service)?;
+        self.services[at].unmodified = unmodified;
         Ok(&self.services[at])
     }
 

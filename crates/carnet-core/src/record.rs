@@ -11,13 +11,13 @@
 //! one (the epoch), an hour after its issue ([`LIFETIME_NS`]), and when its key is no longer accepted
 //! ([`KeyRow`](crate::key::KeyRow)).
 //!
-//! Layout, version 1 (little-endian; all offsets in bytes):
+//! Layout, version 2 (little-endian; all offsets in bytes):
 //!
 //! | offset | size | field |
 //! |---|---|---|
 //! | 0 | 4 | magic, the bytes `CRNT` |
-//! | 4 | 2 | version, 1 |
-//! | 6 | 2 | length of the whole record: 400 + 16 * hops |
+//! | 4 | 2 | version, 2 |
+//! | 6 | 2 | length of the whole record: 408 + 16 * hops |
 //! | 8 | 8 | MAC: SipHash-2-4 over bytes 0..8 and 16..length |
 //! | 16 | 8 | epoch: the engine instance that issued the record |
 //! | 24 | 8 | flow id |
@@ -26,7 +26,9 @@
 //! | 44 | 4 | number of legs: redirects so far, forgotten ones included |
 //! | 48 | 24 | original destination, an [`Endpoint`] |
 //! | 72 | 328 | original application, an [`AppIdentity`] |
-//! | 400 | 16 * hops | the hops, newest last, each a [`Hop`] |
+//! | 400 | 4 | set of the hops that are guessed: bit `n` for hop `n` |
+//! | 404 | 4 | [`RECORD_ADOPTED`], [`RECORD_IDENTITY_GUESSED`], [`RECORD_HOPS_GUESSED`] |
+//! | 408 | 16 * hops | the hops, newest last, each a [`Hop`] |
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -38,7 +40,7 @@ use crate::{
 /// The first four bytes of a record, `CRNT`, as a little-endian number.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"CRNT");
 /// The layout that this crate reads and writes.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Most hops that a record can hold.
 pub const MAX_HOPS: usize = 32;
 /// Longest record in bytes. The buffers of existing redirect services (2048 bytes, contract C54)
@@ -50,6 +52,15 @@ pub const HEADER_LENGTH: usize = core::mem::offset_of!(Record, hops);
 /// A service sets a record within moments; a longer life would only serve replays. As long as the
 /// connection is there, a query renews it ([`Record::renew`]).
 pub const LIFETIME_NS: u64 = 3_600_000_000_000;
+
+/// [`Record::flags`]: not all services that had the flow set it. The engine gave it to a connection of an
+/// unmodified one ([`adoption`](crate::adoption)).
+pub const RECORD_ADOPTED: u32 = 1;
+/// [`Record::flags`]: flow id and original application are those of one of several flows to which the
+/// connection may belong, or those of the service itself.
+pub const RECORD_IDENTITY_GUESSED: u32 = 2;
+/// [`Record::flags`]: some of the hops are guessed ([`Record::guessed`]).
+pub const RECORD_HOPS_GUESSED: u32 = 4;
 
 /// Longest executable path kept, in bytes.
 pub const MAX_PATH: usize = 256;
@@ -160,6 +171,10 @@ pub struct Record {
     pub destination: Endpoint,
     /// Who wanted to go there.
     pub app: AppIdentity,
+    /// Bit `n` set: that hop `n` is the flow's is guessed.
+    pub guessed: u32,
+    /// [`RECORD_ADOPTED`], [`RECORD_IDENTITY_GUESSED`], [`RECORD_HOPS_GUESSED`].
+    pub flags: u32,
     /// The hops, oldest first.
     pub hops: [Hop; MAX_HOPS],
 }
@@ -173,8 +188,8 @@ const _: () = {
     assert!(offset_of!(Record, mac) == 8);
     assert!(offset_of!(Record, destination) == 48);
     assert!(offset_of!(Record, app) == 72);
-    assert!(offset_of!(Record, hops) == 400);
-    assert!(size_of::<Record>() == 912 && size_of::<Record>() <= 1024);
+    assert!(offset_of!(Record, hops) == 408);
+    assert!(size_of::<Record>() == 920 && size_of::<Record>() <= 1024);
     assert!(align_of::<Record>() == 8);
 };
 
@@ -273,9 +288,38 @@ impl Record {
             return false;
         };
         *slot = hop;
+        self.guessed &= !hop_bit(self.hop_count);
         self.hop_count += 1;
         self.length = length_with(self.hop_count);
         true
+    }
+
+    /// Marks the hop at `index` as guessed.
+    #[inline(always)]
+    pub const fn guess(&mut self, index: u32) {
+        self.guessed |= hop_bit(index);
+        self.flags |= RECORD_HOPS_GUESSED;
+    }
+
+    /// Whether the hop at `index` is guessed.
+    #[inline(always)]
+    pub const fn is_guessed(&self, index: u32) -> bool {
+        self.guessed & hop_bit(index) != 0
+    }
+
+    /// Removes the newest hop if it is that of the service with this redirect handle; gives its filter, or
+    /// 0.
+    #[inline(always)]
+    pub(crate) fn take_last(&mut self, handle: u64) -> u64 {
+        let newest = self.hop_count.wrapping_sub(1);
+        match self.hop(newest) {
+            Some(hop) if hop.handle == handle => {
+                let filter = hop.filter;
+                self.hop_count = newest;
+                filter
+            }
+            _ => 0,
+        }
     }
 
     /// Takes back the hops, and the legs that they were, which were appended since the record had
@@ -294,6 +338,12 @@ impl Record {
 #[inline(always)]
 const fn same_mac(one: u64, other: u64) -> bool {
     one ^ other == 0
+}
+
+/// The bit of a hop in [`Record::guessed`].
+#[inline(always)]
+const fn hop_bit(index: u32) -> u32 {
+    1 << (index & (MAX_HOPS as u32 - 1))
 }
 
 /// Length in bytes of a record with so many hops.

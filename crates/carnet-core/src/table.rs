@@ -137,6 +137,10 @@ pub struct HeaderRow {
     pub fields: u32,
     /// Length in bytes of the administrator's document, from which the bank was compiled.
     pub document_length: u32,
+    /// Not 0: some service is unmodified.
+    pub unmodified: u32,
+    /// Always zero.
+    pub zero: u32,
 }
 
 /// A cut through the space of connections.
@@ -222,17 +226,23 @@ pub struct ServiceRow {
     pub trusts_all: u32,
     /// [`FAILURE_BLOCK`] or [`FAILURE_SKIP`].
     pub failure: u32,
+    /// Not 0: the service's program knows nothing of records. Its connections without a record are
+    /// given that of the flow that they may belong to (adoption); services that co-operate stay under
+    /// the hop guard.
+    pub unmodified: u32,
+    /// 0.
+    pub zero: u32,
 }
 
 const _: () = {
     // A set of services is one 64-bit word.
     assert!(MAX_SERVICES <= 64);
-    assert!(size_of::<HeaderRow>() == 104);
+    assert!(size_of::<HeaderRow>() == 112);
     assert!(size_of::<NodeRow>() == 32);
     assert!(size_of::<LeafRow>() == 8);
     assert!(size_of::<ConditionRow>() == 40);
     assert!(size_of::<FilterRow>() == 32);
-    assert!(size_of::<ServiceRow>() == 24);
+    assert!(size_of::<ServiceRow>() == 32);
 };
 
 /// One step of a bounded loop, with its state.

@@ -93,6 +93,8 @@ pub struct RefusedAccount {
     pub out_of_memory: u64,
     /// Another UDP socket is connected from the same address to the same service.
     pub address_in_use: u64,
+    /// Their socket is bound to a device, by a process that may not undo that.
+    pub bound_to_device: u64,
 }
 
 impl RefusedAccount {
@@ -103,7 +105,8 @@ impl RefusedAccount {
             + self.service_unavailable
             + self.loops_ended
             + self.out_of_memory
-            + self.address_in_use;
+            + self.address_in_use
+            + self.bound_to_device;
         self.refused.wrapping_sub(known).cast_signed()
     }
 }
@@ -155,6 +158,7 @@ impl Engine {
                 loops_ended: count(Counter::Loops),
                 out_of_memory: count(Counter::OutOfMemory),
                 address_in_use: count(Counter::AddressInUse),
+                bound_to_device: count(Counter::BoundToDevice),
             },
         })
     }

@@ -1,9 +1,14 @@
 //! Whether Carnet can work here, what is missing, and who else is at work.
 
+mod neighbours;
+mod netfilter;
+
+#[cfg(fuzzing)]
+pub(crate) use netfilter::fuzzing;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    os::fd::AsFd as _,
     path::Path,
 };
 
@@ -14,16 +19,15 @@ use aya::{
 };
 
 use crate::{
-    cgroup::{Place, mount_point},
+    cgroup::mount_point,
     engine::check_privileges,
     existing::unlisted,
     kernel::{self, KernelTypes},
     listeners::socket_kind,
     members::{Member, Members, sockets_of},
     mounts::mount_points,
-    object::{self, Hook, hooks},
+    object,
     sockets::{Listed, PROTOCOLS},
-    sys,
 };
 
 /// How a finding is to be taken.
@@ -79,8 +83,8 @@ impl Finding {
 /// Examines this machine and, if one is given, a cgroup: that of an instance, or where one is to
 /// be brought up. Changes nothing; what it loads to try is gone when it returns.
 ///
-/// Of a cgroup also the processes in it are examined: what sockets they have whose flows pass
-/// unseen, and which were made elsewhere.
+/// Of a cgroup also the other programs at its hooks are named, and the processes in it are examined:
+/// what sockets they have whose flows pass unseen, and which were made elsewhere.
 pub fn examine(cgroup: Option<&Path>) -> Vec<Finding> {
     let mut findings = vec![
         Finding::from("kernel", kernel::check_version().map(|()| kernel::release())),
@@ -94,9 +98,11 @@ pub fn examine(cgroup: Option<&Path>) -> Vec<Finding> {
     }
     findings.push(Finding::from("type information", types.map(|_| kernel::BTF_PATH)));
     findings.extend([program_types(), map_types(), helpers(), engine(), unseen_protocols()]);
-    if let Some(path) = cgroup {
-        findings.push(neighbours(path));
-        findings.extend(members(path));
+    let members = cgroup.map(Members::below);
+    findings.extend(netfilter::examine(members.as_ref().and_then(|found| found.as_ref().ok())));
+    if let (Some(path), Some(members)) = (cgroup, members) {
+        findings.extend(neighbours::examine(path));
+        findings.extend(held(members));
     }
     findings
 }
@@ -295,10 +301,10 @@ const EXAMINED: usize = 16_384;
 
 /// The sockets of the processes in a cgroup: those whose flows are not seen, and those that were
 /// made outside it, whose flows are not its.
-fn members(path: &Path) -> Vec<Finding> {
+fn held(members: Result<Members, crate::Error>) -> Vec<Finding> {
     const UNSEEN: &str = "unseen sockets";
     const FOREIGN: &str = "sockets from elsewhere";
-    let found = Members::below(path).and_then(|members| Held::by(&members));
+    let found = members.and_then(|members| Held::by(&members));
     let held = match found {
         Ok(held) => held,
         Err(error) => {
@@ -410,53 +416,6 @@ fn command_of(pid: u32) -> String {
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     format!("{}[{pid}]", name.trim_end())
 }
-
-/// Other programs at the hooks of a cgroup: each sees what those before it made of an address.
-fn neighbours(path: &Path) -> Finding {
-    const NAME: &str = "other programs";
-    let place = match Place::at(path) {
-        Ok(place) => place,
-        Err(error) => return Finding::from(NAME, Err::<&str, _>(error)),
-    };
-    let others = match others_at(&place) {
-        Ok(others) => others,
-        Err(error) => {
-            let advice = "run this as root, outside a container";
-            return Finding::new(State::Warning, NAME, error, advice);
-        }
-    };
-    if others.is_empty() {
-        return Finding::ok(NAME, format!("none at the hooks of {}", place.directory.display()));
-    }
-    Finding::new(
-        State::Warning,
-        NAME,
-        format!("{} at the hooks of {}", others.join(", "), place.directory.display()),
-        "they may rewrite destinations before or after Carnet; programs of cgroups below run \
-         before those of cgroups above, at one cgroup in the order in which they were attached",
-    )
-}
-
-fn others_at(place: &Place) -> std::io::Result<Vec<String>> {
-    let cgroup = place.open().map_err(std::io::Error::other)?;
-    let mut others = Vec::new();
-    for Hook { name, attach_type, .. } in hooks() {
-        for id in sys::effective_programs(cgroup.as_fd(), *attach_type)? {
-            // It may have gone meanwhile.
-            let Ok(program) = sys::program_by_id(id) else { continue };
-            let info = sys::program_info(program.as_fd())?;
-            let called = info.name.split(|byte| *byte == 0).next().unwrap_or_default();
-            if !called.starts_with(OWN_PREFIX) {
-                let called = String::from_utf8_lossy(called);
-                others.push(format!("{called} (program {id}, {name})"));
-            }
-        }
-    }
-    Ok(others)
-}
-
-/// Begins the names of Carnet's programs, those of other instances included.
-const OWN_PREFIX: &[u8] = b"carnet_";
 
 #[cfg(test)]
 mod tests {

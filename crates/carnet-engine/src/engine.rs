@@ -543,7 +543,7 @@ fn update(link: &Pinned, programs: &Path) -> Result<Option<()>, Error> {
 
 #[cfg(test)]
 mod tests {
-    use carnet_core::object::{CgroupRef, FailurePolicy, NewService, Trust};
+    use carnet_core::object::{CgroupRef, NewService};
     use carnet_testbed::{BpfDirectory, Cgroup, require_root};
 
     use super::*;
@@ -591,14 +591,7 @@ mod tests {
             .transact(|policy| {
                 policy.add_provider("acme", "").unwrap();
                 let cgroup = CgroupRef { path: format!("/{}", place.path.display()), id: place.id };
-                let service = NewService {
-                    name: "scan".into(),
-                    provider: "acme".into(),
-                    cgroup,
-                    on_failure: FailurePolicy::Block,
-                    trust: Trust::None,
-                };
-                policy.add_service(service).unwrap();
+                policy.add_service(NewService::new("scan", "acme", cgroup)).unwrap();
                 Ok::<_, Error>(())
             })
             .unwrap_err();

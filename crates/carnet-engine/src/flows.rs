@@ -12,9 +12,9 @@ use std::{
 };
 
 use carnet_core::{
-    flow::{LEG_ONWARD, LEG_REDIRECTED, LegState},
+    flow::{LEG_ADOPTED, LEG_ONWARD, LEG_REDIRECTED, LegState},
     object::Protocol,
-    record::{AppIdentity, FileId, Hop},
+    record::{AppIdentity, FileId, Hop, RECORD_IDENTITY_GUESSED},
 };
 use zerocopy::FromBytes as _;
 
@@ -69,6 +69,11 @@ pub struct Flow {
     pub hops: Vec<FlowHop>,
     /// The application with which the flow began.
     pub app: FlowApp,
+    /// Whether no service set the record: what an unmodified service connected adopted it.
+    pub adopted: bool,
+    /// Whether `flow` and `app` are those of one of several flows to which the leg may belong, or of the
+    /// service that connected.
+    pub identity_guessed: bool,
     /// The redirect context that the service gets to read; empty if there is none.
     pub context: Vec<u8>,
 }
@@ -81,8 +86,10 @@ pub struct FlowHop {
     pub handle: u64,
     /// The service's name; `None` if it was removed.
     pub service: Option<String>,
-    /// The filter that redirected.
+    /// The filter that redirected; 0 where that is not known.
     pub filter: u64,
+    /// Whether it is a guess that the flow was redirected there.
+    pub guessed: bool,
 }
 
 /// The application with which a flow began.
@@ -166,8 +173,13 @@ impl Flow {
     pub(crate) fn new(leg: &LegState, name: impl Fn(u64) -> Option<String>) -> Self {
         let redirected = leg.kind == LEG_REDIRECTED;
         let record = &leg.record;
-        let hops = record.hops.iter().take(record.hop_count as usize);
-        let hop = |&Hop { handle, filter }: &Hop| FlowHop { handle, service: name(handle), filter };
+        let hops = (0..).zip(record.hops.iter().take(record.hop_count as usize));
+        let hop = |(index, &Hop { handle, filter }): (u32, &Hop)| FlowHop {
+            handle,
+            service: name(handle),
+            filter,
+            guessed: record.is_guessed(index),
+        };
         let context = leg.context.get(..leg.context_length as usize).unwrap_or(&leg.context);
         Self {
             flow: record.flow,
@@ -186,6 +198,8 @@ impl Flow {
             legs: record.legs,
             hops: hops.map(hop).collect(),
             app: FlowApp::new(&record.app),
+            adopted: leg.flags & LEG_ADOPTED != 0,
+            identity_guessed: record.flags & RECORD_IDENTITY_GUESSED != 0,
             context: context.to_vec(),
         }
     }
@@ -228,6 +242,8 @@ mod tests {
         leg.context[..3].copy_from_slice(b"hix");
         assert!(leg.record.push(Hop { handle: 4, filter: 9 }));
         assert!(leg.record.push(Hop { handle: 5, filter: 8 }));
+        leg.record.guess(0);
+        leg.flags |= LEG_ADOPTED;
         leg.record.app.path[..9].copy_from_slice(b"/bin/true");
         leg.record.app.path_length = 9;
         leg.record.app.command[..4].copy_from_slice(b"true");
@@ -238,8 +254,10 @@ mod tests {
         assert_eq!(flow.target, "[::1]:15001".parse().unwrap());
         assert_eq!(flow.service.as_deref(), Some("scan"));
         assert_eq!(flow.context, b"hi");
-        let hops: Vec<_> = flow.hops.iter().map(|hop| (hop.handle, hop.service.clone())).collect();
-        assert_eq!(hops, [(4, None), (5, Some("scan".to_owned()))]);
+        let hop = |hop: &FlowHop| (hop.handle, hop.service.clone(), hop.guessed);
+        let hops: Vec<_> = flow.hops.iter().map(hop).collect();
+        assert_eq!(hops, [(4, None, true), (5, Some("scan".to_owned()), false)]);
+        assert!(flow.adopted && !flow.identity_guessed);
         assert_eq!(flow.app.path.as_deref(), Some(std::path::Path::new("/bin/true")));
         assert_eq!(flow.app.command, "true");
 

@@ -5,7 +5,7 @@
 use carnet_core::{event::Event, flow::LegState};
 use zerocopy::FromBytes as _;
 
-use crate::{Flow, btf::Btf, events, flows, kernel, mounts, netlink, sockets};
+use crate::{Flow, btf::Btf, doctor, events, flows, kernel, mounts, netlink, sockets};
 
 /// `/sys/kernel/btf/vmlinux`: all that is looked for in it.
 pub fn types(bytes: &[u8]) {
@@ -27,6 +27,11 @@ pub fn socket_list(bytes: &[u8]) -> usize {
 /// What the kernel answers to a question about network namespaces.
 pub fn namespace_answer(bytes: &[u8]) {
     let _any = netlink::fuzzing::number_in(bytes);
+}
+
+/// What the kernel answers to a list of nftables' chains.
+pub fn chain_list(bytes: &[u8]) -> usize {
+    doctor::fuzzing::count(bytes)
 }
 
 /// An entry of the ring buffer.

@@ -257,7 +257,7 @@ pub(crate) fn list(directory: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
 
 #[cfg(test)]
 mod tests {
-    use carnet_core::object::{FailurePolicy, NewService, Trust};
+    use carnet_core::object::NewService;
 
     use super::*;
     use crate::object::BuildId;
@@ -280,15 +280,8 @@ mod tests {
         let mut policy = Policy::new();
         policy.add_provider("p", "").unwrap();
         for (id, path) in services {
-            policy
-                .add_service(NewService {
-                    name: format!("s{id}"),
-                    provider: "p".into(),
-                    cgroup: CgroupRef { path: (*path).into(), id: *id },
-                    on_failure: FailurePolicy::Block,
-                    trust: Trust::None,
-                })
-                .unwrap();
+            let cgroup = CgroupRef { path: (*path).into(), id: *id };
+            policy.add_service(NewService::new(format!("s{id}"), "p", cgroup)).unwrap();
         }
         let count = |wanted: &Wanted, hooks: &'static [Hook]| {
             let is = |hook: &&&'static Hook| hooks.iter().any(|other| std::ptr::eq(other, **hook));
@@ -327,9 +320,7 @@ mod tests {
         };
         policy.add_provider("p", "").unwrap();
         let cgroup = CgroupRef { path: "/elsewhere".into(), id: 1 };
-        let (name, provider) = ("s".into(), "p".into());
-        let (on_failure, trust) = (FailurePolicy::Block, Trust::None);
-        policy.add_service(NewService { name, provider, cgroup, on_failure, trust }).unwrap();
+        policy.add_service(NewService::new("s", "p", cgroup)).unwrap();
         let mut instance = instance("a");
         assert!(hooks(&instance, &policy).is_empty());
         instance.refuse_unseen = true;

@@ -10,9 +10,9 @@ use std::{
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// `struct nlmsghdr`: length, type, flags, sequence number, port id.
-const HEADER: usize = 16;
+pub(crate) const HEADER: usize = 16;
 /// `struct nlattr`: length, type.
-const ATTRIBUTE: usize = 4;
+pub(crate) const ATTRIBUTE: usize = 4;
 /// Any answer to these questions.
 const ANSWER: usize = 8192;
 
@@ -143,7 +143,7 @@ fn answer_in(received: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 /// The value of the attribute of this type.
-fn attribute(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
+pub(crate) fn attribute(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
     loop {
         let length = u16::from_ne_bytes(attributes.get(..2)?.try_into().ok()?) as usize;
         let kind = u16::from_ne_bytes(attributes.get(2..4)?.try_into().ok()?);

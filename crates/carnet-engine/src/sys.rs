@@ -323,17 +323,33 @@ const QUERY_EFFECTIVE: u32 = 1;
 /// Most programs that one cgroup's hook can run, those of 64 levels included.
 const MAX_EFFECTIVE: usize = 1024;
 
-/// The ids of the programs that run at a hook for the sockets of a cgroup, those that are attached
-/// to the cgroups above included.
+/// The ids of the programs that run at a hook for the sockets of a cgroup, in the order in which they do;
+/// those that are attached to the cgroups above included.
 pub(crate) fn effective_programs(
     cgroup: BorrowedFd<'_>,
     attach_type: bpf_attach_type,
+) -> io::Result<Vec<u32>> {
+    query_programs(cgroup, attach_type, QUERY_EFFECTIVE)
+}
+
+/// The ids of the programs that are attached to a cgroup itself.
+pub(crate) fn attached_programs(
+    cgroup: BorrowedFd<'_>,
+    attach_type: bpf_attach_type,
+) -> io::Result<Vec<u32>> {
+    query_programs(cgroup, attach_type, 0)
+}
+
+fn query_programs(
+    cgroup: BorrowedFd<'_>,
+    attach_type: bpf_attach_type,
+    query_flags: u32,
 ) -> io::Result<Vec<u32>> {
     let mut ids = vec![0_u32; MAX_EFFECTIVE];
     let mut attributes = ProgramQuery {
         target: number(cgroup),
         attach_type: attach_type as u32,
-        query_flags: QUERY_EFFECTIVE,
+        query_flags,
         attach_flags: 0,
         ids: address(ids.as_mut_ptr()),
         count: MAX_EFFECTIVE as u32,

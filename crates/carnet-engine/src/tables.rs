@@ -243,7 +243,7 @@ impl Tables {
     }
 
     /// The maps that grow and shrink with what goes on: kind of content, name.
-    pub(crate) const CHANGING: [(&'static str, &'static str); 10] = [
+    pub(crate) const CHANGING: [(&'static str, &'static str); 11] = [
         ("connections to services and onwards", "CONNECTING"),
         ("connections under way to a service", "HANDOVER"),
         ("connections that services accepted", "ACCEPTED"),
@@ -252,6 +252,7 @@ impl Tables {
         ("decisions for those that pass", "PASSING"),
         ("IPv6 sources of UDP", "LOCAL_SOURCES"),
         ("destinations that services hold", "GUARD"),
+        ("those that unmodified services hold", "HELD"),
         ("listeners", "LISTENERS"),
         ("services' cgroups", "SVC_CGROUPS"),
     ];

@@ -54,6 +54,13 @@ pub struct Arguments {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     pub drain_timeout: Duration,
 
+    /// Hand connections on to a service at this address that expects the PROXY protocol (version 2)
+    ///
+    /// It is told the application's address and the original destination, to which it is to connect by
+    /// itself. No UDP flows are taken then.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub send_proxy: Option<SocketAddr>,
+
     /// What only this system has.
     #[command(flatten)]
     pub system: sys::Options,

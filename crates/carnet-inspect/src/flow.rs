@@ -90,7 +90,7 @@ impl Context {
         traffic: &Traffic,
         entry: &mut Entry,
     ) -> Option<String> {
-        let origin = match self.source.origin(client) {
+        let origin = match self.source.origin_in_time(client, self.inspect_timeout).await {
             Ok(origin) => origin,
             Err(error) => {
                 entry.verdict = Action::Refuse;

@@ -15,6 +15,7 @@
 //! | `flow` | one connection from its acceptance to its line in the log |
 //! | `datagrams`, `gate` | UDP flows; which of their datagrams pass; the latter without I/O |
 //! | [`origin`] | where a connection comes from and goes to, and the trait to test without an engine |
+//! | [`proxy_protocol`] | headers that say where a connection goes, both ways |
 //! | [`inspect`] | what a client's bytes and datagrams tell; no I/O |
 //! | [`relay`] | bytes from socket to socket |
 //! | [`log`] | the log |
@@ -51,6 +52,7 @@ mod gate;
 pub mod inspect;
 pub mod log;
 pub mod origin;
+pub mod proxy_protocol;
 pub mod relay;
 pub mod rules;
 pub mod service;
@@ -59,14 +61,17 @@ pub mod sys;
 use anyhow::{Context as _, Result, bail};
 use cli::Arguments;
 use log::{Log, Writer};
+use origin::FlowSource;
+use proxy_protocol::Announcing;
 use rules::Rules;
-use service::{Control, Options, Service};
+use service::{Control, DatagramLimits, Options, Service};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use sys::Signals;
 
@@ -119,14 +124,14 @@ async fn serve(
         inspect_timeout: arguments.inspect_timeout,
         connect_timeout: arguments.connect_timeout,
         drain_timeout: arguments.drain_timeout,
-        datagrams: arguments.system.datagrams().unwrap_or_default(),
+        datagrams: datagrams(arguments).unwrap_or_default(),
     };
     let Sockets { listeners, datagrams } = sockets;
     let addresses: Vec<String> = listeners
         .iter()
         .map(|listener| listener.local_addr().map(|address| address.to_string()))
         .collect::<io::Result<_>>()?;
-    let service = Service::new(options, arguments.system.source(), rules, log);
+    let service = Service::new(options, source(arguments), rules, log);
     let signals = Signals::install()?;
     let (control, rules) = (service.control(), arguments.rules.clone());
     let ending = control.clone();
@@ -145,6 +150,20 @@ async fn serve(
     service.run(listeners, datagrams, announce).await?;
     signals.abort();
     Ok(())
+}
+
+/// Who tells where flows come from and go to, and how to get there.
+fn source(arguments: &Arguments) -> Arc<dyn FlowSource> {
+    let source = arguments.system.source();
+    match arguments.send_proxy {
+        Some(service) => Arc::new(Announcing { source, service }),
+        None => source,
+    }
+}
+
+/// The limits of UDP flows, if there are to be any: the PROXY protocol is for connections.
+fn datagrams(arguments: &Arguments) -> Option<DatagramLimits> {
+    arguments.system.datagrams().filter(|_| arguments.send_proxy.is_none())
 }
 
 /// The first request to end drains; the second one stops.
@@ -182,7 +201,7 @@ struct Sockets {
 fn listen(arguments: &Arguments) -> Result<Sockets> {
     let mut sockets = Sockets::default();
     for &address in &arguments.listen {
-        match bind_both(address, arguments.system.datagrams().is_some()) {
+        match bind_both(address, datagrams(arguments).is_some()) {
             Ok((listener, datagrams)) => {
                 sockets.listeners.push(listener);
                 sockets.datagrams.extend(datagrams);

@@ -1,9 +1,12 @@
 //! Where a connection comes from and goes to: the only module that asks Carnet.
 
 use carnet::{AsSocket, DatagramFlow, Error, Onwards, Operation};
+use std::future::{Future, ready};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket as StdUdpSocket};
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::time::Duration;
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 
 /// Tells where accepted connections come from and go to.
@@ -14,6 +17,12 @@ pub trait FlowSource: Send + Sync + 'static {
     /// [`Error::NotRedirected`] for a connection that came here directly; others when it cannot
     /// be told.
     fn origin(&self, accepted: &TcpStream) -> Result<Origin, Error>;
+
+    /// The same for a source that learns of a connection by what it says before all else, and waits for
+    /// that, for at most `limit`.
+    fn origin_in_time<'a>(&'a self, accepted: &'a TcpStream, _limit: Duration) -> OriginFuture<'a> {
+        Box::pin(ready(self.origin(accepted)))
+    }
 
     /// What is known of a flow of datagrams that come from `peer`, which is an address that stands
     /// for the flow. It does not block.
@@ -36,6 +45,9 @@ pub trait FlowSource: Send + Sync + 'static {
         true
     }
 }
+
+/// What [`FlowSource::origin_in_time`] gives.
+pub type OriginFuture<'a> = Pin<Box<dyn Future<Output = Result<Origin, Error>> + Send + 'a>>;
 
 /// What is known of a redirected connection, or of a flow of datagrams.
 #[derive(Clone, Debug)]
@@ -79,9 +91,45 @@ pub enum Route {
     Recorded(Box<Onwards>),
     /// Without one.
     Plain(SocketAddr),
+    /// To a service that is told first where the connection is going.
+    Announced(Announced),
+}
+
+/// A connection to a service that is told where it is going by what comes first.
+#[derive(Clone, Debug)]
+pub struct Announced {
+    /// How to connect to the service.
+    pub route: Box<Route>,
+    /// Where it listens.
+    pub service: SocketAddr,
+    /// What it is told.
+    pub header: Vec<u8>,
+}
+
+impl Announced {
+    async fn connect(self, limit: Duration) -> Result<TcpStream, Error> {
+        let mut stream = Box::pin(self.route.connect(limit)).await?;
+        let failed = |source| Error::from_connect(self.service, source);
+        stream.write_all(&self.header).await.map_err(failed)?;
+        Ok(stream)
+    }
 }
 
 impl Route {
+    /// The same way to another place.
+    #[must_use]
+    pub fn to(self, destination: SocketAddr) -> Self {
+        match self {
+            Self::Recorded(onwards) => Self::Recorded(Box::new(onwards.to(destination))),
+            Self::Plain(_) => Self::Plain(destination),
+            Self::Announced(announced) => Self::Announced(Announced {
+                route: Box::new(announced.route.to(destination)),
+                service: destination,
+                ..announced
+            }),
+        }
+    }
+
     /// Connects, and gives up after `limit`.
     ///
     /// # Errors
@@ -101,13 +149,15 @@ impl Route {
                     .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
                     .map_err(|source| Error::from_connect(target, source))
             }
+            Self::Announced(announced) => announced.connect(limit).await,
         }
     }
 
     /// A socket for datagrams that is connected to the destination.
     ///
     /// # Errors
-    /// Those of [`Onwards::connect_datagram`].
+    /// Those of [`Onwards::connect_datagram`]; [`Error::Unsupported`] to a service that would have to be
+    /// told something first.
     pub fn connect_datagram(self) -> Result<UdpSocket, Error> {
         let prepare = |source| Error::Os { operation: Operation::PrepareSocket, source };
         let socket = match self {
@@ -123,6 +173,9 @@ impl Route {
                 let target = SocketAddr::new(address, destination.port());
                 socket.connect(target).map_err(|source| Error::from_connect(target, source))?;
                 socket
+            }
+            Self::Announced(_) => {
+                return Err(Error::Unsupported { operation: Operation::PrepareSocket });
             }
         };
         socket.set_nonblocking(true).map_err(prepare)?;

@@ -325,10 +325,10 @@ mod model {
             let overlapped = Arc::new(Overlapped::new());
             let writer = {
                 let overlapped = overlapped.clone();
-                thread::spawn(move || publish(&*overlapped, 0, 912, 0).unwrap())
+                thread::spawn(move || publish(&*overlapped, 0, 920, 0).unwrap())
             };
             if overlapped.status.load(Ordering::Acquire) != PENDING {
-                assert_eq!(overlapped.bytes.load(Ordering::Relaxed), 912);
+                assert_eq!(overlapped.bytes.load(Ordering::Relaxed), 920);
             }
             writer.join().unwrap();
         });
@@ -342,14 +342,14 @@ mod model {
                 let operation = operation.clone();
                 thread::spawn(move || {
                     if operation.0.claim() {
-                        publish(&operation.1, 0, 912, 0).unwrap();
+                        publish(&operation.1, 0, 920, 0).unwrap();
                         operation.0.finish();
                     }
                 })
             };
             operation.0.wait();
             assert_eq!(operation.1.status.load(Ordering::Relaxed), 0);
-            assert_eq!(operation.1.bytes.load(Ordering::Relaxed), 912);
+            assert_eq!(operation.1.bytes.load(Ordering::Relaxed), 920);
             completer.join().unwrap();
         });
     }
@@ -411,7 +411,7 @@ mod model {
                 thread::spawn(move || {
                     let (operation, overlapped, queue) = &*shared;
                     if operation.claim() {
-                        publish(overlapped, 0, 912, 0).unwrap();
+                        publish(overlapped, 0, 920, 0).unwrap();
                         operation.finish();
                         let _ = queue.push(());
                     }
@@ -426,7 +426,7 @@ mod model {
             completer.join().unwrap();
             let status = overlapped.status.load(Ordering::Relaxed);
             let bytes = overlapped.bytes.load(Ordering::Relaxed);
-            assert!(matches!((status, bytes), (0, 912) | (0xC000_0120, 0)));
+            assert!(matches!((status, bytes), (0, 920) | (0xC000_0120, 0)));
             assert!(queue.pop().is_none());
         });
     }

@@ -88,6 +88,13 @@ impl Onwards {
         Self { source: Some(source), ..self }
     }
 
+    /// Goes to another destination instead: to a mirror, or to a service that is told by other means where
+    /// the flow is going.
+    #[must_use]
+    pub fn to(self, destination: SocketAddr) -> Self {
+        Self { destination, ..self }
+    }
+
     /// Where the connection goes. An IPv4-mapped destination is reached over IPv4, which also
     /// works where sockets are IPv6-only.
     pub fn destination(&self) -> SocketAddr {

@@ -34,7 +34,8 @@ pub(super) enum Hook {
 /// A chain, as far as it can differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Seen {
-    visited: u64,
+    visited: u32,
+    guessed: u32,
     last: u32,
     hops: u32,
     strangers: u32,
@@ -155,14 +156,14 @@ impl Pending for Undecided<'_> {
 
 impl From<Chain> for Seen {
     fn from(chain: Chain) -> Self {
-        let Chain { visited, last, hops, strangers, legs } = chain;
-        Self { visited, last, hops, strangers, legs }
+        let Chain { visited, guessed, last, hops, strangers, legs } = chain;
+        Self { visited, guessed, last, hops, strangers, legs }
     }
 }
 
 impl From<Seen> for Chain {
     fn from(seen: Seen) -> Self {
-        let Seen { visited, last, hops, strangers, legs } = seen;
-        Self { visited, last, hops, strangers, legs }
+        let Seen { visited, guessed, last, hops, strangers, legs } = seen;
+        Self { visited, guessed, last, hops, strangers, legs }
     }
 }

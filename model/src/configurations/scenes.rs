@@ -68,6 +68,27 @@ pub(super) fn everybody(names: &[&str], failures: &[FailurePolicy], trusts: &[u8
     let mut admin = Administrator::new(&[10, 30, 20]);
     add_services(&mut admin, names, failures);
     add_trust(&mut admin, names, trusts);
+    redirect_all(admin, names)
+}
+
+/// The same with services that are passed over when they are dead; those whose bit is set are
+/// unmodified.
+pub(super) fn unmodified(names: &[&str], set: u8) -> Scene {
+    let mut admin = Administrator::new(&[10, 30, 20]);
+    add_services(&mut admin, names, &[Skip; NAMES.len()]);
+    mark_unmodified(&mut admin, names, set);
+    redirect_all(admin, names)
+}
+
+fn mark_unmodified(admin: &mut Administrator, names: &[&str], set: u8) {
+    for (service, name) in names.iter().enumerate() {
+        if set & 1 << service != 0 {
+            admin.unmodified(name);
+        }
+    }
+}
+
+fn redirect_all(mut admin: Administrator, names: &[&str]) -> Scene {
     let places = [(30, 1), (20, 9), (20, 5), (10, 9)];
     for (name, (sublayer, weight)) in names.iter().zip(places).rev() {
         admin.redirect(name, sublayer, weight, 0);
@@ -93,8 +114,14 @@ pub(super) fn opposite_orders(failures: &[FailurePolicy]) -> Scene {
 
 /// Two services likewise.
 pub(super) fn opposite_pair() -> Scene {
+    unmodified_pair(0)
+}
+
+/// The same; those whose bit is set are unmodified.
+pub(super) fn unmodified_pair(set: u8) -> Scene {
     let mut admin = Administrator::new(&[10]);
     add_services(&mut admin, &["a", "b"], &[Block; 2]);
+    mark_unmodified(&mut admin, &["a", "b"], set);
     for (name, weight) in [("a", 9), ("b", 8)] {
         admin.redirect(name, 10, weight, 0);
         admin.redirect(name, 10, 17 - weight, 1);

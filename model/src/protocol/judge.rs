@@ -41,6 +41,12 @@ pub enum Fault {
     Deceived,
     /// A record was refused that was issued to the service.
     Rebuffed,
+    /// An adopted record says for certain of a service that it had the flow, and it had not.
+    Presumed,
+    /// An adopted record lacks a service that had the flow.
+    Overlooked,
+    /// An unmodified service got a flow twice.
+    Again,
 }
 
 /// The room that the guard leaves beyond the number of services.
@@ -56,7 +62,7 @@ pub(super) fn judge(
 ) {
     let generation = connect.generation();
     let fate = &generation.fates[connect.destination];
-    let honest = !flow.lied && !flow.forgot;
+    let honest = !flow.lied && !flow.forgot && !flow.doubted;
     let limit = generation.services.len() + MARGIN;
     let view = View { connect, flow, generation };
     if honest {
@@ -72,6 +78,8 @@ pub(super) fn judge(
         state.note(Fault::Confused, listener != Some(to.process));
         state.note(Fault::Endless, usize::from(flow.legs) >= limit);
         state.note(Fault::Misfiltered, fate.refused && fate.order.is_empty());
+        let had_it = flow.seen & 1 << to.handle != 0;
+        state.note(Fault::Again, to.unmodified && had_it && !flow.lied && !flow.forgot);
         if honest {
             state.note(Fault::Twice, flow.seen & 1 << to.handle != 0);
             state.note(Fault::Distrust, view.trusts_all(to));
@@ -95,8 +103,9 @@ pub(super) fn judge(
     } else {
         state.note(Fault::Misfiltered, fate.refused);
         if !flow.lied {
-            state.note(Fault::PassedBy, view.wanting().any(|service| view.is_live(service)));
-            state.note(Fault::Unguarded, view.wanting().any(|service| view.has_failed(service)));
+            let due = || view.wanting().filter(|service| !view.is_passed_over(service));
+            state.note(Fault::PassedBy, due().any(|service| view.is_live(service)));
+            state.note(Fault::Unguarded, due().any(|service| view.has_failed(service)));
         }
     }
 }
@@ -137,6 +146,12 @@ impl View<'_> {
         services.filter(|service| {
             self.flow.seen & 1 << service.handle == 0 && !self.trusts_all(service)
         })
+    }
+
+    /// Whether the service is unmodified and guessed to have had the flow: whom a guess may cost it.
+    fn is_passed_over(&self, service: &ServiceFact) -> bool {
+        let guessed = self.connect.record.map_or(0, |record| record.handles() & !record.certain());
+        service.unmodified && guessed & 1 << service.handle != 0
     }
 
     /// Whether the service with this handle is the first live one that is still to see the flow.

@@ -143,8 +143,11 @@ impl Carried {
         record.version = VERSION;
         record.epoch = EPOCH;
         record.issued_ns = clock(self.hour);
-        for hop in self.hops() {
+        for (index, hop) in (0..).zip(self.hops()) {
             record.push(Hop { handle: scene.handles[hop], filter: 1 });
+            if self.guessed & 1 << index != 0 {
+                record.guess(index);
+            }
         }
         record.legs = self.legs.into();
         record

@@ -74,11 +74,16 @@ impl Protocol {
         }
         let guards = self.guards();
         let hour = state.hour;
+        let unmodified =
+            self.generation(state).service(handle).is_some_and(|service| service.unmodified);
         let flow = &mut state.flows[number];
         flow.place = Place::Held(process as u8);
         flow.delivered = handle as u8;
         flow.record = Carried { hour, ..record };
         flow.set = None;
+        if unmodified {
+            flow.kept[handle] = Some((flow.record, flow.destination));
+        }
         flow.seen |= 1 << handle;
         flow.legs = flow.legs.saturating_add(1);
         flow.held[handle][destination] += u8::from(guards);

@@ -3,6 +3,7 @@
 //! Here a hook runs, and a policy comes into force, in one step; [`banks`](crate::banks) looks into
 //! these.
 
+mod adoption;
 mod judge;
 mod kernel;
 mod legs;
@@ -77,6 +78,9 @@ pub enum Action {
     Set(usize, Given),
     /// The service that holds the flow connects onwards.
     Onwards(usize),
+    /// The unmodified service that holds the flow connects onwards; the kernel takes the connection for
+    /// one of this flow, or of none that it knows.
+    Adopt(usize, Option<usize>),
     /// It connects to the other destination instead.
     Elsewhere(usize),
     /// A process dies.
@@ -151,6 +155,13 @@ impl Protocol {
         neighbour.or(own)
     }
 
+    /// The service that the process is, if its program knows nothing of records.
+    fn unmodified(&self, state: &State, process: usize) -> Option<usize> {
+        let own = self.service_of(state, process)?;
+        let service = self.generation(state).service(own)?;
+        service.unmodified.then_some(own)
+    }
+
     /// Whether the guard has anything to do.
     fn guards(&self) -> bool {
         !self.forgetful.is_empty() || !self.liars.is_empty()
@@ -212,6 +223,15 @@ impl Model for Protocol {
                 Place::Waiting => actions.push(Action::Begin(number)),
                 Place::Held(process) => {
                     let process = usize::from(process);
+                    if let Some(own) = self.unmodified(state, process) {
+                        let candidates = self.candidates(state, own, flow.destination);
+                        let likeliest = candidates.into_iter().map(Some).chain([None]);
+                        actions.extend(likeliest.map(|other| Action::Adopt(number, other)));
+                        if state.lies < self.lies {
+                            actions.push(Action::Elsewhere(number));
+                        }
+                        continue;
+                    }
                     if flow.set.is_some() {
                         actions.push(Action::Onwards(number));
                     } else {
@@ -277,12 +297,23 @@ impl Model for Protocol {
                 state.flows[number].forgot |= state.flows[number].set.is_none();
                 self.connect(&mut state, number, service);
             }
+            Action::Adopt(number, likeliest) => {
+                let service = self.unmodified(last, holder(number)?)?;
+                self.adopt(&mut state, number, service, likeliest);
+                self.connect(&mut state, number, Some(service));
+            }
             Action::Elsewhere(number) => {
-                let service = self.service_of(last, holder(number)?);
+                let process = holder(number)?;
+                let service = self.service_of(last, process);
                 state.lies += 1;
                 let flow = &mut state.flows[number];
                 (flow.lied, flow.legs) = (true, 0);
                 flow.destination ^= 1;
+                if let Some(own) = self.unmodified(last, process) {
+                    let destination = state.flows[number].destination;
+                    let likeliest = self.candidates(&state, own, destination).first().copied();
+                    self.adopt(&mut state, number, own, likeliest);
+                }
                 self.connect(&mut state, number, service);
             }
             Action::Die(process) => {

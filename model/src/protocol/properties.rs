@@ -37,6 +37,8 @@ pub enum Witness {
     Upgraded,
     /// A flow makes more legs than there are services.
     Circling,
+    /// What an unmodified service connects adopts a record of which something is guessed.
+    Guessed,
 }
 
 /// The properties of a configuration.
@@ -55,6 +57,9 @@ pub(super) fn of(protocol: &Protocol) -> Vec<Property<Protocol>> {
         Property::always(name(Fault::EarlyAlarm), |_, state| !has(state, Fault::EarlyAlarm)),
         Property::always(name(Fault::Deceived), |_, state| !has(state, Fault::Deceived)),
         Property::always(name(Fault::Rebuffed), |_, state| !has(state, Fault::Rebuffed)),
+        Property::always(name(Fault::Presumed), |_, state| !has(state, Fault::Presumed)),
+        Property::always(name(Fault::Overlooked), |_, state| !has(state, Fault::Overlooked)),
+        Property::always(name(Fault::Again), |_, state| !has(state, Fault::Again)),
     ];
     properties.extend(protocol.witnesses.iter().map(|witness| witness.property()));
     properties
@@ -76,6 +81,9 @@ const fn name(fault: Fault) -> &'static str {
         Fault::EarlyAlarm => "g2 the guard does not refuse a flow sooner than it has to",
         Fault::Deceived => "r1 no record is taken that was not issued to the service",
         Fault::Rebuffed => "r2 every record is taken that was issued to the service",
+        Fault::Presumed => "h1 no adopted record makes certain what is not so",
+        Fault::Overlooked => "h2 no adopted record lacks a service that had the flow",
+        Fault::Again => "h3 no unmodified service gets a flow twice",
     }
 }
 
@@ -136,6 +144,10 @@ impl Witness {
                 let services = protocol.generation(state).services.len();
                 state.flows.iter().any(|flow| usize::from(flow.legs) > services)
             },
+            Self::Guessed => |_, state| {
+                let guesses = |flow: &super::Flow| flow.record.guessed != 0 || flow.doubted;
+                state.flows.iter().any(guesses)
+            },
         };
         Property::sometimes(self.name(), condition)
     }
@@ -155,6 +167,7 @@ impl Witness {
             Self::Believed => "reached: a lie is believed",
             Self::Upgraded => "reached: a flow arrives after an upgrade",
             Self::Circling => "reached: a flow makes more legs than there are services",
+            Self::Guessed => "reached: services that had a flow are guessed",
         }
     }
 }

@@ -16,6 +16,8 @@ pub struct Carried {
     pub length: u8,
     /// What it says of the number of legs.
     pub legs: u8,
+    /// Set of the places in it of hops that are guessed.
+    pub guessed: u8,
     /// In which hour it was issued.
     pub hour: u8,
     /// The number of the key under which it was issued.
@@ -74,6 +76,12 @@ pub struct Flow {
     pub forgot: bool,
     /// What really happened: some service went on with another record, or to another destination.
     pub lied: bool,
+    /// What really happened: what an unmodified service connected for it adopted a record that is not
+    /// exactly its own.
+    pub doubted: bool,
+    /// The records of the legs of this flow that unmodified services hold, by handle, and where those
+    /// go.
+    pub kept: [Option<(Carried, u8)>; HANDLES],
     /// The connections of this flow that services hold, by handle and destination. Counted only where
     /// services may forget the record.
     pub held: [[u8; DESTINATIONS]; HANDLES],
@@ -134,12 +142,19 @@ impl Carried {
         self.hops().fold(0, |set, hop| set | 1 << hop)
     }
 
+    /// Set of the handles in it that are certain.
+    pub fn certain(&self) -> u8 {
+        let hops = (0..).zip(self.hops()).filter(|(place, _)| self.guessed & 1 << place == 0);
+        hops.fold(0, |set, (_, hop)| set | 1 << hop)
+    }
+
     /// The record as it was when it was delivered to the service `handle`, if it was.
     pub fn when_delivered_to(&self, handle: usize) -> Option<Self> {
         let at = self.hops().position(|hop| hop == handle)? as u8;
         let mut earlier = *self;
         earlier.length = at + 1;
         earlier.hops[usize::from(at) + 1..].fill(0);
+        earlier.guessed &= (1 << earlier.length) - 1;
         // Every later hop was a leg.
         earlier.legs = self.legs - (self.length - earlier.length);
         Some(earlier)

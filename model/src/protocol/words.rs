@@ -61,6 +61,14 @@ impl Protocol {
                     if state.flows[number].set.is_none() { " without a record" } else { "" };
                 format!("{} connects flow {} onwards{without}", holder(number), flow(number))
             }
+            Action::Adopt(number, likeliest) => {
+                let taken = match likeliest {
+                    Some(other) => format!("taken for flow {}", flow(other)),
+                    None => "of which no record is found".to_owned(),
+                };
+                let (who, number) = (holder(number), flow(number));
+                format!("{who}, which is unmodified, connects flow {number} onwards, {taken}")
+            }
             Action::Elsewhere(number) => {
                 format!("{} connects flow {} elsewhere", holder(number), flow(number))
             }

@@ -153,7 +153,7 @@ impl Errors {
     }
 }
 
-const NAMES: [(&str, i32); 14] = [
+const NAMES: [(&str, i32); 15] = [
     ("ENOPROTOOPT", libc::ENOPROTOOPT),
     ("EOPNOTSUPP", libc::EOPNOTSUPP),
     ("EINVAL", libc::EINVAL),
@@ -168,6 +168,7 @@ const NAMES: [(&str, i32); 14] = [
     ("ELOOP", libc::ELOOP),
     ("EADDRINUSE", libc::EADDRINUSE),
     ("EADDRNOTAVAIL", libc::EADDRNOTAVAIL),
+    ("EHOSTUNREACH", libc::EHOSTUNREACH),
 ];
 
 /// The errors that a table of the document names.

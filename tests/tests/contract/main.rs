@@ -165,7 +165,7 @@ fn the_service_for_both_systems() {
     add_service(&lab, "alpha", 1, CONTEXT);
     let service = start_service(&lab, &program, "alpha");
     exchange(&lab, 1);
-    assert_eq!(flows(&service, r#"flow: a record of 416 bytes, context "hello""#), 12);
+    assert_eq!(flows(&service, r#"flow: a record of 424 bytes, context "hello""#), 12);
 
     // A connection that was not redirected has no record: FWP_E_NOT_FOUND, and it is ended.
     let line = service.lines();
@@ -199,8 +199,8 @@ fn two_services_for_both_systems_in_a_chain() {
     let bravo = start_service(&lab, &programs[1], "bravo");
     exchange(&lab, 2);
     // The record grows from service to service.
-    assert_eq!(flows(&alpha, r#"flow: a record of 416 bytes, context "hello""#), 12);
-    assert_eq!(flows(&bravo, r#"flow: a record of 432 bytes, context """#), 12);
+    assert_eq!(flows(&alpha, r#"flow: a record of 424 bytes, context "hello""#), 12);
+    assert_eq!(flows(&bravo, r#"flow: a record of 440 bytes, context """#), 12);
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn two_datagram_services_in_a_chain() {
     ] {
         assert_eq!(lab.counter(counter), value, "{counter:?}");
     }
-    for (service, length) in services.iter().zip([416, 432]) {
+    for (service, length) in services.iter().zip([424, 440]) {
         let lines = service.lines();
         assert_eq!(lines.len() as u64, 1 + count, "{lines:#?}");
         assert_eq!(flows(service, &format!("flow: a record of {length} bytes")) as u64, count);

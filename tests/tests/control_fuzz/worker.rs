@@ -161,7 +161,7 @@ impl<'a> Hammer<'a> {
             destinations,
             over,
             tally: Tally::default(),
-            record: vec![0; 416],
+            record: vec![0; 424],
         }
     }
 

@@ -7,8 +7,8 @@ use carnet_core::{
     compile::{CompiledPolicy, compile},
     explain::Process,
     object::{
-        CgroupCondition, CgroupRef, Conditions, ExecutableCondition, FailurePolicy, FilterAction,
-        NetnsCondition, NewFilter, NewService, Policy, Trust, Weight,
+        CgroupCondition, CgroupRef, Conditions, ExecutableCondition, FilterAction, NetnsCondition,
+        NewFilter, NewService, Policy, Weight,
     },
     record::FileId,
 };
@@ -191,13 +191,8 @@ impl Stage {
             .transact(|policy| {
                 policy.add_provider("p", "")?;
                 for (n, cgroup) in service_cgroups.iter().enumerate() {
-                    policy.add_service(NewService {
-                        name: format!("s{n}"),
-                        provider: "p".into(),
-                        cgroup: reference_of(cgroup)?,
-                        on_failure: FailurePolicy::Block,
-                        trust: Trust::None,
-                    })?;
+                    let cgroup = reference_of(cgroup)?;
+                    policy.add_service(NewService::new(format!("s{n}"), "p", cgroup))?;
                 }
                 Ok::<_, Anything>(policy.clone())
             })

@@ -6,7 +6,7 @@ use carnet_core::{
     abi::{self, FlowInfo, OnwardsInfo},
     address::Endpoint,
     event::{Counter, EventKind},
-    record::{AppIdentity, RecordError},
+    record::{AppIdentity, HEADER_LENGTH, RecordError},
 };
 use carnet_tests::{
     Lab, Must as _, PATIENCE, Plan, Report,
@@ -18,7 +18,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 
 /// Options that are got, with the length of the answer of a first hop.
 const GET: [(i32, usize); 8] = [
-    (abi::QUERY_REDIRECT_RECORDS, 416),
+    (abi::QUERY_REDIRECT_RECORDS, HEADER_LENGTH + 16),
     (abi::QUERY_REDIRECT_CONTEXT, 5),
     (abi::REDIRECT_RECORDS_LENGTH, 4),
     (abi::REDIRECT_CONTEXT_LENGTH, 4),
@@ -72,7 +72,7 @@ fn every_option_answers_and_asking_again_gives_the_same() {
         let bytes = accepted.query(option).must("query");
         u32::from_ne_bytes(bytes.try_into().expect("four bytes"))
     };
-    assert_eq!(number(abi::REDIRECT_RECORDS_LENGTH), 416);
+    assert_eq!(number(abi::REDIRECT_RECORDS_LENGTH) as usize, HEADER_LENGTH + 16);
     assert_eq!(number(abi::REDIRECT_CONTEXT_LENGTH), 5);
     assert_eq!(accepted.query(abi::QUERY_REDIRECT_CONTEXT), Ok(b"hello".to_vec()));
 
@@ -248,7 +248,7 @@ fn a_record_that_was_tampered_with_is_refused_and_the_one_before_stays() {
         assert_eq!(onward.set_record(bytes), fails(libc::EINVAL), "{what}");
     };
     refused(&[], "nothing");
-    for length in [1, 8, 16, 399, 400, 415] {
+    for length in [1, 8, 16, HEADER_LENGTH - 1, HEADER_LENGTH, HEADER_LENGTH + 15] {
         refused(&record[..length], "truncated");
     }
     for more in [1, 16, 496, 497, 3000] {
@@ -402,7 +402,7 @@ fn a_record_serves_only_the_service_that_it_was_delivered_to() {
     onward.connect(lab.v4()).must("connect onwards");
     let second = other_listener.accept().must("accept");
     let second = second.query(abi::QUERY_REDIRECT_RECORDS).must("query");
-    assert_eq!(second.len(), 432);
+    assert_eq!(second.len(), HEADER_LENGTH + 2 * 16);
     assert_eq!(service.tcp(lab.v4()).set_record(&second), fails(libc::EACCES));
     other.tcp(lab.v4()).set_record(&second).must("set the record");
 }

@@ -4,6 +4,7 @@
 //! `carnet_tests::Lab`), so they run side by side; all need root.
 
 mod accounts;
+mod adoption;
 mod chains;
 mod changes;
 mod control;
@@ -18,3 +19,4 @@ mod listeners;
 mod loops;
 mod namespaces;
 mod programs;
+mod proxy_protocol;

@@ -7,10 +7,11 @@ use std::{
     process::{Command, Stdio},
     sync::{Arc, Mutex},
     thread,
+    time::Duration,
 };
 
 use carnet_testbed::{DatagramClients, DatagramServer, Process, Topology, datagrams::DatagramPlan};
-use carnet_tests::{Lab, Must as _, PATIENCE, program, rounds, until};
+use carnet_tests::{Lab, Must as _, PATIENCE, program, puppet::Puppet, rounds, until};
 
 /// A directory that is gone afterwards.
 pub(crate) struct Directory(pub(crate) PathBuf);
@@ -460,4 +461,26 @@ fn a_static_program_cannot_slip_by() {
         assert_eq!(reports[0].executable.as_deref(), Some(&*client));
         assert_eq!(reports[0].command, "client");
     }
+}
+
+/// The engine remembers the paths of executables, but not for long.
+#[test]
+fn an_executable_that_is_renamed_while_it_runs_is_told_by_its_new_name() {
+    let lab = Lab::new();
+    lab.service("alpha", 1);
+    let service = lab.start("alpha");
+    let directory = Directory::new("renamed");
+    let [old, new] = ["old", "new"].map(|name| directory.0.join(name));
+    fs::copy(program("test-puppet"), &old).must("copy a program");
+    let client = &lab.network().topology.client;
+    let puppet = Puppet::start_by(Command::new(&old), client, lab.apps(), None);
+    let connect = || puppet.connect(lab.v4()).must("connect");
+    let first = [connect(), connect()];
+    fs::rename(&old, &new).must("rename the program");
+    thread::sleep(Duration::from_millis(1100));
+    let second = [connect(), connect()];
+    let reports = service.reports(4);
+    let paths: Vec<_> = reports.iter().map(|report| report.executable.clone()).collect();
+    assert_eq!(paths, [&old, &old, &new, &new].map(|path| Some(path.clone())));
+    drop((first, second));
 }

@@ -51,13 +51,13 @@ fn an_application_that_sets_carnets_options() {
     let scene = Scene::new();
     scene.redirects(|client, to| {
         let socket = client.tcp(to);
-        meddle(&socket, &[0x5a; 416]);
+        meddle(&socket, &[0x5a; 424]);
         socket.connect(to).must("connect");
-        meddle(&socket, &[0x5a; 416]);
+        meddle(&socket, &[0x5a; 424]);
         socket
     });
     let datagrams = scene.client.open(carnet_tests::puppet::Family::V4, Kind::Udp).must("open");
-    meddle(&datagrams, &[0x5a; 416]);
+    meddle(&datagrams, &[0x5a; 424]);
 }
 
 #[test]

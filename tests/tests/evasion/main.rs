@@ -6,6 +6,7 @@
 
 mod cgroups;
 mod existing;
+mod foreign;
 mod interference;
 mod programs;
 mod tcp;
@@ -47,10 +48,7 @@ impl Scene {
 
     /// The destination in every form that an application may ask for.
     fn destinations(&self) -> [SocketAddr; 3] {
-        let v4 = self.lab.v4();
-        let SocketAddr::V4(plain) = v4 else { panic!("{v4} is not IPv4") };
-        let mapped = SocketAddr::new(plain.ip().to_ipv6_mapped().into(), plain.port());
-        [v4, self.lab.v6(), mapped]
+        destinations(&self.lab)
     }
 
     /// Has `open` connect to the destination in each of its forms, and checks that each of the
@@ -95,6 +93,14 @@ impl Scene {
         let reports = until("the service's report", reports, |reports| reports.iter().any(is_it));
         reports.into_iter().find(is_it).expect("the report that was waited for")
     }
+}
+
+/// The same of a lab.
+fn destinations(lab: &Lab) -> [SocketAddr; 3] {
+    let v4 = lab.v4();
+    let SocketAddr::V4(plain) = v4 else { panic!("{v4} is not IPv4") };
+    let mapped = SocketAddr::new(plain.ip().to_ipv6_mapped().into(), plain.port());
+    [v4, lab.v6(), mapped]
 }
 
 /// An address, IPv4 as such even if it is mapped.

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use carnet_core::object::Conditions;
+use carnet_core::{event::Counter, object::Conditions};
 use carnet_testbed::Topology;
 use carnet_tests::{
     Must as _,
@@ -225,4 +225,20 @@ fn the_unspecified_address() {
         let report = scene.report_of(connection.local().must("ask for the local address"));
         assert_eq!(report.original.port(), port, "{report:#?}");
     }
+}
+
+#[test]
+fn a_socket_that_an_ordinary_user_has_bound_to_a_device() {
+    let scene = Scene::new();
+    scene.client.become_user(65534);
+    for to in scene.destinations() {
+        let socket = scene.client.tcp(to);
+        socket.bind_device(Topology::LINK).must("bind to a device");
+        assert_eq!(socket.connect(to), Err(Errno(libc::EHOSTUNREACH)), "{to}");
+        let socket = scene.client.udp(to);
+        socket.bind_device(Topology::LINK).must("bind to a device");
+        assert_eq!(socket.connect(to), Err(Errno(libc::ECONNREFUSED)), "{to}: no UDP listener");
+    }
+    assert_eq!(scene.lab.counter(Counter::BoundToDevice), 3);
+    assert!(scene.lab.network().echo().connections().is_empty());
 }

@@ -220,6 +220,19 @@ fn a_bound_socket() {
 }
 
 #[test]
+fn a_socket_that_an_ordinary_user_has_bound_to_a_device() {
+    let scene = Scene::new();
+    let _post = scene.post();
+    scene.client.become_user(65534);
+    for to in Scene::destinations() {
+        let socket = scene.client.udp(to);
+        socket.bind_device(Topology::LINK).must("bind to a device");
+        assert_eq!(socket.send_to(to, b"marco"), Err(Errno(libc::EHOSTUNREACH)), "{to}");
+        assert_eq!(socket.connect(to), Err(Errno(libc::EHOSTUNREACH)), "{to}");
+    }
+}
+
+#[test]
 fn a_socket_that_is_bound_to_a_device() {
     Scene::new().redirects(|client, to| {
         let socket = open(client, to);

@@ -469,7 +469,7 @@ impl fmt::Display for Explained {
 mod tests {
     use carnet_core::{
         compile::compile,
-        object::{CgroupRef, Conditions, FailurePolicy, NewFilter, NewService, Trust, Weight},
+        object::{CgroupRef, Conditions, FailurePolicy, NewFilter, NewService, Weight},
     };
 
     use super::*;
@@ -480,15 +480,9 @@ mod tests {
         policy.add_provider("acme", "").unwrap();
         let services = [("tls", FailurePolicy::Block), ("av", FailurePolicy::Skip)];
         for (id, (name, on_failure)) in (1..).zip(services) {
-            policy
-                .add_service(NewService {
-                    name: name.into(),
-                    provider: "acme".into(),
-                    cgroup: CgroupRef { path: "/no-such-cgroup".into(), id },
-                    on_failure,
-                    trust: Trust::None,
-                })
-                .unwrap();
+            let cgroup = CgroupRef { path: "/no-such-cgroup".into(), id };
+            let new = NewService::new(name, "acme", cgroup);
+            policy.add_service(NewService { on_failure, ..new }).unwrap();
             let sublayer = format!("for-{name}");
             policy.add_sublayer(&sublayer, "acme", 100 - id as u16).unwrap();
             policy

@@ -12,6 +12,9 @@ use crate::{console::plain, failure::Failure, moment, session::Session, table::T
 ///
 /// A flow is what an application connected, with all the connections that the services made of it.
 /// Connections that no filter redirects are none.
+///
+/// What an unmodified service connects belongs to one of the flows that it holds: where it is a guess to
+/// which, or which services that one has passed, there is a question mark.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {}
 
@@ -28,9 +31,16 @@ struct Listed {
     destination: SocketAddr,
     /// The application.
     application: Application,
+    /// Whether the application is a guess: an unmodified service holds several flows for the
+    /// destination, or none.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    application_guessed: bool,
     /// The services that it has been redirected to, oldest first. One that was removed meanwhile
     /// is `removed-` and its handle.
     services: Vec<String>,
+    /// Those of them of which that is a guess.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    services_guessed: Vec<String>,
     /// Whether it goes on to its destination from the last of them.
     onward: bool,
     /// Its live connections, oldest first.
@@ -61,6 +71,9 @@ struct Leg {
     service: Option<String>,
     /// The id of the filter that redirected it; null if it goes to the destination.
     filter: Option<u64>,
+    /// Whether the process set no record, and the connection adopted one.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    adopted: bool,
     /// Where the process connected to.
     requested: SocketAddr,
     /// Where the connection really goes.
@@ -77,15 +90,26 @@ pub(super) fn run(_arguments: Arguments, session: &mut Session<'_>) -> Result<u8
         table.row([
             flow.flow.to_string(),
             moment::short(flow.age),
-            format!("{}[{pid}]", plain(command)),
+            format!("{}[{pid}]{}", plain(command), mark(flow.application_guessed)),
             flow.protocol.clone(),
             flow.destination.to_string(),
-            flow.services.join(" > "),
+            through(flow),
             if flow.onward { "destination".into() } else { last.into() },
         ]);
     }
     session.list(&flows, "live flows", &table)?;
     Ok(DONE)
+}
+
+/// What is put behind a guess.
+fn mark(guessed: bool) -> &'static str {
+    if guessed { "?" } else { "" }
+}
+
+fn through(flow: &Listed) -> String {
+    let guessed = |service| mark(flow.services_guessed.contains(service));
+    let services = flow.services.iter().map(|service| format!("{service}{}", guessed(service)));
+    services.collect::<Vec<_>>().join(" > ")
 }
 
 /// The legs, by flow.
@@ -112,10 +136,14 @@ fn one(legs: &[Flow]) -> Option<Listed> {
             pid: leg.pid,
             service: redirected.then(|| name(&leg.service, leg.handle)),
             filter: redirected.then_some(leg.filter),
+            adopted: leg.adopted,
             requested: leg.requested,
             target: leg.target,
         }
     };
+    // One that is certain as well is no guess.
+    let is_certain = |handle| furthest.hops.iter().any(|hop| hop.handle == handle && !hop.guessed);
+    let guessed = furthest.hops.iter().filter(|hop| !is_certain(hop.handle));
     Some(Listed {
         flow: oldest.flow,
         began: moment::rfc3339(moment::time_of_day(began)),
@@ -128,7 +156,9 @@ fn one(legs: &[Flow]) -> Option<Listed> {
             executable: oldest.app.path.clone(),
             command: oldest.app.command.to_string_lossy().into_owned(),
         },
+        application_guessed: legs.iter().all(|leg| leg.identity_guessed),
         services: furthest.hops.iter().map(|hop| name(&hop.service, hop.handle)).collect(),
+        services_guessed: guessed.map(|hop| name(&hop.service, hop.handle)).collect(),
         onward: furthest.kind == LegKind::Onward,
         legs: legs.iter().map(leg).collect(),
         age: moment::age(began),

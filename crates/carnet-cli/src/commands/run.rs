@@ -137,13 +137,7 @@ fn set_up(
     session.change(engine, |policy| -> Result<(), PolicyError> {
         policy.add_provider("carnet", "")?;
         policy.add_sublayer("run", "carnet", 0)?;
-        policy.add_service(NewService {
-            name: "inspect".into(),
-            provider: "carnet".into(),
-            cgroup: service,
-            on_failure: Default::default(),
-            trust: Default::default(),
-        })?;
+        policy.add_service(NewService::new("inspect", "carnet", service))?;
         policy.add_filter(NewFilter {
             name: Some("command".into()),
             sublayer: "run".into(),

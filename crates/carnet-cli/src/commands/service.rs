@@ -40,6 +40,11 @@ pub(crate) enum Command {
         /// Do not look at flows that only these services have redirected: none, all, or names
         #[arg(long, value_name = "none|all|NAME,…", value_parser = parse_trust, default_value = "none")]
         trust: Trust,
+
+        /// Its program knows nothing of redirect records: a transparent proxy as it is. Each of its
+        /// connections is given the record of the flow that it may belong to
+        #[arg(long)]
+        unmodified: bool,
     },
     /// List the services and their listeners
     Ls,
@@ -177,11 +182,12 @@ struct Registered {
 /// array of [`Listed`]; for `register` and `unregister` [`Registered`].
 pub(super) fn run(command: Command, session: &mut Session<'_>) -> Result<u8, Failure> {
     match command {
-        Command::Add { name, provider, cgroup, on_failure, trust } => {
+        Command::Add { name, provider, cgroup, on_failure, trust, unmodified } => {
             let mut engine = session.engine()?;
             let cgroup = Cgroup::find(&cgroup)?.reference();
             let on_failure = on_failure.into();
-            let new = NewService { name, provider, cgroup, on_failure, trust };
+            let new = NewService::new(name, provider, cgroup);
+            let new = NewService { on_failure, trust, unmodified, ..new };
             let added = session.change(&mut engine, |p| p.add_service(new).cloned())?;
             session.changed(&added, format_args!("service {} added", added.name))?;
         }
@@ -292,8 +298,16 @@ fn list(engine: &Engine, session: &mut Session<'_>) -> Result<(), Failure> {
     let policy = engine.policy()?;
     let listeners = engine.listeners()?;
     let names = NamespaceNames::known();
-    let mut table =
-        Table::new(["ID", "NAME", "PROVIDER", "ON FAILURE", "TRUST", "LISTENERS", "CGROUP"]);
+    let mut table = Table::new([
+        "ID",
+        "NAME",
+        "PROVIDER",
+        "ON FAILURE",
+        "TRUST",
+        "UNMODIFIED",
+        "LISTENERS",
+        "CGROUP",
+    ]);
     let mut listed = Vec::new();
     for service in policy.services() {
         let live: Vec<_> = live_listeners(&listeners, service).collect();
@@ -304,12 +318,13 @@ fn list(engine: &Engine, session: &mut Session<'_>) -> Result<(), Failure> {
             service.provider.clone(),
             service.on_failure.to_string(),
             trust(&service.trust),
+            if service.unmodified { "yes" } else { "no" }.into(),
             words.next().unwrap_or_else(|| "none".into()),
             plain(&service.cgroup.path),
         ]);
         for listener in words {
-            let mut more = [const { String::new() }; 7];
-            more[5] = listener;
+            let mut more = [const { String::new() }; 8];
+            more[6] = listener;
             table.row(more);
         }
         let listeners = live.into_iter().map(Listening::new).collect();

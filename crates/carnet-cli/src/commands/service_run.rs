@@ -37,6 +37,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "none|all|NAME,…", value_parser = parse_trust)]
     trust: Option<Trust>,
 
+    /// The command knows nothing of redirect records: a transparent proxy as it is
+    #[arg(long)]
+    unmodified: bool,
+
     /// Keep the cgroup, and what still runs in it, when the command has ended
     #[arg(long)]
     keep: bool,
@@ -85,7 +89,7 @@ fn add(
     session: &Session<'_>,
 ) -> Result<(), Failure> {
     let cgroup = Cgroup::find(directory)?.reference();
-    let Arguments { name, provider, on_failure, trust, .. } = arguments;
+    let Arguments { name, provider, on_failure, trust, unmodified, .. } = arguments;
     let known = engine.policy()?.service(name).is_ok();
     if !known && provider.is_none() {
         return Err(Failure::usage(format_args!(
@@ -102,13 +106,16 @@ fn add(
             if let Some(trust) = trust {
                 policy.set_trust(name, trust.clone())?;
             }
+            if *unmodified {
+                policy.set_unmodified(name, true)?;
+            }
         } else {
+            let new = NewService::new(name, provider.as_deref().unwrap_or_default(), cgroup);
             policy.add_service(NewService {
-                name: name.clone(),
-                provider: provider.clone().unwrap_or_default(),
-                cgroup,
                 on_failure: on_failure.unwrap_or_default().into(),
                 trust: trust.clone().unwrap_or_default(),
+                unmodified: *unmodified,
+                ..new
             })?;
         }
         Ok(())

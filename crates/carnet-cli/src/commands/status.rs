@@ -158,6 +158,7 @@ struct Refused {
     loops_ended: u64,
     out_of_memory: u64,
     address_in_use: u64,
+    bound_to_device: u64,
     difference: i64,
 }
 
@@ -284,6 +285,7 @@ impl From<engine::Account> for Account {
                 loops_ended: refused.loops_ended,
                 out_of_memory: refused.out_of_memory,
                 address_in_use: refused.address_in_use,
+                bound_to_device: refused.bound_to_device,
                 difference: refused.difference(),
             },
         }
@@ -310,13 +312,14 @@ impl fmt::Display for Account {
         write!(
             f,
             "\nrefused  {} = {} by a filter + {} without service + {} loops + {} without memory \
-             + {} addresses in use",
+             + {} addresses in use + {} bound to a device",
             refused.refused,
             refused.by_filter,
             refused.service_unavailable,
             refused.loops_ended,
             refused.out_of_memory,
             refused.address_in_use,
+            refused.bound_to_device,
         )
     }
 }

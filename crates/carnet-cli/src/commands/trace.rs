@@ -10,7 +10,8 @@ use carnet_core::{
     classify::Reason,
     event::{Event, EventKind},
     object::{Policy, Protocol, Service},
-    record::RecordError,
+    outcome::Outcome,
+    record::{RECORD_ADOPTED, RECORD_HOPS_GUESSED, RECORD_IDENTITY_GUESSED, RecordError},
     socket::SocketKind,
 };
 use carnet_engine::{Engine, Listener};
@@ -53,10 +54,11 @@ struct Traced {
     /// When, RFC 3339, UTC.
     time: String,
     /// `redirected`, `onward`, `blocked`, `record_forgotten`, `closed`, `record_refused`,
-    /// `listener_registered` or `socket_refused`.
+    /// `listener_registered`, `socket_refused` or `undone`.
     event: &'static str,
     /// Why a connection was blocked (`filter`, `service_unavailable`, `loop`), or a record refused
-    /// (`malformed`, `forged`, `foreign`, `expired`).
+    /// (`malformed`, `forged`, `foreign`, `expired`); what another program had done to one that was
+    /// undone (`refusal_cleared`, `diverted`).
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<&'static str>,
     /// What socket was refused, in words.
@@ -100,6 +102,12 @@ struct Traced {
     legs: u32,
     /// Hops in the record.
     hops: u32,
+    /// Whether it has a record that was adopted, since not all services set it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    adopted: bool,
+    /// What of the record is a guess: `application` (and the flow's number), `services`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    guessed: Vec<&'static str>,
     /// Of a TCP connection that ended: bytes that the connecting side sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     bytes_sent: Option<u64>,
@@ -211,11 +219,13 @@ impl Traced {
                 Some(EventKind::RecordRefused) => "record_refused",
                 Some(EventKind::ListenerRegistered) => "listener_registered",
                 Some(EventKind::SocketRefused) => "socket_refused",
+                Some(EventKind::Undone) => "undone",
                 None => "unknown",
             },
             reason: match kind {
                 Some(EventKind::Blocked) => Some(reason(Reason::from_number(event.reason))),
                 Some(EventKind::RecordRefused) => Some(refusal(event.reason)),
+                Some(EventKind::Undone) => Some(undone(Outcome::from_number(event.reason))),
                 _ => None,
             },
             socket: (kind == Some(EventKind::SocketRefused))
@@ -233,6 +243,11 @@ impl Traced {
             destination: (event.requested.port != 0).then(|| event.requested.into()),
             legs: event.legs,
             hops: event.hops,
+            adopted: event.flags & RECORD_ADOPTED != 0,
+            guessed: [(RECORD_IDENTITY_GUESSED, "application"), (RECORD_HOPS_GUESSED, "services")]
+                .into_iter()
+                .filter_map(|(flag, what)| (event.flags & flag != 0).then_some(what))
+                .collect(),
             bytes_sent: counted.then_some(event.bytes_sent),
             bytes_received: counted.then_some(event.bytes_received),
             kind,
@@ -256,7 +271,17 @@ impl Traced {
                 format!(", passing over {}", told.collect::<Vec<_>>().join(", "))
             }
         };
-        format!("{} {flow}{process}{}{skipped}", styled(FAINT, time), styled(style, what))
+        let what = styled(style, what);
+        format!("{} {flow}{process}{what}{skipped}{}", styled(FAINT, time), self.adopted())
+    }
+
+    /// That the record was adopted, and what of it is a guess.
+    fn adopted(&self) -> String {
+        match &self.guessed[..] {
+            _ if !self.adopted => String::new(),
+            [] => ", record adopted".into(),
+            guesses => format!(", record adopted ({} guessed)", guesses.join(" and ")),
+        }
     }
 
     /// What the service of this name, which got nothing, does not have.
@@ -330,6 +355,16 @@ impl Traced {
                 let socket = self.socket.as_deref().unwrap_or("socket");
                 (BAD, format!("{socket} refused: its connections would pass unseen"))
             }
+            Some(EventKind::Undone) => (BAD, {
+                let done = match self.reason {
+                    Some("diverted") => format!("sent it elsewhere than to {service}"),
+                    _ => "cleared its refusal".into(),
+                };
+                format!(
+                    "to {destination}: refused before its SYN: another BPF program {done}, see \
+                     `carnet doctor`"
+                )
+            }),
             None => (WARNING, "an event that this version does not know".into()),
         }
     }
@@ -359,6 +394,14 @@ fn refusal(number: u32) -> &'static str {
     known.map_or("unknown", |(_, name)| name)
 }
 
+fn undone(outcome: Option<Outcome>) -> &'static str {
+    match outcome {
+        Some(Outcome::RefusalCleared) => "refusal_cleared",
+        Some(Outcome::Diverted) => "diverted",
+        _ => "unknown",
+    }
+}
+
 /// The name of the service with this handle, or what can be said of one that was removed.
 pub(super) fn service_name(policy: &Policy, handle: u64) -> String {
     policy.service_by_handle(handle).map_or_else(|| removed(handle), |s| s.name.clone())
@@ -376,7 +419,7 @@ fn command_name(bytes: &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use carnet_core::object::{CgroupRef, FailurePolicy, NewService, Trust};
+    use carnet_core::object::{CgroupRef, FailurePolicy, NewService};
 
     use super::*;
 
@@ -384,15 +427,8 @@ mod tests {
         let mut policy = Policy::new();
         policy.add_provider("acme", "").unwrap();
         for (id, name) in [(1, "tls"), (2, "av")] {
-            policy
-                .add_service(NewService {
-                    name: name.into(),
-                    provider: "acme".into(),
-                    cgroup: CgroupRef { path: "/s".into(), id },
-                    on_failure: FailurePolicy::Skip,
-                    trust: Trust::None,
-                })
-                .unwrap();
+            let new = NewService::new(name, "acme", CgroupRef { path: "/s".into(), id });
+            policy.add_service(NewService { on_failure: FailurePolicy::Skip, ..new }).unwrap();
         }
         policy
     }
@@ -445,6 +481,12 @@ mod tests {
             told(&Event { handle: 0, ..event(EventKind::Onward) }),
             "flow 7 curl[42]: onwards to 192.0.2.1:443 after 1 service"
         );
+        let flags = RECORD_ADOPTED | RECORD_IDENTITY_GUESSED | RECORD_HOPS_GUESSED;
+        assert_eq!(
+            told(&Event { flags, hops: 2, ..event(EventKind::Onward) }),
+            "flow 7 curl[42]: onwards to 192.0.2.1:443 after 2 services, record adopted \
+             (application and services guessed)"
+        );
         let unavailable = Reason::ServiceUnavailable as u32;
         assert_eq!(
             told(&Event { reason: unavailable, ..event(EventKind::Blocked) }),
@@ -459,6 +501,18 @@ mod tests {
         assert_eq!(
             told(&Event { reason: theft, handle: 0, ..event(EventKind::RecordRefused) }),
             "flow 7 curl[42]: record refused: not delivered"
+        );
+        let diverted = Outcome::Diverted as u32;
+        assert_eq!(
+            told(&Event { reason: diverted, ..event(EventKind::Undone) }),
+            "flow 7 curl[42]: to 192.0.2.1:443: refused before its SYN: another BPF program sent it \
+             elsewhere than to tls, see `carnet doctor`"
+        );
+        let cleared = Outcome::RefusalCleared as u32;
+        assert_eq!(
+            told(&Event { reason: cleared, flow: 0, handle: 0, ..event(EventKind::Undone) }),
+            "curl[42]: to 192.0.2.1:443: refused before its SYN: another BPF program cleared its \
+             refusal, see `carnet doctor`"
         );
         let raw = SocketKind { family: 2, kind: 3, protocol: 1 }.to_number();
         assert_eq!(

@@ -14,7 +14,7 @@ use carnet_core::{
     event::{Event, EventKind},
     object::{
         Conditions, FailurePolicy, FilterAction, NewFilter, NewService, Policy, PortRange,
-        Protocol, Trust, Weight,
+        Protocol, Weight,
     },
 };
 use carnet_engine::{Engine, EventReader, Location, UpOptions};
@@ -144,13 +144,7 @@ impl Stage {
             for (vendor, cgroup) in VENDORS.iter().zip(cgroups) {
                 policy.add_provider(vendor.provider, vendor.title)?;
                 policy.add_sublayer(vendor.sublayer, vendor.provider, vendor.weight)?;
-                policy.add_service(NewService {
-                    name: vendor.service.into(),
-                    provider: vendor.provider.into(),
-                    cgroup,
-                    on_failure: FailurePolicy::Block,
-                    trust: Trust::None,
-                })?;
+                policy.add_service(NewService::new(vendor.service, vendor.provider, cgroup))?;
                 policy.add_filter(NewFilter {
                     name: Some(vendor.filter.into()),
                     sublayer: vendor.sublayer.into(),

@@ -328,8 +328,7 @@ mod tests {
     use carnet_core::{
         address::Endpoint,
         object::{
-            CgroupRef, Conditions, FailurePolicy, FilterAction, NewFilter, NewService, Trust,
-            Weight,
+            CgroupRef, Conditions, FailurePolicy, FilterAction, NewFilter, NewService, Weight,
         },
     };
 
@@ -345,15 +344,9 @@ mod tests {
         policy.add_provider("vendor", "").unwrap();
         policy.add_sublayer("sublayer", "vendor", 1).unwrap();
         for (id, (name, _)) in SERVICES.iter().enumerate() {
-            policy
-                .add_service(NewService {
-                    name: (*name).into(),
-                    provider: "vendor".into(),
-                    cgroup: CgroupRef { path: format!("/{name}"), id: id as u64 + 1 },
-                    on_failure: FailurePolicy::Skip,
-                    trust: Trust::None,
-                })
-                .unwrap();
+            let cgroup = CgroupRef { path: format!("/{name}"), id: id as u64 + 1 };
+            let new = NewService::new(*name, "vendor", cgroup);
+            policy.add_service(NewService { on_failure: FailurePolicy::Skip, ..new }).unwrap();
             policy
                 .add_filter(NewFilter {
                     name: Some((*name).into()),

@@ -115,9 +115,9 @@ impl Policy {
                 next.services.push(Service { id, handle, trust, ..service.clone() });
                 continue;
             }
-            let Service { name, provider, cgroup, on_failure, .. } = service.clone();
-            let trust = Trust::None;
-            next.add_service(NewService { name, provider, cgroup, on_failure, trust })?;
+            let Service { name, provider, cgroup, on_failure, unmodified, .. } = service.clone();
+            let new = NewService::new(name, provider, cgroup);
+            next.add_service(NewService { on_failure, unmodified, ..new })?;
         }
         // Only now is everybody there who may be trusted.
         for service in &wanted.services {

@@ -107,6 +107,39 @@ fn a_service_stands_aside_only_where_it_trusts_everyone_before_it() {
     }
 }
 
+/// All records of four handles, each hop certain or guessed; the service co-operates or is unmodified.
+#[test]
+fn a_guess_stops_only_a_service_that_is_unmodified() {
+    for (mask, unmodified) in (0..8_usize).flat_map(|mask| [(mask, false), (mask, true)]) {
+        // Service d trusts the set `mask` of a, b and c.
+        let mut policy = everything_to_everyone(4, &[], &[0, 0, 0, mask]);
+        let handles: Vec<u64> = policy.services().iter().map(|s| s.handle).collect();
+        let name = policy.services()[3].name.clone();
+        policy.set_unmodified(&name, unmodified).unwrap();
+        let compiled = compile(&policy, 1).unwrap();
+        let service = compiled.service(3).unwrap();
+        for list in arrangements(&handles) {
+            for guessed in 0..1_u32 << list.len() {
+                let mut record = record(&list, list.len() as u32);
+                let is_guessed = |index: usize| guessed >> index & 1 != 0;
+                (0..list.len()).filter(|i| is_guessed(*i)).for_each(|i| record.guess(i as u32));
+                let own = list.iter().position(|handle| *handle == handles[3]);
+                let trusted = |handle: &u64| {
+                    let number = handles.iter().position(|h| h == handle);
+                    number.is_some_and(|n| n == 3 || mask & 1 << n != 0)
+                };
+                let stands_aside = !list.is_empty() && list.iter().all(trusted);
+                let expected = match own {
+                    None => !stands_aside,
+                    Some(index) => is_guessed(index) && !unmodified && !stands_aside,
+                };
+                let found = Chain::of_record(&compiled, &record).may_redirect(3, service);
+                assert_eq!(found, expected, "{mask:03b} {unmodified} {list:?} {guessed:04b}");
+            }
+        }
+    }
+}
+
 #[test]
 fn where_nobody_trusts_every_flow_meets_every_service_once_in_the_operators_order() {
     for count in 0..=4_usize {

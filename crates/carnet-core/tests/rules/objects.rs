@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use carnet_core::{
     abi::MAX_CONTEXT,
+    compile::compile,
     object::{
         CgroupCondition, CgroupRef, ConditionError, Conditions, Context, DocumentError,
         ExecutableCondition, FailurePolicy, Filter, FilterAction, Identities, Kind, NetnsCondition,
@@ -247,7 +248,7 @@ fn the_document_is_the_one_that_is_promised() {
         "services": [{
             "id": 3, "handle": 4, "name": "a", "provider": "p",
             "cgroup": {"path": "/services/a", "id": 0x161},
-            "on_failure": "block", "trust": "none",
+            "on_failure": "block", "trust": "none", "unmodified": false,
         }],
         "filters": [{
             "id": 5, "sublayer": "s", "weight": "auto",
@@ -261,6 +262,36 @@ fn the_document_is_the_one_that_is_promised() {
         }],
     });
     assert_eq!(document, expected);
+}
+
+#[test]
+fn services_of_documents_of_before_are_not_unmodified() {
+    let read = read_changed(|document| {
+        let service = document["services"][0].as_object_mut().unwrap();
+        assert_eq!(service.remove("unmodified"), Some(false.into()));
+    });
+    assert!(!read.unwrap().services()[0].unmodified);
+}
+
+#[test]
+fn an_unmodified_service_is_one_in_the_document_and_in_its_row() {
+    let mut policy = policy(&[], &["a"]);
+    let new = new_service("b", FailurePolicy::Block);
+    policy.add_service(NewService { unmodified: true, ..new }).unwrap();
+    let rows = |policy: &Policy| -> Vec<_> {
+        let compiled = compile(policy, 1).unwrap();
+        compiled.services().iter().map(|row| row.unmodified).collect()
+    };
+    assert_eq!(rows(&policy), [0, 1]);
+    policy.set_unmodified("a", true).unwrap();
+    policy.set_unmodified("b", false).unwrap();
+    let mut read = Policy::from_bytes(&policy.to_bytes()).unwrap();
+    assert_eq!(rows(&read), [1, 0]);
+    // What replaces a policy says it of the services that stay and of those that are new.
+    read.replace(&rich()).unwrap();
+    assert_eq!(rows(&read), [0, 0]);
+    read.replace(&policy).unwrap();
+    assert_eq!(rows(&read), [1, 0]);
 }
 
 /// A valid document, changed by `change`, and what reading it says.

@@ -20,13 +20,8 @@ use zerocopy::FromZeros as _;
 /// A service that is to be added, of provider "p" and with a cgroup of its own.
 pub(crate) fn new_service(name: &str, on_failure: FailurePolicy) -> NewService {
     let id = name.bytes().fold(1, |id, byte| id << 8 | u64::from(byte));
-    NewService {
-        name: name.into(),
-        provider: "p".into(),
-        cgroup: CgroupRef { path: format!("/services/{name}"), id },
-        on_failure,
-        trust: Trust::None,
-    }
+    let cgroup = CgroupRef { path: format!("/services/{name}"), id };
+    NewService { on_failure, ..NewService::new(name, "p", cgroup) }
 }
 
 /// A filter that is to be added, with an automatic weight and no name.

@@ -3,8 +3,8 @@
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
 use carnet_core::object::{
-    CgroupRef, Conditions, Context, FailurePolicy, FilterAction, NewFilter, NewService,
-    PolicyError, PortRange, Trust, Weight,
+    CgroupRef, Conditions, Context, FilterAction, NewFilter, NewService, PolicyError, PortRange,
+    Weight,
 };
 use carnet_engine::{Engine, Error, Location, UpOptions};
 use carnet_testbed::{BpfDirectory, Cgroup, require_root};
@@ -68,13 +68,7 @@ pub(crate) fn reference(cgroup: &Cgroup) -> CgroupRef {
 }
 
 pub(crate) fn service(name: &str, cgroup: CgroupRef) -> NewService {
-    NewService {
-        name: name.into(),
-        provider: "acme".into(),
-        cgroup,
-        on_failure: FailurePolicy::Block,
-        trust: Trust::None,
-    }
+    NewService::new(name, "acme", cgroup)
 }
 
 pub(crate) fn filter(ports: u16, action: FilterAction) -> NewFilter {

@@ -9,9 +9,12 @@ pub use self::privileges::{Identity, PrivilegeError};
 pub(crate) use self::splice::carry;
 
 use crate::origin::{CarnetSource, FlowSource};
+use crate::proxy_protocol::HeaderSource;
+use crate::rules::prefix;
 use crate::say;
 use crate::service::DatagramLimits;
 use anyhow::{Context as _, Result};
+use ipnet::IpNet;
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::Socket;
@@ -46,6 +49,12 @@ pub struct Options {
     #[arg(long, value_enum, value_name = "SOURCE", default_value_t = Source::Carnet)]
     pub original_destination: Source,
 
+    /// With --original-destination proxy: believe connections from these addresses (repeatable)
+    ///
+    /// Whoever may connect from there has this program connect to any destination.
+    #[arg(long, value_name = "PREFIX", value_parser = prefix, default_values = ["127.0.0.0/8", "::1"])]
+    pub proxy_from: Vec<IpNet>,
+
     /// Do not register the listeners and UDP sockets: somebody else does, for example `carnet service register`
     #[arg(long)]
     pub no_register: bool,
@@ -70,6 +79,9 @@ pub enum Source {
     /// The connection tracker of a NAT (`nft … redirect to`): plain SO_ORIGINAL_DST, no records,
     /// no UDP.
     Conntrack,
+    /// The PROXY protocol (version 2), which another proxy sends: no records, no UDP, and the listeners
+    /// are not registered.
+    Proxy,
 }
 
 impl Options {
@@ -112,6 +124,7 @@ impl Options {
         match self.original_destination {
             Source::Carnet => Arc::new(CarnetSource { forget_records: self.forget_records }),
             Source::Conntrack => Arc::new(ConntrackSource),
+            Source::Proxy => Arc::new(HeaderSource { from: self.proxy_from.clone() }),
         }
     }
 }
