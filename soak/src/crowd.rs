@@ -39,6 +39,8 @@ pub(crate) struct Crowds {
     pub(crate) before: Level,
     /// One after the other.
     pub(crate) rounds: Vec<Round>,
+    /// Seconds of `carnet flows`, of `carnet --json flows` and of `carnet status`, with the first crowd.
+    pub(crate) listing: [f64; 3],
     /// Most entries of any map that they fill, and what it holds.
     pub(crate) fullest: String,
     /// What is wrong.
@@ -52,10 +54,6 @@ pub(crate) struct Round {
     pub(crate) opening: f64,
     /// Seconds until all had echoed once more.
     pub(crate) checking: f64,
-    /// Seconds of `carnet flows`, and of `carnet --json flows`.
-    pub(crate) listing: [f64; 2],
-    /// Seconds of `carnet status`.
-    pub(crate) status: f64,
     /// What there was with all of them.
     pub(crate) with: Level,
     /// What there was when all were closed.
@@ -148,6 +146,7 @@ fn crowds(site: Site, connections: u32, memory: Option<&MemoryGroup>) -> Result<
         connections,
         before: site.level(memory)?,
         rounds: Vec::new(),
+        listing: [0.0; 3],
         fullest: String::new(),
         violations: Vec::new(),
     };
@@ -161,19 +160,14 @@ fn crowds(site: Site, connections: u32, memory: Option<&MemoryGroup>) -> Result<
     Ok(crowds)
 }
 
-/// One crowd; what is wrong meanwhile, and the fullest map, go to `crowds`.
-fn round(site: &Site, crowds: &mut Crowds, memory: Option<&MemoryGroup>) -> Result<Round> {
-    let mut clients = site.start_clients(crowds.connections)?;
-    let opening = seconds(&clients, "open")?;
-
-    let with = site.level(memory)?;
+/// Has the command tell of a crowd that is there, which takes long.
+fn list(site: &Site, crowds: &mut Crowds) -> Result<()> {
     let timed = |arguments: &[&str]| -> Result<f64> {
         let begun = Instant::now();
         site.carnet.call(arguments)?;
         Ok(begun.elapsed().as_secs_f64())
     };
-    let status = timed(&["status"])?;
-    let listing = [timed(&["flows"])?, timed(&["--json", "flows"])?];
+    crowds.listing = [timed(&["flows"])?, timed(&["--json", "flows"])?, timed(&["status"])?];
     let listed = site.carnet.json(&["flows"])?;
     let listed = listed.as_array().map_or(0, Vec::len);
     if listed != crowds.connections as usize {
@@ -181,7 +175,18 @@ fn round(site: &Site, crowds: &mut Crowds, memory: Option<&MemoryGroup>) -> Resu
         crowds.violations.push(format!("carnet flows lists {listed} flows of {all}"));
     }
     crowds.fullest = site.fullest_map()?;
+    Ok(())
+}
 
+/// One crowd; what is wrong meanwhile goes to `crowds`.
+fn round(site: &Site, crowds: &mut Crowds, memory: Option<&MemoryGroup>) -> Result<Round> {
+    let mut clients = site.start_clients(crowds.connections)?;
+    let opening = seconds(&clients, "open")?;
+
+    let with = site.level(memory)?;
+    if crowds.rounds.is_empty() {
+        list(site, crowds)?;
+    }
     for client in &mut clients {
         client.write_line("check")?;
     }
@@ -202,7 +207,7 @@ fn round(site: &Site, crowds: &mut Crowds, memory: Option<&MemoryGroup>) -> Resu
     if account.tcp.difference() != 0 || account.tcp.delivered != legs {
         crowds.violations.push(format!("{legs} legs were to be delivered: {account:?}"));
     }
-    Ok(Round { opening, checking, listing, status, with, after })
+    Ok(Round { opening, checking, with, after })
 }
 
 /// The seconds that the slowest client says it took for what it did.
@@ -226,8 +231,6 @@ mod tests {
         let round = |kernel| Round {
             opening: 1.0,
             checking: 1.0,
-            listing: [1.0; 2],
-            status: 1.0,
             with: level(10 * kernel),
             after: Level { sockets, ..level(kernel) },
         };
@@ -237,6 +240,7 @@ mod tests {
             connections: 1000,
             before: level(1 << 20),
             rounds: kernel.iter().map(|kernel| round(*kernel)).collect(),
+            listing: [1.0; 3],
             fullest: String::new(),
             violations: Vec::new(),
         }

@@ -160,11 +160,9 @@ impl fmt::Display for Crowds {
         row(f, "all there, each has echoed", &opening)?;
         let checking = self.each(|round| format!("{:.1} s", round.checking));
         row(f, "each has echoed again", &checking)?;
-        let [human, json] =
-            [0, 1].map(|at| self.each(|round| format!("{:.2} s", round.listing[at])));
-        row(f, "carnet flows", &human)?;
-        row(f, "carnet --json flows", &json)?;
-        row(f, "carnet status", &self.each(|round| format!("{:.2} s", round.status)))?;
+        let [human, json, status] = self.listing;
+        row(f, "carnet flows; --json", &format!("{human:.2} s; {json:.2} s"))?;
+        row(f, "carnet status", &format!("{status:.2} s"))?;
         if let Some(kept) = self.kept() {
             let kernel = |level: &Level| level.kernel.unwrap_or_default();
             let name = "kernel memory, both ends and sockets included";
