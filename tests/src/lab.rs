@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     error::Error,
     net::SocketAddr,
+    num::NonZeroU16,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -66,6 +67,10 @@ pub struct Plan {
     pub context: Option<Vec<u8>>,
     /// Whether the service's program knows nothing of records.
     pub unmodified: bool,
+    /// The port at which it takes flows, if it does not register its listeners.
+    pub listen_port: Option<NonZeroU16>,
+    /// Whether it asks `getsockname()` for the destination.
+    pub tproxy: bool,
 }
 
 impl Default for Plan {
@@ -77,6 +82,8 @@ impl Default for Plan {
             conditions: Conditions::default(),
             context: None,
             unmodified: false,
+            listen_port: None,
+            tproxy: false,
         }
     }
 }
@@ -249,13 +256,21 @@ impl Lab {
         let cgroup = self.made(name).unwrap_or_else(|| {
             Arc::new(self.scope.child(&format!("service-{name}")).must("make a cgroup"))
         });
+        self.service_in(name, cgroup, plan);
+    }
+
+    /// The same, in a cgroup that the test has made.
+    #[track_caller]
+    pub fn service_in(&self, name: &str, cgroup: Arc<Cgroup>, plan: Plan) {
         let reference = reference_of(&cgroup);
-        let Plan { weight, on_failure, trust, conditions, context, unmodified } = plan;
+        let Plan { weight, on_failure, trust, conditions, context, .. } = plan;
+        let Plan { unmodified, listen_port, tproxy, .. } = plan;
         self.change(|policy| {
             policy.add_provider(name, "")?;
             policy.add_sublayer(name, name, weight)?;
             let new = NewService::new(name, name, reference);
-            policy.add_service(NewService { on_failure, trust, unmodified, ..new })?;
+            let new = NewService { on_failure, trust, ..new };
+            policy.add_service(NewService { unmodified, listen_port, tproxy, ..new })?;
             let context = context.map(Context::new).transpose()?;
             policy.add_filter(NewFilter {
                 name: Some(name.into()),

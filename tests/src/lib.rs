@@ -7,6 +7,7 @@
 //! - [`puppet::Puppet`]: a process that makes single socket calls as the test tells it to.
 //! - [`caller::Caller`]: a process that makes many calls at an order, one after another.
 //! - [`tracer`]: runs a command and kills it at a system call.
+//! - [`web`]: a web server and a client whose flows can be told apart in logs.
 //! - [`dns`]: a resolver that answers anything.
 //! - [`foreign`]: BPF programs of others, beside Carnet's.
 //! - [`contract`]: the C programs of the contract suite, and what they ask of a lab.
@@ -31,6 +32,7 @@ pub mod puppet;
 pub mod service;
 pub mod sys;
 pub mod tracer;
+pub mod web;
 
 pub use lab::{Anything, Lab, Network, Plan, Trace, handed_on};
 pub use service::{Report, Running};

@@ -97,12 +97,19 @@ pub(crate) fn prepare() -> Result<Privilege> {
 
 /// Puts the QUIC library where the tests look for it, unless it is there.
 fn prepare_quic() -> Result<()> {
+    python_environment(QUIC_ENVIRONMENT, &[QUIC_LIBRARY])
+}
+
+/// Makes a Python environment below the target directory with these packages of PyPI, each of them with
+/// its version (`name==version`), unless it is there.
+pub(crate) fn python_environment(directory: &str, packages: &[&str]) -> Result<()> {
     let root = cargo::workspace_root()?;
-    let directory = cargo::target_directory(&root).join(QUIC_ENVIRONMENT);
+    let directory = cargo::target_directory(&root).join(directory);
     let python = directory.join("bin/python3");
-    let is_there =
-        |python: &Path| process::read(Command::new(python).args(["-c", "import aioquic"])).is_ok();
-    if is_there(&python) {
+    const CHECK: &str = "import sys, importlib.metadata as m\n\
+                         for p in sys.argv[1:]: n, v = p.split('=='); assert m.version(n) == v";
+    let mut check = Command::new(&python);
+    if process::read(check.args(["-c", CHECK]).args(packages)).is_ok() {
         return Ok(());
     }
     if is_debian() && is_root() {
@@ -112,7 +119,7 @@ fn prepare_quic() -> Result<()> {
     process::run(Command::new(python3).args(["-m", "venv", "--clear"]).arg(&directory))?;
     let mut install = Command::new(&python);
     install.args(["-m", "pip", "--disable-pip-version-check", "install", "--quiet"]);
-    process::run(install.arg(QUIC_LIBRARY))
+    process::run(install.args(packages))
 }
 
 /// A fact to print, or what is missing, in words.

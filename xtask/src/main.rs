@@ -10,6 +10,7 @@
 //! | [`differential`] | the kernel's decisions against the core's and a naive model's |
 //! | [`fuzz`] | arbitrary input for every parser, and for the control interface |
 //! | [`evasion`] | every way to open a flow, and what becomes of it |
+//! | [`interop`] | programs that know nothing of Carnet, alone and in chains |
 //! | [`faults`] | what happens when something dies, fails or is missing |
 //! | [`attacks`] | every attack that was tried, and what becomes of it |
 //! | [`prove`] | explores the model of the protocol, and breaks its rules |
@@ -43,6 +44,7 @@ mod evasion;
 mod faults;
 mod fuzz;
 mod host;
+mod interop;
 mod miri;
 mod page;
 mod process;
@@ -89,6 +91,8 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Try every way to open a flow, and print what becomes of each
     Evasion(evasion::Options),
+    /// Run real transparent proxies, unmodified, alone and in chains; install what is missing of them
+    Interop(interop::Options),
     /// Kill, starve and break everything, and print what came of it: no flow lost, none uninspected
     Faults(faults::Options),
     /// Carry out every attack on the records and what guards them, and print what becomes of each
@@ -147,6 +151,7 @@ fn run(command: Command) -> Result<()> {
         Command::Differential(options) => differential::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Evasion(options) => evasion::run(&options),
+        Command::Interop(options) => interop::run(&options),
         Command::Faults(options) => faults::run(&options),
         Command::Attacks(options) => attacks::run(&options),
         Command::Prove(options) => prove::run(&options),

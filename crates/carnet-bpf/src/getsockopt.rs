@@ -61,10 +61,17 @@ pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
         && let Some(leg) = delivered(ctx, socket)
         && let Some(answered) = original_destination(ctx, level, &leg.requested)
     {
-        length = answered;
-        asked(leg, ticket(ctx, socket));
+        let error = match answered {
+            Ok(bytes) => {
+                length = bytes;
+                asked(leg, ticket(ctx, socket));
+                0
+            }
+            // As netfilter says it.
+            Err(_) => -errno::EINVAL,
+        };
         // SAFETY: the helper has no preconditions.
-        unsafe { bpf_set_retval(0) };
+        unsafe { bpf_set_retval(error) };
     }
     // Everybody else gets the kernel's own answer. With the length 0 it stays as it is: some options
     // (`NETLINK_LIST_MEMBERSHIPS`) tell of more bytes than there was room for, which the kernel
@@ -221,10 +228,14 @@ fn put<T>(ctx: *mut bpf_sockopt, value: T) -> Result<u32, i32> {
 }
 
 /// Gives the caller a `sockaddr_in` (16 bytes) or a `sockaddr_in6` (28 bytes), as the kernel does
-/// for connections that netfilter redirected. `None` if the buffer is too small, or if the address
+/// for connections that netfilter redirected; an errno if the buffer is too small. `None` if the address
 /// has no such form.
 #[inline(always)]
-fn original_destination(ctx: *mut bpf_sockopt, level: i32, address: &Endpoint) -> Option<u32> {
+fn original_destination(
+    ctx: *mut bpf_sockopt,
+    level: i32,
+    address: &Endpoint,
+) -> Option<Result<u32, i32>> {
     if level == abi::SOL_IP {
         if !address.is_ipv4() {
             return None;
@@ -235,7 +246,7 @@ fn original_destination(ctx: *mut bpf_sockopt, level: i32, address: &Endpoint) -
             address: address.address[3],
             zero: [0; 2],
         };
-        return put(ctx, name).ok();
+        return Some(put(ctx, name));
     }
     let name = SocketAddressV6 {
         family: AF_INET6,
@@ -244,7 +255,7 @@ fn original_destination(ctx: *mut bpf_sockopt, level: i32, address: &Endpoint) -
         address: address.address,
         scope: 0,
     };
-    put(ctx, name).ok()
+    Some(put(ctx, name))
 }
 
 /// `struct sockaddr_in`.

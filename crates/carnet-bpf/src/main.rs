@@ -10,6 +10,8 @@
 //! | [`sockops`] | `sockops` | carry a leg from the connecting to the accepted socket; its end |
 //! | [`getsockopt`] | `cgroup/getsockopt` | the control interface, questions; `SO_ORIGINAL_DST` |
 //! | [`setsockopt`] | `cgroup/setsockopt` | the control interface: set a record, register |
+//! | [`bind`] | `cgroup/post_bind4`, `6` | register the listeners of programs that do not |
+//! | [`getsockname`] | `cgroup/getsockname4`, `6` | proxies made for `TPROXY` find the destination |
 //! | [`getpeername`] | `cgroup/getpeername4`, `6` | the application sees whom it asked for |
 //! | [`sock_create`] | `cgroup/sock_create` | refuse sockets whose flows no hook sees |
 //! | [`iter`] | `iter/bpf_sk_storage_map`, `iter/task_file` | list live flows; identify a file |
@@ -18,7 +20,7 @@
 //! sockets), [`carry_on`] (from the one to the other), [`bank`] (core's tables over the maps),
 //! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`enforce`] (that it holds), [`end`] and [`idle`] (the
 //! end of legs), [`client`] (whose UDP flow an address stands for), [`source`] (from where UDP may
-//! send), [`listener`] (a service's live listener), [`mac`], [`socket`] (state of
+//! send), [`listener`] (a service's live listener), [`registration`] (how it becomes one), [`mac`], [`socket`] (state of
 //! sockets), [`process`] (who calls), [`report`] (events and counters), [`ctx`] (fields of the
 //! hooks' contexts).
 #![no_std]
@@ -29,6 +31,7 @@ mod accepted;
 mod adopt;
 mod attempt;
 mod bank;
+mod bind;
 mod carry_on;
 mod client;
 mod connect;
@@ -39,6 +42,7 @@ mod decide;
 mod end;
 mod enforce;
 mod getpeername;
+mod getsockname;
 mod getsockopt;
 mod held;
 mod idle;
@@ -48,6 +52,7 @@ mod mac;
 mod maps;
 mod process;
 mod recvmsg;
+mod registration;
 mod release;
 mod report;
 mod setsockopt;

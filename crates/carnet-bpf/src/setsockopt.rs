@@ -13,29 +13,26 @@
 use core::ptr;
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST, bpf_sockopt},
+    bindings::bpf_sockopt,
     helpers::generated::{bpf_get_netns_cookie, bpf_probe_read_kernel, bpf_set_retval},
     macros::cgroup_sockopt,
     programs::SockoptContext,
 };
 use carnet_core::{
-    abi::{self, LISTENER_SLOTS, errno},
+    abi::{self, errno},
     access::Caller,
     event::{Counter, EventKind},
-    flow::{ListenerEntry, ListenerKey, Registration, SAME_NAMESPACE},
+    flow::Registration,
     record::{MAX_HOPS, MAX_RECORD, Record, RecordError},
-    table::{Repeat as _, Step},
 };
 
 use crate::{
-    bank::{Bank, repeat},
     carry_on::carry_on,
     ctx::{load32, load64, opaque, store32},
     end::abandon,
-    listener::same,
     mac::verify,
-    maps::{LEGS, LISTENERS, REGISTERED, SECOND_RECORDS},
-    process,
+    maps::{LEGS, SECOND_RECORDS},
+    process, registration,
     report::{count, event_of_caller},
     socket::{CLOSE, LISTEN, Socket, TCP, copy_record},
 };
@@ -221,79 +218,7 @@ fn register(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -> Result<()
     if !caller.may_register(handle) {
         return Err(errno::EACCES);
     }
-    let Some(registered) = socket.get_or_create(&REGISTERED) else {
-        return Err(errno::ENOMEM);
-    };
     // SAFETY: the helper takes this context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
-    let mut search = SlotSearch {
-        key: ListenerKey {
-            handle,
-            netns,
-            family: local.family,
-            protocol: protocol as u16,
-            slot: 0,
-        },
-        entry: ListenerEntry { local, missed: 0, home: netns, home_id: SAME_NAMESPACE, zero: 0 },
-        free: Bank::forget(LISTENER_SLOTS),
-        done: false,
-    };
-    repeat(LISTENER_SLOTS, &mut search);
-    if !search.done {
-        if search.free >= LISTENER_SLOTS {
-            return Err(errno::ENOSPC);
-        }
-        search.key.slot = search.free;
-        if LISTENERS.insert(&search.key, &search.entry, BPF_ANY.into()).is_err() {
-            return Err(errno::ENOMEM);
-        }
-    }
-    *registered = Registration { handle, netns };
-    event_of_caller(EventKind::ListenerRegistered as u32, |event| {
-        event.handle = handle;
-        event.requested = local;
-        event.protocol = protocol;
-        event.netns = netns;
-    });
-    Ok(())
-}
-
-/// The search for the slot of a listener: the one that it has already, else one that is free, else
-/// one whose listener was missed.
-struct SlotSearch {
-    key: ListenerKey,
-    entry: ListenerEntry,
-    free: u32,
-    done: bool,
-}
-
-impl Step for SlotSearch {
-    #[inline(always)]
-    fn step(&mut self, slot: u32) -> bool {
-        self.key.slot = slot;
-        match LISTENERS.get_ptr_mut(&self.key) {
-            None => {
-                // Two processes may take the same free slot at the same time: only one gets it.
-                self.done = LISTENERS.insert(&self.key, &self.entry, BPF_NOEXIST.into()).is_ok();
-                !self.done
-            }
-            Some(entry) => {
-                // SAFETY: the entry stays allocated until the program ends.
-                let entry = unsafe { &mut *entry };
-                // One of another network namespace stays until the administrator takes it back.
-                if entry.home != self.entry.home {
-                    return true;
-                }
-                if same(&entry.local, &self.entry.local) {
-                    entry.missed = 0;
-                    self.done = true;
-                    return false;
-                }
-                if entry.missed != 0 && self.free >= LISTENER_SLOTS {
-                    self.free = slot;
-                }
-                true
-            }
-        }
-    }
+    registration::register(socket, &local, protocol, Registration { handle, netns })
 }

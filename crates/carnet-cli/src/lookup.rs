@@ -59,6 +59,37 @@ impl Cgroup {
         Ok(Self { directory, path, id, level })
     }
 
+    /// The cgroup of a systemd unit. systemd names it after the unit, somewhere below the slices.
+    pub(crate) fn of_unit(unit: &str) -> Result<Self, Failure> {
+        let root = root()?;
+        let mut found = Vec::new();
+        let mut waiting = vec![root.clone()];
+        while let Some(directory) = waiting.pop() {
+            // It may have gone meanwhile.
+            for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    found.extend((entry.file_name() == *unit).then(|| entry.path()));
+                    waiting.push(entry.path());
+                }
+            }
+        }
+        match &found[..] {
+            [one] => Self::find(one),
+            [] => Err(Failure::new(format_args!("no cgroup is that of a systemd unit {unit}"))
+                .with_hint(
+                    "write the whole name, such as squid.service, and start the unit first",
+                )),
+            several => {
+                let below = |path: &PathBuf| {
+                    format!("/{}", path.strip_prefix(&root).unwrap_or(path).display())
+                };
+                let paths: Vec<_> = several.iter().map(below).collect();
+                Err(Failure::new(format_args!("several cgroups are named {unit}"))
+                    .with_hint(format_args!("choose one with --cgroup: {}", paths.join(", "))))
+            }
+        }
+    }
+
     pub(crate) fn reference(self) -> CgroupRef {
         CgroupRef { path: self.path, id: self.id }
     }

@@ -31,8 +31,29 @@ pub(crate) fn short(duration: Duration) -> String {
     }
 }
 
+/// Reads a duration: a number of seconds, or numbers with units.
+pub(crate) fn duration(text: &str) -> Result<Duration, humantime::DurationError> {
+    match text.parse() {
+        Ok(seconds) => Ok(Duration::from_secs(seconds)),
+        Err(_) => humantime::parse_duration(text),
+    }
+}
+
 fn now() -> Duration {
     let now = clock_gettime(ClockId::Boottime);
     // The clock begins at 0 and never goes back.
     Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), u32::try_from(now.tv_nsec).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_numbers_of_seconds_or_have_units() {
+        assert_eq!(duration("3"), Ok(Duration::from_secs(3)));
+        assert_eq!(duration("1500ms"), Ok(Duration::from_millis(1500)));
+        assert!(duration("soon").is_err());
+        assert!(duration("-1").is_err());
+    }
 }

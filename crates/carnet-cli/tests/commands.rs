@@ -524,6 +524,59 @@ fn listeners_of_an_unmodified_program_are_registered() {
 }
 
 #[test]
+fn a_program_that_does_not_register_is_registered_by_its_port() {
+    let world = World::up("port");
+    let server = echo();
+    let port = server.address().port();
+    world.succeeds(&["provider", "add", "acme"]);
+    world.fails(&["service", "wait", "web", "--timeout", "0"], &["no service \"web\""]);
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (own, listen) = (free.port().to_string(), free.to_string());
+    let program = env!("CARGO_BIN_EXE_carnet");
+    let run = ["service", "run", "web", "--provider", "acme", "--unmodified", "--listen-port"];
+    let inspect = [&own, "--", program, "inspect", "--no-register", "--listen", &listen];
+    let mut command = world.command(&[&run[..], &inspect].concat());
+    for _ in 0..2 {
+        let mut service = Process::spawn(command.stderr(Stdio::null())).unwrap();
+        world.succeeds(&["service", "wait", "web", "--timeout", "100"]);
+        let listed = &world.json(&["service", "ls"])[0];
+        assert_eq!(listed["listeners"][0]["address"], json!(listen));
+        assert_eq!(
+            (&listed["unmodified"], &listed["listen_port"]),
+            (&json!(true), &json!(free.port()))
+        );
+        if world.json(&["filter", "ls"]).as_array().unwrap().is_empty() {
+            world.redirect("web", port);
+        }
+        let mut client = world.client(port);
+        client.wait_for_line("the echo", PATIENCE, |line| line == "hello").unwrap();
+        client.close_input();
+        client.wait(PATIENCE).unwrap();
+        service.terminate().unwrap();
+        service.wait(PATIENCE).unwrap();
+    }
+    let gone = ["service", "wait", "web", "--timeout", "0"];
+    world.fails(&gone, &["service web listens nowhere", &format!("a socket to port {own}")]);
+}
+
+#[test]
+fn a_service_is_named_by_its_systemd_unit() {
+    let world = World::up("unit");
+    world.succeeds(&["provider", "add", "acme"]);
+    let slice = world.cgroup.child("made-up.slice").unwrap();
+    let unit = format!("carnet-{}.service", world.cgroup.id());
+    let add = ["service", "add", "web", "--provider", "acme", "--unit", &unit];
+    world.fails(&add, &["no cgroup is that of a systemd unit", "start the unit first"]);
+    let cgroup = slice.child(&unit).unwrap();
+    let added = world.json(&add);
+    assert_eq!(added["cgroup"]["id"], json!(cgroup.id()));
+    let other = world.cgroup.child(&unit).unwrap();
+    let add = ["service", "add", "mail", "--provider", "acme", "--unit", &unit];
+    world.fails(&add, &["several cgroups are named", "choose one with --cgroup"]);
+    drop(other);
+}
+
+#[test]
 fn what_listens_in_another_network_namespace_is_told_from_what_is_dead() {
     let world = World::up("netns");
     world.succeeds(&["provider", "add", "acme"]);
@@ -536,7 +589,7 @@ fn what_listens_in_another_network_namespace_is_told_from_what_is_dead() {
     let held = format!("/proc/{}/fd/{}", std::process::id(), elsewhere.as_fd().as_raw_fd());
     let words = ["listens on no TCP or UDP socket in that network namespace"];
     world.fails(&[&register[..], &["--netns", &held]].concat(), &words);
-    let words = ["no UDP socket that is bound to 127.0.0.1:53"];
+    let words = ["no UDP socket that is not connected and bound to 127.0.0.1:53"];
     world.fails(&[&register[..], &["--udp", "127.0.0.1:53"]].concat(), &words);
     let own = format!("pid:{pid}");
     let registered = world.json(&[&register[..], &["--netns", &own]].concat());

@@ -21,7 +21,7 @@ use alloc::{
     string::String,
     vec::Vec,
 };
-use core::{cmp::Reverse, ops::Range};
+use core::{cmp::Reverse, num::NonZeroU16, ops::Range};
 
 use crate::{
     address::Wide,
@@ -297,8 +297,15 @@ fn service_rows(policy: &Policy) -> Vec<ServiceRow> {
             FailurePolicy::Block => FAILURE_BLOCK,
             FailurePolicy::Skip => FAILURE_SKIP,
         };
-        let unmodified = service.unmodified.into();
-        ServiceRow { handle: service.handle, trusts, trusts_all, failure, unmodified, zero: 0 }
+        ServiceRow {
+            handle: service.handle,
+            trusts,
+            trusts_all,
+            failure,
+            unmodified: service.unmodified.into(),
+            listen_port: service.listen_port.map_or(0, NonZeroU16::get),
+            tproxy: service.tproxy.into(),
+        }
     };
     services.iter().map(row).collect()
 }

@@ -15,7 +15,7 @@ use alloc::{
     string::{String, ToString as _},
     vec::Vec,
 };
-use core::{fmt, str::FromStr};
+use core::{fmt, num::NonZeroU16, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
@@ -99,6 +99,14 @@ pub struct Service {
     /// under the hop guard instead (contract C11). Documents of before do not have it.
     #[serde(default)]
     pub unmodified: bool,
+    /// The port at which its program takes flows, if it does not register its listeners itself: its
+    /// sockets are registered when they are bound to this port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen_port: Option<NonZeroU16>,
+    /// Whether its program asks `getsockname()` for the destination, as proxies do behind
+    /// netfilter's `TPROXY`: then that is what it is told of the connections that it accepts.
+    #[serde(default)]
+    pub tproxy: bool,
 }
 
 /// A service that is to be added: [`Service`] without its numbers.
@@ -116,6 +124,10 @@ pub struct NewService {
     pub trust: Trust,
     /// Whether its program knows nothing of redirect records, see [`Service::unmodified`].
     pub unmodified: bool,
+    /// The port at which its program takes flows, see [`Service::listen_port`].
+    pub listen_port: Option<NonZeroU16>,
+    /// Whether its program asks `getsockname()` for the destination, see [`Service::tproxy`].
+    pub tproxy: bool,
 }
 
 impl NewService {
@@ -129,6 +141,8 @@ impl NewService {
             on_failure: FailurePolicy::default(),
             trust: Trust::default(),
             unmodified: false,
+            listen_port: None,
+            tproxy: false,
         }
     }
 }
@@ -676,16 +690,27 @@ impl Policy {
     /// service; [`PolicyError::TrustsItself`]; [`PolicyError::TooManyServices`];
     /// [`PolicyError::NoCgroup`]; [`PolicyError::CgroupTaken`].
     pub fn add_service(&mut self, new: NewService) -> Result<&Service, PolicyError> {
-        let NewService { name, provider, cgroup, on_failure, trust, unmodified } = new;
-        check_new_name(&self.services, &name)?;
+        check_new_name(&self.services, &new.name)?;
         if self.services.len() >= MAX_SERVICES as usize {
             return Err(PolicyError::TooManyServices);
         }
-        let provider = self.provider(&provider)?.name.clone();
-        check_cgroup(&self.services, &cgroup)?;
-        let trust = self.resolve_trust(&name, trust)?;
+        let provider = self.provider(&new.provider)?.name.clone();
+        check_cgroup(&self.services, &new.cgroup)?;
+        let trust = self.resolve_trust(&new.name, new.trust)?;
         let [id, handle] = self.take_ids()?;
-        let service = Service { id, handle, name, provider, cgroup, on_failure, trust, unmodified };
+        let NewService { name, cgroup, on_failure, unmodified, listen_port, tproxy, .. } = new;
+        let service = Service {
+            id,
+            handle,
+            name,
+            provider,
+            cgroup,
+            on_failure,
+            trust,
+            unmodified,
+            listen_port,
+            tproxy,
+        };
         Ok(append(&mut self.services, service))
     }
 
@@ -724,6 +749,31 @@ impl Policy {
     ) -> Result<&Service, PolicyError> {
         let at = find(&self.services, service)?;
         self.services[at].unmodified = unmodified;
+        Ok(&self.services[at])
+    }
+
+    /// Changes at which port the program of a service (name or id) takes flows.
+    ///
+    /// # Errors
+    /// [`PolicyError::NotFound`].
+    pub fn set_listen_port(
+        &mut self,
+        service: &str,
+        port: Option<NonZeroU16>,
+    ) -> Result<&Service, PolicyError> {
+        let at = find(&self.services, service)?;
+        self.services[at].listen_port = port;
+        Ok(&self.services[at])
+    }
+
+    /// Changes whether the program of a service (name or id) asks `getsockname()` for the
+    /// destination.
+    ///
+    /// # Errors
+    /// [`PolicyError::NotFound`].
+    pub fn set_tproxy(&mut self, service: &str, tproxy: bool) -> Result<&Service, PolicyError> {
+        let at = find(&self.services, service)?;
+        self.services[at].tproxy = tproxy;
         Ok(&self.services[at])
     }
 

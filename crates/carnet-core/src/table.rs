@@ -230,8 +230,10 @@ pub struct ServiceRow {
     /// given that of the flow that they may belong to (adoption); services that co-operate stay under
     /// the hop guard.
     pub unmodified: u32,
-    /// 0.
-    pub zero: u32,
+    /// The port at whose binding a socket of the service is registered; 0: none.
+    pub listen_port: u16,
+    /// Not 0: `getsockname()` on its accepted sockets gives the requested destination.
+    pub tproxy: u16,
 }
 
 const _: () = {

@@ -3,7 +3,11 @@
 use std::{io, net::SocketAddr, path::PathBuf, time::Duration};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
-use carnet_core::{abi::LISTENER_SLOTS, compile::CompileError, object::DocumentError};
+use carnet_core::{
+    abi::LISTENER_SLOTS,
+    compile::CompileError,
+    object::{DocumentError, Protocol},
+};
 use thiserror::Error;
 
 /// Why an operation of the engine failed.
@@ -288,15 +292,21 @@ pub enum Error {
         name: String,
     },
 
-    /// The process has no such UDP socket.
+    /// No process of a service has such a socket.
     #[error(
-        "process {pid} has no UDP socket that is bound to {address} and not connected{}: write the \
-         address as `ss -lunp` shows it",
+        "service {service:?} has no {} {address}{}: write the address as `ss -ltunp` shows it",
+        if *protocol == Protocol::TCP {
+            "TCP socket that listens at"
+        } else {
+            "UDP socket that is not connected and bound to"
+        },
         if *limited { " in that network namespace" } else { "" }
     )]
-    NoUdpSocket {
-        /// The process.
-        pid: u32,
+    NoSocket {
+        /// The service's name.
+        service: String,
+        /// TCP or UDP.
+        protocol: Protocol,
         /// The address.
         address: SocketAddr,
         /// Whether only sockets of one network namespace were wanted.

@@ -75,7 +75,7 @@ pub use events::EventReader;
 pub use existing::Ended;
 pub use flows::{Flow, FlowApp, FlowHop, LegKind};
 pub use keys::KeyStatus;
-pub use listeners::{Listener, ProcessSockets, Reach};
+pub use listeners::{Listener, Reach, ServiceSockets};
 pub use location::Location;
 pub use object::BuildId;
 pub use status::{LinkStatus, MapStatus, ProgramStatus, Status, TableStatus};

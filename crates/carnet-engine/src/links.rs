@@ -22,7 +22,7 @@ use carnet_core::object::{CgroupRef, Policy, Service};
 use crate::{
     Error,
     cgroup::{Place, below_root},
-    object::{Hook, REFUSE_UNSEEN, SCOPE_HOOKS, SERVICE_HOOKS},
+    object::{Hook, PORT_HOOKS, REFUSE_UNSEEN, SCOPE_HOOKS, SERVICE_HOOKS, TPROXY_HOOKS},
     sys,
     tables::Instance,
 };
@@ -39,6 +39,9 @@ pub(crate) struct Wanted {
 /// The hooks that cgroups have to have, by the cgroups' ids.
 pub(crate) type Plan = BTreeMap<u64, Wanted>;
 
+/// Whether hooks are for the sockets of a service, in the cgroup with this path below the root.
+type Concerns<'a> = &'a dyn Fn(&Service, &Path) -> bool;
+
 /// What has to be attached where.
 pub(crate) fn plan(instance: &Instance, policy: &Policy) -> Result<Plan, Error> {
     let scope = instance.scope.as_path();
@@ -50,6 +53,12 @@ pub(crate) fn plan(instance: &Instance, policy: &Policy) -> Result<Plan, Error> 
     let mut hooks: Vec<_> = SCOPE_HOOKS.iter().collect();
     hooks.extend(instance.refuse_unseen.then_some(&REFUSE_UNSEEN));
     plan.insert(instance.scope_id, Wanted { cgroup: whole_scope, service: None, hooks });
+    let sets: [(&'static [Hook], Concerns<'_>); 4] = [
+        (&SERVICE_HOOKS, &|_, _| true),
+        (&PORT_HOOKS, &|service, _| service.listen_port.is_some()),
+        (&TPROXY_HOOKS, &|service, _| service.tproxy),
+        (&SCOPE_HOOKS, &|_, path| !path.starts_with(scope)),
+    ];
     for (service, path) in policy.services().iter().zip(&paths) {
         if scope.starts_with(path) && scope != path {
             return Err(Error::ServiceAroundScope {
@@ -58,14 +67,15 @@ pub(crate) fn plan(instance: &Instance, policy: &Policy) -> Result<Plan, Error> 
                 scope: scope.display().to_string(),
             });
         }
-        let around = |outer: &&PathBuf| path.starts_with(outer) && *outer != path;
         let mut hooks = Vec::new();
-        if !paths.iter().any(|outer| around(&outer)) {
-            hooks.extend(&SERVICE_HOOKS);
-        }
-        let outside = |path: &Path| !path.starts_with(scope);
-        if outside(path) && !paths.iter().filter(around).any(|outer| outside(outer)) {
-            hooks.extend(&SCOPE_HOOKS);
+        for (set, concerns) in &sets {
+            let around = |other: &Service, outer: &Path| {
+                path.starts_with(outer) && outer != path && concerns(other, outer)
+            };
+            let mut all = policy.services().iter().zip(&paths);
+            if concerns(service, path) && !all.any(|(other, outer)| around(other, outer)) {
+                hooks.extend(*set);
+            }
         }
         if hooks.is_empty() {
             continue;
@@ -257,6 +267,8 @@ pub(crate) fn list(directory: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU16;
+
     use carnet_core::object::NewService;
 
     use super::*;
@@ -306,6 +318,32 @@ mod tests {
         assert_eq!(scope_itself, [(SCOPE, 10, 2)]);
         let everything = planned("", &[(1, "/a"), (2, "/b")]).unwrap();
         assert_eq!(everything, [(1, 0, 2), (2, 0, 2), (SCOPE, 10, 0)]);
+    }
+
+    #[test]
+    fn hooks_of_some_services_are_at_the_outermost_of_them() {
+        let mut policy = Policy::new();
+        policy.add_provider("p", "").unwrap();
+        let port = NonZeroU16::new(15001);
+        let services = [
+            ("outer", 1, None, false),
+            ("outer/a", 2, port, true),
+            ("outer/a/b", 3, port, false),
+            ("outer/a/b/c", 4, None, true),
+            ("outer/d", 5, None, true),
+        ];
+        for (path, id, listen_port, tproxy) in services {
+            let new = NewService::new(format!("s{id}"), "p", CgroupRef { path: path.into(), id });
+            policy.add_service(NewService { listen_port, tproxy, ..new }).unwrap();
+        }
+        let plan = plan(&instance("outer"), &policy).unwrap();
+        let at = |hook: &Hook| -> Vec<u64> {
+            let has = |wanted: &Wanted| wanted.hooks.iter().any(|one| one.name == hook.name);
+            plan.iter().filter(|(_, wanted)| has(wanted)).map(|(id, _)| *id).collect()
+        };
+        assert_eq!(at(&PORT_HOOKS[0]), [2]);
+        assert_eq!(at(&TPROXY_HOOKS[0]), [2, 5]);
+        assert_eq!(at(&SERVICE_HOOKS[0]), [1]);
     }
 
     #[test]

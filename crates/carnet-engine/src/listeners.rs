@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     net::{IpAddr, SocketAddr},
+    num::NonZeroU16,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
 };
@@ -18,7 +19,7 @@ use rustix::process::{ForeignRawFd, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getf
 use socket2::{Domain, Protocol as SocketProtocol, SockRef, Type};
 
 use crate::{
-    Engine, Error,
+    Engine, Error, members,
     namespace::NetworkNamespace,
     netlink::{self, Route},
     sys,
@@ -46,17 +47,42 @@ pub struct Listener {
     pub missed: u64,
 }
 
-/// Which sockets of a process are to be registered: its listening TCP sockets, and UDP sockets that
-/// are bound and not connected.
+/// Which sockets of a service's processes are to be registered: listening TCP sockets, and UDP sockets
+/// that are bound and not connected. Of a service with a port of its own
+/// ([`Service::listen_port`](carnet_core::object::Service::listen_port)) those at this port.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ProcessSockets {
-    /// The process.
-    pub pid: u32,
-    /// Of the UDP sockets only those that are bound to these addresses: a process may have others,
-    /// which are no listeners. If there is no address, all.
+pub struct ServiceSockets {
+    /// Only those of this process and of the processes that descend from it, such as its workers; else
+    /// of all that run in the service's cgroup.
+    pub process: Option<u32>,
+    /// Of the TCP sockets only those that are bound to these addresses, whatever the service's port is:
+    /// a program may listen for other things as well. If there is no address, all.
+    pub tcp: Vec<SocketAddr>,
+    /// The same of the UDP sockets: a program may have others, which are no listeners.
     pub udp: Vec<SocketAddr>,
     /// Only those in the network namespace with this cookie.
     pub netns: Option<u64>,
+}
+
+impl ServiceSockets {
+    /// Whether these sockets of a service with this port include one.
+    fn include(&self, port: Option<NonZeroU16>, socket: &Found) -> bool {
+        let named = if socket.protocol == Protocol::TCP { &self.tcp } else { &self.udp };
+        let at_port = port.is_none_or(|port| port.get() == socket.local.port());
+        self.netns.is_none_or(|netns| netns == socket.netns)
+            && if named.is_empty() { at_port } else { named.contains(&socket.local) }
+    }
+
+    /// The first that is named and not among these.
+    fn missing(&self, found: &[Found]) -> Option<(Protocol, SocketAddr)> {
+        let named = |protocol, addresses: &[SocketAddr]| {
+            let is = |address: &SocketAddr| {
+                found.iter().any(|s| (s.protocol, s.local) == (protocol, *address))
+            };
+            addresses.iter().find(|address| !is(address)).map(|address| (protocol, *address))
+        };
+        named(Protocol::TCP, &self.tcp).or_else(|| named(Protocol::UDP, &self.udp))
+    }
 }
 
 /// That flows of one network namespace reach a service's listener in another one.
@@ -85,53 +111,54 @@ impl Engine {
         Ok(listeners)
     }
 
-    /// Registers the sockets on which a running process listens, for the service of this name, as
-    /// the process itself would do with `carnet::register_listener`; gives where they are: listening
-    /// TCP sockets, and UDP sockets that are bound and not connected. None if there is no such one.
+    /// Registers the sockets on which a running process listens, or one that descends from it, for the
+    /// service of this name, as the process itself would do with `carnet::register_listener`; gives
+    /// where they are. None if there is no such one. [`ServiceSockets`] says which they are.
     ///
     /// # Errors
     /// As for [`Engine::register_sockets_of`].
     pub fn register_listener_of(&self, service: &str, pid: u32) -> Result<Vec<SocketAddr>, Error> {
-        let sockets = ProcessSockets { pid, ..ProcessSockets::default() };
+        let sockets = ServiceSockets { process: Some(pid), ..ServiceSockets::default() };
         let registered = self.register_sockets_of(service, &sockets)?;
         Ok(registered.into_iter().map(|listener| listener.local).collect())
     }
 
-    /// Registers sockets of a running process for the service of this name, each in the network
-    /// namespace in which it is; gives them. None if the process has no such sockets.
+    /// Registers sockets of a service's running processes for it, each in the network namespace in
+    /// which it is; gives them. None if there are no such sockets.
     ///
     /// # Errors
-    /// [`Error::NoService`]; [`Error::NoUdpSocket`] if one that was named is not there, in which case
+    /// [`Error::NoService`]; [`Error::NoSocket`] if one that was named is not there, in which case
     /// none is registered; [`Error::Register`] if the kernel engine does not take one of them, for
-    /// example since the process was not started in the service's cgroup; [`Error::Io`] if the
-    /// process cannot be examined (needs `CAP_SYS_PTRACE` for those of other users).
+    /// example since the process was not started in the service's cgroup; [`Error::Io`] if a process
+    /// cannot be examined (needs `CAP_SYS_PTRACE` for those of other users); [`Error::CgroupGone`].
     pub fn register_sockets_of(
         &self,
-        service: &str,
-        sockets: &ProcessSockets,
+        name: &str,
+        sockets: &ServiceSockets,
     ) -> Result<Vec<Listener>, Error> {
-        let handle = self.handle_of(service)?;
-        let ProcessSockets { pid, udp, netns } = sockets;
+        let policy = self.policy()?;
+        let service = policy.service(name);
+        let service = service.map_err(|_| Error::NoService { name: name.to_owned() })?;
         let mut wanted = Vec::new();
-        for found in sockets_of(*pid)? {
-            let asked =
-                found.protocol == Protocol::TCP || udp.is_empty() || udp.contains(&found.local);
-            if asked && netns.is_none_or(|netns| netns == found.netns) {
-                wanted.push(found);
-            }
+        for pid in members::processes_of(service, sockets.process)? {
+            let found = match sockets_of(pid) {
+                // Another one than the one that was named may have ended meanwhile.
+                Err(_) if sockets.process != Some(pid) && !process_is(pid) => continue,
+                found => found?,
+            };
+            wanted.extend(found.into_iter().filter(|s| sockets.include(service.listen_port, s)));
         }
-        for address in udp {
-            if !wanted.iter().any(|s| s.protocol == Protocol::UDP && s.local == *address) {
-                let limited = netns.is_some();
-                return Err(Error::NoUdpSocket { pid: *pid, address: *address, limited });
-            }
+        if let Some((protocol, address)) = sockets.missing(&wanted) {
+            let limited = sockets.netns.is_some();
+            let service = service.name.clone();
+            return Err(Error::NoSocket { service, protocol, address, limited });
         }
+        let handle = service.handle;
         let mut registered = Vec::new();
-        for Found { socket, protocol, local, netns } in wanted {
+        for Found { pid, socket, protocol, local, netns } in wanted {
             let value = handle.to_ne_bytes();
-            sys::set_option(socket.as_fd(), abi::LEVEL, abi::REGISTER_LISTENER, &value).map_err(
-                |source| Error::Register { pid: *pid, listener: local.to_string(), source },
-            )?;
+            sys::set_option(socket.as_fd(), abi::LEVEL, abi::REGISTER_LISTENER, &value)
+                .map_err(|source| Error::Register { pid, listener: local.to_string(), source })?;
             let listener = Listener { handle, netns, home: netns, protocol, local, missed: 0 };
             // Descriptors of one socket count once.
             if !registered.contains(&listener) {
@@ -215,12 +242,6 @@ impl Engine {
         let keys: Vec<_> = unwanted.clone().map(|(key, _)| *key).collect();
         self.tables().remove_listeners(&keys)?;
         Ok(unwanted.map(|(key, entry)| Listener::new(key, entry)).collect())
-    }
-
-    fn handle_of(&self, service: &str) -> Result<u64, Error> {
-        let _lock = self.lock_to_read()?;
-        self.instance()?;
-        self.handle_in_force(service)
     }
 
     /// The handle of the service of this name. The caller holds the instance's lock.
@@ -345,11 +366,17 @@ fn slots(
 /// A socket of a process that can be registered.
 #[derive(Debug)]
 struct Found {
+    pid: u32,
     socket: OwnedFd,
     protocol: Protocol,
     local: SocketAddr,
     /// Cookie of its network namespace.
     netns: u64,
+}
+
+/// Whether there is such a process.
+fn process_is(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
 }
 
 /// Copies of a process's descriptors of sockets that can be registered.
@@ -380,7 +407,7 @@ fn sockets_of(pid: u32) -> Result<Vec<Found>, Error> {
         if let Some((protocol, local)) = takes_flows_at(&socket) {
             let netns = sys::netns_cookie(socket.as_fd())
                 .map_err(failed("ask for the network namespace of a socket of"))?;
-            sockets.push(Found { socket, protocol, local, netns });
+            sockets.push(Found { pid, socket, protocol, local, netns });
         }
     }
     Ok(sockets)

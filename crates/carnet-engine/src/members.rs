@@ -9,7 +9,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use carnet_core::{explain::Process, object::Policy};
+use carnet_core::{
+    explain::Process,
+    object::{Policy, Service},
+};
 
 use crate::{
     Engine, Error,
@@ -26,6 +29,37 @@ const MAX_PROCESSES: usize = 65_536;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Member {
     pub(crate) pid: u32,
+}
+
+/// The processes of a service: one and those that descend from it in the service's cgroup, or all that
+/// run there or in one below.
+pub(crate) fn processes_of(service: &Service, one: Option<u32>) -> Result<Vec<u32>, Error> {
+    let members = match (Place::referred_by(&service.cgroup)?, one) {
+        (Some(place), _) => Members::below(&place.directory)?,
+        (None, Some(_)) => Members::default(),
+        (None, None) => {
+            let (service, path) = (service.name.clone(), service.cgroup.path.clone());
+            return Err(Error::CgroupGone { service, path });
+        }
+    };
+    let mut pids: Vec<_> = members.processes.iter().map(|member| member.pid).collect();
+    let Some(one) = one else { return Ok(pids) };
+    let parents: BTreeMap<_, _> =
+        pids.iter().filter_map(|pid| Some((*pid, parent_of(*pid)?))).collect();
+    let descends = |pid: &u32| {
+        let line = std::iter::successors(Some(*pid), |pid| parents.get(pid).copied());
+        // Longer only if the numbers of processes that ended were given anew meanwhile.
+        *pid != one && line.take(parents.len() + 1).any(|ancestor| ancestor == one)
+    };
+    pids.retain(descends);
+    pids.insert(0, one);
+    Ok(pids)
+}
+
+/// The process from which one descends, if it is there.
+fn parent_of(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())
 }
 
 /// What passes an instance's hooks.
@@ -195,9 +229,51 @@ impl Engine {
 
 #[cfg(test)]
 mod tests {
+    use carnet_core::object::{CgroupRef, NewService};
     use carnet_testbed::{Cgroup, require_root};
 
     use super::*;
+
+    #[test]
+    fn processes_of_a_service_are_those_of_its_cgroup_or_descend_from_one() {
+        require_root().unwrap();
+        let cgroup = Cgroup::create("carnet-engine-workers").unwrap();
+        let mut policy = Policy::new();
+        policy.add_provider("p", "").unwrap();
+        let place = Place::at(cgroup.path()).unwrap();
+        let reference = CgroupRef { path: format!("/{}", place.path.display()), id: place.id };
+        policy.add_service(NewService::new("s", "p", reference)).unwrap();
+        let service = policy.service("s").unwrap();
+        assert!(processes_of(service, None).unwrap().is_empty());
+
+        // A master with a worker that has one of its own, and somebody else.
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", "sh -c 'sleep 600 & wait' & wait"]);
+        let mut master = cgroup.spawn(&mut command).unwrap();
+        let mut other = cgroup.spawn(std::process::Command::new("sleep").arg("600")).unwrap();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while cgroup.processes().unwrap().len() < 4 {
+            assert!(std::time::Instant::now() < deadline, "the workers do not start");
+            std::thread::yield_now();
+        }
+        let mut all = processes_of(service, None).unwrap();
+        all.sort_unstable();
+        let mut expected = cgroup.processes().unwrap();
+        expected.sort_unstable();
+        assert_eq!(all, expected);
+        let own = processes_of(service, Some(master.id())).unwrap();
+        assert_eq!((own[0], own.len()), (master.id(), 3));
+        assert!(!own.contains(&other.id()));
+        assert_eq!(processes_of(service, Some(other.id())).unwrap(), [other.id()]);
+
+        cgroup.kill().unwrap();
+        for process in [&mut master, &mut other] {
+            process.wait().unwrap();
+        }
+        drop(cgroup);
+        let gone = processes_of(service, None).unwrap_err();
+        assert!(matches!(gone, Error::CgroupGone { .. }), "{gone}");
+    }
 
     #[test]
     fn members_are_found_below_a_cgroup_with_what_they_hold() {

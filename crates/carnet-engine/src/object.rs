@@ -67,6 +67,18 @@ pub(crate) static SERVICE_HOOKS: [Hook; 2] = [
     hook("carnet_setsockopt", "setsockopt", bpf_attach_type::BPF_CGROUP_SETSOCKOPT),
 ];
 
+/// What runs for the sockets of services whose programs do not register their listeners.
+pub(crate) static PORT_HOOKS: [Hook; 2] = [
+    hook("carnet_bind4", "post_bind4", bpf_attach_type::BPF_CGROUP_INET4_POST_BIND),
+    hook("carnet_bind6", "post_bind6", bpf_attach_type::BPF_CGROUP_INET6_POST_BIND),
+];
+
+/// What runs for the sockets of services that ask `getsockname()` for the destination.
+pub(crate) static TPROXY_HOOKS: [Hook; 2] = [
+    hook("carnet_getsock4", "getsockname4", bpf_attach_type::BPF_CGROUP_INET4_GETSOCKNAME),
+    hook("carnet_getsock6", "getsockname6", bpf_attach_type::BPF_CGROUP_INET6_GETSOCKNAME),
+];
+
 /// What runs for every socket of the scope that is made, where the operator asks for it.
 pub(crate) static REFUSE_UNSEEN: Hook =
     hook("carnet_socket", "sock_create", bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE);
@@ -77,7 +89,8 @@ const fn hook(program: &'static str, name: &'static str, attach_type: bpf_attach
 
 /// All hooks.
 pub(crate) fn hooks() -> impl Iterator<Item = &'static Hook> {
-    SCOPE_HOOKS.iter().chain(&SERVICE_HOOKS).chain([&REFUSE_UNSEEN])
+    let of_services = SERVICE_HOOKS.iter().chain(&PORT_HOOKS).chain(&TPROXY_HOOKS);
+    SCOPE_HOOKS.iter().chain(of_services).chain([&REFUSE_UNSEEN])
 }
 
 /// The iterator over flows.

@@ -20,3 +20,4 @@ mod loops;
 mod namespaces;
 mod programs;
 mod proxy_protocol;
+mod unmodified;

@@ -14,7 +14,7 @@ use carnet_core::{
     event::{Counter, Event, EventKind},
     object::{FailurePolicy, Protocol},
 };
-use carnet_engine::{Error, Listener, ProcessSockets, Reach};
+use carnet_engine::{Error, Listener, Reach, ServiceSockets};
 use carnet_testbed::{
     ConnectionReport, NetworkNamespace, PeerClient, Process, Topology, connect_veth,
 };
@@ -217,10 +217,15 @@ fn the_administrator_registers_what_a_process_has_in_one_network_namespace() {
     let wanted = service.local().must("ask for the address");
 
     let engine = lab.engine();
-    let sockets = |netns| ProcessSockets { pid: unaware.id(), udp: vec![wanted], netns };
+    let sockets = |netns| ServiceSockets {
+        process: Some(unaware.id()),
+        udp: vec![wanted],
+        netns,
+        ..ServiceSockets::default()
+    };
     let elsewhere = engine.register_sockets_of("alpha", &sockets(Some(pod.cookie() + 1)));
     let refused = elsewhere.expect_err("a refusal");
-    assert!(matches!(refused, Error::NoUdpSocket { limited: true, .. }), "{refused}");
+    assert!(matches!(refused, Error::NoSocket { limited: true, .. }), "{refused}");
     assert_eq!(engine.listeners().must("list the listeners"), []);
 
     let registered = engine.register_sockets_of("alpha", &sockets(Some(pod.cookie())));

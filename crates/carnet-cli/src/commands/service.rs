@@ -3,10 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use carnet_core::object::{FailurePolicy, NewService, Protocol, Service, Trust};
-use carnet_engine::{Engine, Listener, ProcessSockets, Reach};
+use carnet_engine::{Engine, Listener, Reach, ServiceSockets};
 use serde::Serialize;
 
-use super::{DONE, service_run};
+use super::{DONE, service_kind::Kind, service_run, service_wait};
 use crate::{
     arguments::new_name,
     console::plain,
@@ -20,6 +20,7 @@ use crate::{
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
     /// Add a service whose processes run in a cgroup that exists
+    #[command(group(clap::ArgGroup::new("place").required(true).args(["cgroup", "unit"])))]
     Add {
         /// Its name
         #[arg(value_parser = new_name)]
@@ -29,9 +30,14 @@ pub(crate) enum Command {
         #[arg(long, value_name = "NAME|ID")]
         provider: String,
 
-        /// The cgroup in which its processes run, for example that of its systemd unit
+        /// The cgroup in which its processes run
         #[arg(long, value_name = "PATH")]
-        cgroup: PathBuf,
+        cgroup: Option<PathBuf>,
+
+        /// The systemd unit that is the service, instead of its cgroup. Better that of a slice, which
+        /// stays when the unit starts anew
+        #[arg(long, value_name = "UNIT")]
+        unit: Option<String>,
 
         /// What happens to its connections while it has no live listener
         #[arg(long, value_enum, value_name = "WHAT", default_value_t)]
@@ -41,10 +47,8 @@ pub(crate) enum Command {
         #[arg(long, value_name = "none|all|NAME,…", value_parser = parse_trust, default_value = "none")]
         trust: Trust,
 
-        /// Its program knows nothing of redirect records: a transparent proxy as it is. Each of its
-        /// connections is given the record of the flow that it may belong to
-        #[arg(long)]
-        unmodified: bool,
+        #[command(flatten)]
+        kind: Kind,
     },
     /// List the services and their listeners
     Ls,
@@ -55,6 +59,7 @@ pub(crate) enum Command {
         service: String,
     },
     Run(service_run::Arguments),
+    Wait(service_wait::Arguments),
     Register(Register),
     /// Take back what `register --listen` has said
     ///
@@ -76,9 +81,10 @@ pub(crate) enum Command {
 
 /// Register a service's listeners for it
 ///
-/// With --pid the sockets on which a process listens, for services that do not do so themselves:
-/// listening TCP sockets, and UDP sockets that are bound and not connected. The process has to run in
-/// the service's cgroup. Each socket gets the flows of its own network namespace.
+/// For programs that do not do so themselves: the listening TCP sockets of all processes in the service's
+/// cgroup, and their UDP sockets that are bound and not connected. Those at the service's port, if it
+/// has one (--listen-port of service add; then it is needed only for sockets that were bound before).
+/// Each socket gets the flows of its own network namespace.
 ///
 /// With --listen a listener in another network namespace than the flows': those of --netns reach it
 /// at an address of its own network namespace, for example that of the host's end of a veth pair,
@@ -90,21 +96,26 @@ pub(crate) struct Register {
     #[arg(value_name = "NAME|ID")]
     service: String,
 
-    /// The process
-    #[arg(long, required_unless_present = "listen", conflicts_with = "listen")]
+    /// Only sockets of this process, and of those that descend from it: its workers
+    #[arg(long, conflicts_with = "listen")]
     pid: Option<Pid>,
+
+    /// Of the TCP sockets only the one that is bound to this address (repeatable): a program may listen
+    /// for other things as well
+    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with = "listen")]
+    tcp: Vec<SocketAddr>,
 
     /// Of the UDP sockets only the one that is bound to this address (repeatable): a process may have
     /// others, which are no listeners
     #[arg(long, value_name = "ADDRESS:PORT")]
     udp: Vec<SocketAddr>,
 
-    /// With --pid: only sockets in this network namespace. With --listen: that of the flows
-    #[arg(long, value_name = "PATH|pid:N", required_unless_present = "pid")]
+    /// Only sockets in this network namespace. With --listen: that of the flows
+    #[arg(long, value_name = "PATH|pid:N")]
     netns: Option<NetworkNamespace>,
 
     /// Where flows of another network namespace reach the service's listener
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, value_name = "ADDRESS:PORT", requires = "netns")]
     listen: Option<SocketAddr>,
 
     /// With --listen: the network namespace of the listener, if it is not this command's
@@ -182,13 +193,20 @@ struct Registered {
 /// array of [`Listed`]; for `register` and `unregister` [`Registered`].
 pub(super) fn run(command: Command, session: &mut Session<'_>) -> Result<u8, Failure> {
     match command {
-        Command::Add { name, provider, cgroup, on_failure, trust, unmodified } => {
+        Command::Add { name, provider, cgroup, unit, on_failure, trust, kind } => {
             let mut engine = session.engine()?;
-            let cgroup = Cgroup::find(&cgroup)?.reference();
+            let cgroup = match (cgroup, unit) {
+                (Some(cgroup), _) => Cgroup::find(&cgroup)?,
+                (None, unit) => Cgroup::of_unit(&unit.unwrap_or_default())?,
+            };
             let on_failure = on_failure.into();
-            let new = NewService::new(name, provider, cgroup);
-            let new = NewService { on_failure, trust, unmodified, ..new };
+            let new = NewService::new(name, provider, cgroup.reference());
+            let new = kind.of(NewService { on_failure, trust, ..new });
             let added = session.change(&mut engine, |p| p.add_service(new).cloned())?;
+            if added.listen_port.is_some() {
+                // What its program bound before.
+                engine.register_sockets_of(&added.name, &ServiceSockets::default())?;
+            }
             session.changed(&added, format_args!("service {} added", added.name))?;
         }
         Command::Ls => list(&session.engine()?, session)?,
@@ -198,6 +216,7 @@ pub(super) fn run(command: Command, session: &mut Session<'_>) -> Result<u8, Fai
             session.changed(&removed, format_args!("service {} removed", removed.name))?;
         }
         Command::Run(arguments) => return service_run::run(arguments, session),
+        Command::Wait(arguments) => return service_wait::run(&arguments, session),
         Command::Register(arguments) => register(&arguments, session)?,
         Command::Unregister { service, listen, netns } => {
             let engine = session.engine()?;
@@ -225,7 +244,7 @@ pub(super) fn run(command: Command, session: &mut Session<'_>) -> Result<u8, Fai
 }
 
 fn register(arguments: &Register, session: &mut Session<'_>) -> Result<(), Failure> {
-    let Register { service, pid, udp, netns, listen, home } = arguments;
+    let Register { service, pid, tcp, udp, netns, listen, home } = arguments;
     if listen.is_some() && !udp.is_empty() {
         return Err(Failure::usage(
             "UDP flows cannot go to a listener in another network namespace: the addresses from \
@@ -239,9 +258,10 @@ fn register(arguments: &Register, session: &mut Session<'_>) -> Result<(), Failu
     privileges::examine_processes()?;
     pid.map_or(Ok(()), Pid::check)?;
     let policy = engine.policy()?;
-    let service = Session::known(&policy, policy.service(service))?.name.clone();
-    let registered = match (listen, netns, pid) {
-        (Some(address), Some(flows), _) => {
+    let known = Session::known(&policy, policy.service(service))?;
+    let service = known.name.clone();
+    let registered = match (listen, netns) {
+        (Some(address), Some(flows)) => {
             let home = home.as_ref().map_or(Ok("/proc/self/ns/net".into()), |home| home.path())?;
             let reach = Reach { flows: &flows.path()?, home: &home, address: *address };
             let listener = engine.register_reach(&service, &reach)?;
@@ -250,19 +270,13 @@ fn register(arguments: &Register, session: &mut Session<'_>) -> Result<(), Failu
             let listeners = vec![Listening::new(&listener)];
             return session.changed(&Registered { service, listeners }, line);
         }
-        (_, _, None) => {
-            return Err(Failure::usage("name a process: --pid, or an address: --listen"));
-        }
-        (_, netns, Some(pid)) => {
+        (_, netns) => {
             let netns = netns.as_ref().map(NetworkNamespace::cookie).transpose()?;
-            let sockets = ProcessSockets { pid: pid.0, udp: udp.clone(), netns };
+            let (process, tcp, udp) = (pid.map(|pid| pid.0), tcp.clone(), udp.clone());
+            let sockets = ServiceSockets { process, tcp, udp, netns };
             let registered = engine.register_sockets_of(&service, &sockets)?;
             if registered.is_empty() {
-                let within = netns.map_or("", |_| " in that network namespace");
-                return Err(Failure::new(format_args!(
-                    "process {pid} listens on no TCP or UDP socket{within}"
-                ))
-                .with_hint("start it first, and name the process that listens"));
+                return Err(listens_nowhere(known, &sockets));
             }
             registered
         }
@@ -272,6 +286,21 @@ fn register(arguments: &Register, session: &mut Session<'_>) -> Result<(), Failu
     let line = format!("service {service} listens on {}", list.join(", "));
     let listeners = registered.iter().map(Listening::new).collect();
     session.changed(&Registered { service, listeners }, line)
+}
+
+/// There is none of the sockets that were to be registered.
+fn listens_nowhere(service: &Service, sockets: &ServiceSockets) -> Failure {
+    let who = match sockets.process {
+        Some(pid) => format!("process {pid}"),
+        None => format!("service {}", service.name),
+    };
+    let at = service.listen_port.map_or(String::new(), |port| format!(" at port {port}"));
+    let within = sockets.netns.map_or("", |_| " in that network namespace");
+    let failure = Failure::new(format_args!("{who} listens on no TCP or UDP socket{at}{within}"));
+    failure.with_hint(match sockets.process {
+        Some(_) => "start it first, and name the process that listens".into(),
+        None => format!("start it first, in the cgroup {}", service.cgroup.path),
+    })
 }
 
 impl Listening {

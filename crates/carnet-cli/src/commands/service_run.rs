@@ -5,7 +5,10 @@ use std::{ffi::OsString, path::Path};
 use carnet_core::object::{NewService, Policy, PolicyError, Service, Trust};
 use carnet_engine::{Engine, cgroup};
 
-use super::service::{OnFailure, parse_trust};
+use super::{
+    service::{OnFailure, parse_trust},
+    service_kind::Kind,
+};
 use crate::{
     arguments::new_name,
     child::{self, Runner},
@@ -37,9 +40,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "none|all|NAME,…", value_parser = parse_trust)]
     trust: Option<Trust>,
 
-    /// The command knows nothing of redirect records: a transparent proxy as it is
-    #[arg(long)]
-    unmodified: bool,
+    #[command(flatten)]
+    kind: Kind,
 
     /// Keep the cgroup, and what still runs in it, when the command has ended
     #[arg(long)]
@@ -89,7 +91,7 @@ fn add(
     session: &Session<'_>,
 ) -> Result<(), Failure> {
     let cgroup = Cgroup::find(directory)?.reference();
-    let Arguments { name, provider, on_failure, trust, unmodified, .. } = arguments;
+    let Arguments { name, provider, on_failure, trust, kind, .. } = arguments;
     let known = engine.policy()?.service(name).is_ok();
     if !known && provider.is_none() {
         return Err(Failure::usage(format_args!(
@@ -106,17 +108,14 @@ fn add(
             if let Some(trust) = trust {
                 policy.set_trust(name, trust.clone())?;
             }
-            if *unmodified {
-                policy.set_unmodified(name, true)?;
-            }
+            kind.apply(policy, name)?;
         } else {
             let new = NewService::new(name, provider.as_deref().unwrap_or_default(), cgroup);
-            policy.add_service(NewService {
+            policy.add_service(kind.of(NewService {
                 on_failure: on_failure.unwrap_or_default().into(),
                 trust: trust.clone().unwrap_or_default(),
-                unmodified: *unmodified,
                 ..new
-            })?;
+            }))?;
         }
         Ok(())
     })

@@ -37,15 +37,8 @@ pub(crate) struct Arguments {
     count: Option<u64>,
 
     /// End after this time, for example 10s; a number alone is seconds
-    #[arg(long, value_name = "TIME", value_parser = duration)]
+    #[arg(long, value_name = "TIME", value_parser = moment::duration)]
     timeout: Option<Duration>,
-}
-
-fn duration(text: &str) -> Result<Duration, humantime::DurationError> {
-    match text.parse() {
-        Ok(seconds) => Ok(Duration::from_secs(seconds)),
-        Err(_) => humantime::parse_duration(text),
-    }
 }
 
 /// JSON of `trace`: one of these on each line. What an event does not have is left out.
@@ -532,13 +525,5 @@ mod tests {
     #[test]
     fn a_service_that_was_removed_keeps_its_handle() {
         assert_eq!(service_name(&policy(), 99), "removed-99");
-    }
-
-    #[test]
-    fn times_are_numbers_of_seconds_or_have_units() {
-        assert_eq!(duration("3"), Ok(Duration::from_secs(3)));
-        assert_eq!(duration("1500ms"), Ok(Duration::from_millis(1500)));
-        assert!(duration("soon").is_err());
-        assert!(duration("-1").is_err());
     }
 }

@@ -115,9 +115,10 @@ impl Policy {
                 next.services.push(Service { id, handle, trust, ..service.clone() });
                 continue;
             }
-            let Service { name, provider, cgroup, on_failure, unmodified, .. } = service.clone();
+            let Service { name, provider, cgroup, .. } = service.clone();
+            let &Service { on_failure, unmodified, listen_port, tproxy, .. } = service;
             let new = NewService::new(name, provider, cgroup);
-            next.add_service(NewService { on_failure, unmodified, ..new })?;
+            next.add_service(NewService { on_failure, unmodified, listen_port, tproxy, ..new })?;
         }
         // Only now is everybody there who may be trusted.
         for service in &wanted.services {

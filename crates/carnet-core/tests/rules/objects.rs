@@ -1,6 +1,6 @@
 //! The administrator's objects: they stay whole, and their texts are read as they are written.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, num::NonZeroU16};
 
 use carnet_core::{
     abi::MAX_CONTEXT,
@@ -12,7 +12,7 @@ use carnet_core::{
         Weight,
     },
     record::FileId,
-    table::{MAX_CGROUP_LEVEL, MAX_SERVICES},
+    table::{MAX_CGROUP_LEVEL, MAX_SERVICES, ServiceRow},
 };
 use proptest::prelude::*;
 
@@ -248,7 +248,7 @@ fn the_document_is_the_one_that_is_promised() {
         "services": [{
             "id": 3, "handle": 4, "name": "a", "provider": "p",
             "cgroup": {"path": "/services/a", "id": 0x161},
-            "on_failure": "block", "trust": "none", "unmodified": false,
+            "on_failure": "block", "trust": "none", "unmodified": false, "tproxy": false,
         }],
         "filters": [{
             "id": 5, "sublayer": "s", "weight": "auto",
@@ -265,33 +265,47 @@ fn the_document_is_the_one_that_is_promised() {
 }
 
 #[test]
-fn services_of_documents_of_before_are_not_unmodified() {
-    let read = read_changed(|document| {
+fn services_of_documents_of_before_co_operate() {
+    let policy = read_changed(|document| {
         let service = document["services"][0].as_object_mut().unwrap();
-        assert_eq!(service.remove("unmodified"), Some(false.into()));
+        for key in ["unmodified", "tproxy"] {
+            assert_eq!(service.remove(key), Some(false.into()));
+        }
     });
-    assert!(!read.unwrap().services()[0].unmodified);
+    let policy = policy.unwrap();
+    let service = &policy.services()[0];
+    assert_eq!((service.unmodified, service.listen_port, service.tproxy), (false, None, false));
 }
 
 #[test]
-fn an_unmodified_service_is_one_in_the_document_and_in_its_row() {
+fn what_a_service_s_program_does_not_do_itself_is_in_the_document_and_in_its_row() {
+    const PLAIN: (u32, u16, u16) = (0, 0, 0);
+    const PROXY: (u32, u16, u16) = (1, 15001, 1);
     let mut policy = policy(&[], &["a"]);
     let new = new_service("b", FailurePolicy::Block);
-    policy.add_service(NewService { unmodified: true, ..new }).unwrap();
+    let listen_port = NonZeroU16::new(PROXY.1);
+    policy.add_service(NewService { unmodified: true, listen_port, tproxy: true, ..new }).unwrap();
     let rows = |policy: &Policy| -> Vec<_> {
         let compiled = compile(policy, 1).unwrap();
-        compiled.services().iter().map(|row| row.unmodified).collect()
+        let row = |row: &ServiceRow| (row.unmodified, row.listen_port, row.tproxy);
+        compiled.services().iter().map(row).collect()
     };
-    assert_eq!(rows(&policy), [0, 1]);
-    policy.set_unmodified("a", true).unwrap();
-    policy.set_unmodified("b", false).unwrap();
+    assert_eq!(rows(&policy), [PLAIN, PROXY]);
+    for (name, is_proxy) in [("a", true), ("b", false)] {
+        policy.set_unmodified(name, is_proxy).unwrap();
+        policy.set_listen_port(name, listen_port.filter(|_| is_proxy)).unwrap();
+        policy.set_tproxy(name, is_proxy).unwrap();
+    }
     let mut read = Policy::from_bytes(&policy.to_bytes()).unwrap();
-    assert_eq!(rows(&read), [1, 0]);
+    assert_eq!(rows(&read), [PROXY, PLAIN]);
     // What replaces a policy says it of the services that stay and of those that are new.
     read.replace(&rich()).unwrap();
-    assert_eq!(rows(&read), [0, 0]);
+    assert_eq!(rows(&read), [PLAIN, PLAIN]);
     read.replace(&policy).unwrap();
-    assert_eq!(rows(&read), [1, 0]);
+    assert_eq!(rows(&read), [PROXY, PLAIN]);
+    read.replace(&Policy::new()).unwrap();
+    read.replace(&policy).unwrap();
+    assert_eq!(rows(&read), [PROXY, PLAIN]);
 }
 
 /// A valid document, changed by `change`, and what reading it says.
@@ -320,7 +334,7 @@ fn damaged_documents_are_refused() {
     }
 
     type Change = fn(&mut serde_json::Value);
-    let unreadable: [Change; 7] = [
+    let unreadable: [Change; 8] = [
         |d| d["surprise"] = json!(1),
         |d| d["filters"][0]["surprise"] = json!(1),
         |d| d["filters"][0]["conditions"]["colours"] = json!(["red"]),
@@ -328,6 +342,7 @@ fn damaged_documents_are_refused() {
         |d| d["filters"][0]["action"] = json!({"allow": {}}),
         |d| d["filters"][0]["action"]["redirect"]["context"] = json!({"text": ""}),
         |d| d["services"][0]["on_failure"] = json!("pray"),
+        |d| d["services"][0]["listen_port"] = json!(0),
     ];
     for change in unreadable {
         let error = read_changed(change).unwrap_err();

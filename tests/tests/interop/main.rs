@@ -1,0 +1,15 @@
+//! Programs that know nothing of Carnet, each the real one, alone and in chains: mitmproxy, squid,
+//! HAProxy, Envoy and others. `cargo xtask interop` installs them and runs this.
+//!
+//! Every flow has to arrive, and to be once in the log of every program that it passes.
+
+mod chains;
+mod deaths;
+mod load;
+mod matrix;
+mod pages;
+mod pools;
+mod product;
+mod products;
+mod scene;
+mod weak;
