@@ -25,9 +25,11 @@ const HAPPENING: u64 = 2 * BYTES as u64;
 const REQUIRED: u64 = 1;
 const ALLOWED: u64 = 2;
 const UP: u64 = 4;
-const ONE_CHANGE: u64 = 1 << 4;
-const CHANGES: u64 = (1 << 32) - ONE_CHANGE;
-const ONE_LIFE: u64 = 1 << 32;
+/// Where the counters are in an entry, each of as many bits as [`COUNTED`] has.
+const CHANGES: u32 = 4;
+const LIVES: u32 = 24;
+const ADDITIONS: u32 = 44;
+const COUNTED: u64 = (1 << 20) - 1;
 
 /// What holds for a service, or for the refusing filter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,28 +53,48 @@ impl Entry {
 
     /// Whether what is demanded has been the same from `self` to `later`.
     pub(crate) fn steady(self, later: Self) -> bool {
-        let same = REQUIRED | ALLOWED | CHANGES;
+        let same = REQUIRED | ALLOWED | COUNTED << CHANGES;
         self.0 & same == later.0 & same
     }
 
     /// Whether the service was well from `self` to `later`.
     pub(crate) fn lived(self, later: Self) -> bool {
-        self.up() && later.up() && self.0 >> 32 == later.0 >> 32
+        self.up() && later.up() && self.counted(LIVES) == later.counted(LIVES)
+    }
+
+    /// How often the service was added to the policy between `self` and `later`. Each time it is another
+    /// one, of the same name: it may get flows that the one before has had.
+    pub(crate) fn added(self, later: Self) -> u64 {
+        later.counted(ADDITIONS).wrapping_sub(self.counted(ADDITIONS)) & COUNTED
     }
 
     /// With another demand.
     pub(crate) fn demanding(self, required: bool, allowed: bool) -> Self {
-        let changes = self.0.wrapping_add(ONE_CHANGE) & CHANGES;
-        let kept = self.0 & !(REQUIRED | ALLOWED | CHANGES);
+        let kept = self.0 & !(REQUIRED | ALLOWED);
         let required = if required { REQUIRED } else { 0 };
         let allowed = if allowed { ALLOWED } else { 0 };
-        Self(kept | changes | required | allowed)
+        Self(kept | required | allowed).counting(CHANGES)
     }
 
     /// As the service is killed, or has come back.
     pub(crate) fn living(self, up: bool) -> Self {
         let up = if up { UP } else { 0 };
-        Self(((self.0 & !UP) | up).wrapping_add(ONE_LIFE))
+        Self((self.0 & !UP) | up).counting(LIVES)
+    }
+
+    /// As the service is about to be added.
+    pub(crate) fn adding(self) -> Self {
+        self.counting(ADDITIONS)
+    }
+
+    fn counted(self, at: u32) -> u64 {
+        self.0 >> at & COUNTED
+    }
+
+    /// With one more counted; after the last number comes 0.
+    fn counting(self, at: u32) -> Self {
+        let counted = (self.counted(at) + 1) & COUNTED;
+        Self(self.0 & !(COUNTED << at) | counted << at)
     }
 }
 
@@ -212,6 +234,21 @@ mod tests {
         assert!(!first.steady(removed) && first.lived(removed));
         let back = removed.demanding(false, true).demanding(true, true);
         assert!(back.required() && !first.steady(back));
+        assert_eq!(
+            (first.added(back), first.added(removed.adding().demanding(true, true))),
+            (0, 1)
+        );
+    }
+
+    #[test]
+    fn counters_do_not_run_over_into_each_other() {
+        let mut entry = Entry::default();
+        for _ in 0..COUNTED {
+            entry = entry.living(true);
+        }
+        let (last, next) = (entry, entry.living(true));
+        assert_eq!((last.counted(LIVES), next.counted(LIVES)), (COUNTED, 0));
+        assert_eq!((next.added(next), next.counted(CHANGES)), (0, 0));
     }
 
     #[test]

@@ -1,71 +1,108 @@
-//! Very many connections at once, through one carnet-inspect and through a chain of two.
+//! Very many connections at once, through one carnet-inspect and through a chain of two; and again, in
+//! the same processes and the same instance.
 //!
-//! A process may have only so many descriptors, and a service needs two for a connection. So there are
-//! *lanes*: a port of the destination with services, a client and a server of its own.
+//! What the first crowd leaves behind says little: the kernel keeps caches, and tables that have grown
+//! for the many stay as large as they are while their processes live. Another crowd finds all that. So
+//! what is left after the last crowd is compared with what was left after the first: a leak grows with
+//! each of them.
 
-use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use carnet_engine::{Engine, Location};
-use carnet_testbed::{BpfDirectory, Cgroup, Process, Topology, interrupt};
+use carnet_testbed::{Process, interrupt};
 use rustix::process::{Resource, getrlimit};
 
 use crate::Options;
-use crate::command::{Carnet, INSTANCE};
-
+use crate::crowd_site::{LIMIT, Level, Site};
 use crate::memory::{Bytes, MemoryGroup};
-use crate::sample::{Sockets, descriptors, resident};
-use crate::site::{PORT, command, ready, roomy};
 
-/// How long the connections may take altogether.
-const LIMIT: Duration = Duration::from_secs(600);
-/// How long it may take until nothing is left of them.
-const REST_LIMIT: Duration = Duration::from_secs(120);
-/// What kernel memory may differ by before and after.
-const MARGIN: Bytes = 8 << 20;
+/// How many crowds there are, one after the other.
+const ROUNDS: u32 = 3;
+/// What kernel memory may differ by after the first crowd and after the last. Without a leak it goes up
+/// and down by some megabytes: caches for each processor, page tables of the services.
+const MARGIN: Bytes = 6 << 20;
 /// Memory that is to stay free, and what a connection may take with one service and with two: what is
 /// not there is not tried.
 const SPARE: Bytes = 2 << 30;
 const NEEDED: [Bytes; 2] = [100 << 10, 150 << 10];
 
-/// What a crowd has shown.
+/// What crowds have shown.
 #[derive(Debug)]
-pub(crate) struct Crowd {
+pub(crate) struct Crowds {
     /// How many services each connection passed.
     pub(crate) services: usize,
     /// How many lanes there were.
     pub(crate) lanes: u32,
-    /// How many connections there were.
+    /// How many connections there were at once.
     pub(crate) connections: u32,
-    /// Seconds until all were there.
-    pub(crate) opening: f64,
-    /// Seconds until all had echoed once more.
-    pub(crate) checking: f64,
-    /// Seconds of `carnet flows`, and of `carnet --json flows`.
-    pub(crate) listing: [f64; 2],
-    /// Seconds of `carnet status`.
-    pub(crate) status: f64,
-    /// Kernel memory before, with all of them, and after.
-    pub(crate) kernel: Option<[Bytes; 3]>,
-    /// Resident memory of all services before, with all of them, and after.
-    pub(crate) resident: [Bytes; 3],
-    /// Descriptors of all services before, with all of them, and after.
-    pub(crate) descriptors: [usize; 3],
-    /// Sockets in both namespaces before, with all of them, and after.
-    pub(crate) sockets: [u64; 3],
-    /// Most entries of any map that it fills, and what it holds.
+    /// What there was at first.
+    pub(crate) before: Level,
+    /// One after the other.
+    pub(crate) rounds: Vec<Round>,
+    /// Seconds of `carnet flows`, of `carnet --json flows` and of `carnet status`, with the first crowd.
+    pub(crate) listing: [f64; 3],
+    /// Most entries of any map that they fill, and what it holds.
     pub(crate) fullest: String,
     /// What is wrong.
     pub(crate) violations: Vec<String>,
 }
 
-/// Runs both.
+/// What one crowd has shown.
+#[derive(Debug)]
+pub(crate) struct Round {
+    /// Seconds until all were there.
+    pub(crate) opening: f64,
+    /// Seconds until all had echoed once more.
+    pub(crate) checking: f64,
+    /// What there was with all of them.
+    pub(crate) with: Level,
+    /// What there was when all were closed.
+    pub(crate) after: Level,
+}
+
+impl Crowds {
+    /// Kernel memory after the first crowd and after the last.
+    fn first_and_last(&self) -> Option<(Bytes, Bytes)> {
+        let after = |round: Option<&Round>| round?.after.kernel;
+        Some((after(self.rounds.first())?, after(self.rounds.last())?))
+    }
+
+    /// How much kernel memory each connection of the later crowds has left behind.
+    pub(crate) fn kept(&self) -> Option<f64> {
+        let (first, last) = self.first_and_last()?;
+        let later = u64::from(self.connections) * (self.rounds.len() as u64).saturating_sub(1);
+        (later > 0).then(|| last.saturating_sub(first) as f64 / later as f64)
+    }
+
+    /// What is wrong with what is left.
+    fn judge(&self) -> Vec<String> {
+        let mut violations = Vec::new();
+        for (number, Round { after, .. }) in (1..).zip(&self.rounds) {
+            if (self.before.descriptors, self.before.sockets) != (after.descriptors, after.sockets)
+            {
+                violations.push(format!(
+                    "not all descriptors and sockets are closed after crowd {number}"
+                ));
+            }
+        }
+        if let Some((first, last)) = self.first_and_last()
+            && last > first + MARGIN
+        {
+            violations.push(format!(
+                "kernel memory has grown from {first} bytes after the first crowd to {last} after \
+                 the last"
+            ));
+        }
+        violations
+    }
+}
+
+/// Runs them.
 ///
 /// # Errors
 /// When one cannot be carried out. What they find is in the result.
-pub(crate) fn run(options: &Options, memory: Option<&MemoryGroup>) -> Result<Vec<Crowd>> {
-    let mut crowds = Vec::new();
+pub(crate) fn run(options: &Options, memory: Option<&MemoryGroup>) -> Result<Vec<Crowds>> {
+    let mut all = Vec::new();
     for (services, needed) in (1..).zip(NEEDED) {
         let wanted = needed * u64::from(options.connections) + SPARE;
         let available = available()?;
@@ -78,15 +115,15 @@ pub(crate) fn run(options: &Options, memory: Option<&MemoryGroup>) -> Result<Vec
         }
         eprintln!("    {} connections through {services}", options.connections);
         let lanes = options.connections.div_ceil(lane());
-        let crowd = Site::new(services, lanes)?.crowd(options.connections, memory)?;
-        eprintln!("{crowd}");
-        crowds.push(crowd);
+        let crowds = crowds(Site::new(services, lanes)?, options.connections, memory)?;
+        eprintln!("{crowds}");
+        all.push(crowds);
         interrupt::check()?;
     }
-    if crowds.is_empty() {
+    if all.is_empty() {
         bail!("there is too little memory for {} connections", options.connections);
     }
-    Ok(crowds)
+    Ok(all)
 }
 
 fn available() -> Result<Bytes> {
@@ -102,203 +139,75 @@ fn lane() -> u32 {
     u32::try_from(maximum.saturating_sub(1000) / 2).unwrap_or(u32::MAX).max(1)
 }
 
-/// Where a crowd is.
-struct Site {
-    // In the order in which they are to go.
-    inspects: Vec<Process>,
-    servers: Vec<Process>,
-    engine: Engine,
-    carnet: Carnet,
-    _pins: BpfDirectory,
-    _cgroups: Vec<Cgroup>,
-    apps: Cgroup,
-    _scope: Cgroup,
-    topology: Topology,
+fn crowds(site: Site, connections: u32, memory: Option<&MemoryGroup>) -> Result<Crowds> {
+    let mut crowds = Crowds {
+        services: site.services(),
+        lanes: site.lanes(),
+        connections,
+        before: site.level(memory)?,
+        rounds: Vec::new(),
+        listing: [0.0; 3],
+        fullest: String::new(),
+        violations: Vec::new(),
+    };
+    for _ in 0..ROUNDS {
+        let round = round(&site, &mut crowds, memory)?;
+        crowds.rounds.push(round);
+    }
+    let left = crowds.judge();
+    crowds.violations.extend(left);
+    site.end()?;
+    Ok(crowds)
 }
 
-/// What there is at one moment.
-struct Now {
-    kernel: Option<Bytes>,
-    resident: Bytes,
-    descriptors: usize,
-    sockets: u64,
+/// Has the command tell of a crowd that is there, which takes long.
+fn list(site: &Site, crowds: &mut Crowds) -> Result<()> {
+    let timed = |arguments: &[&str]| -> Result<f64> {
+        let begun = Instant::now();
+        site.carnet.call(arguments)?;
+        Ok(begun.elapsed().as_secs_f64())
+    };
+    crowds.listing = [timed(&["flows"])?, timed(&["--json", "flows"])?, timed(&["status"])?];
+    let listed = site.carnet.json(&["flows"])?;
+    let listed = listed.as_array().map_or(0, Vec::len);
+    if listed != crowds.connections as usize {
+        let all = crowds.connections;
+        crowds.violations.push(format!("carnet flows lists {listed} flows of {all}"));
+    }
+    crowds.fullest = site.fullest_map()?;
+    Ok(())
 }
 
-fn address(lane: u32) -> SocketAddr {
-    (Topology::DESTINATION_V4, port(lane)).into()
-}
+/// One crowd; what is wrong meanwhile goes to `crowds`.
+fn round(site: &Site, crowds: &mut Crowds, memory: Option<&MemoryGroup>) -> Result<Round> {
+    let mut clients = site.start_clients(crowds.connections)?;
+    let opening = seconds(&clients, "open")?;
 
-fn port(lane: u32) -> u16 {
-    PORT + lane as u16
-}
-
-impl Site {
-    fn new(services: usize, lanes: u32) -> Result<Self> {
-        let topology = Topology::client_and_destination()?;
-        roomy(&topology.client)?;
-        roomy(&topology.destination)?;
-        let scope = Cgroup::create("carnet-crowd")?;
-        let apps = scope.child("apps")?;
-        let pins = BpfDirectory::create("carnet-crowd")?;
-        let carnet = Carnet::new(&pins)?;
-        carnet.call(&["up", "--cgroup", &scope.path().display().to_string()])?;
-        let engine = Engine::open(&Location::new(Some(pins.path().to_owned()), INSTANCE)?)?;
-        let (mut servers, mut cgroups, mut inspects) = (Vec::new(), Vec::new(), Vec::new());
-        for lane in 0..lanes {
-            let mut server = command("crowd-server")?;
-            server.args(["--at", &address(lane).to_string()]);
-            topology.destination.enter_command(&mut server)?;
-            servers.push(ready(server)?);
-        }
-        for (lane, place) in (0..lanes).flat_map(|lane| (0..services).map(move |at| (lane, at))) {
-            let name = format!("inspect-{lane}-{place}");
-            let cgroup = scope.child(&name)?;
-            let path = cgroup.path().display().to_string();
-            let weight = (1000 - place).to_string();
-            carnet.call(&["provider", "add", &name])?;
-            carnet.call(&["sublayer", "add", &name, "--provider", &name, "--weight", &weight])?;
-            carnet.call(&["service", "add", &name, "--provider", &name, "--cgroup", &path])?;
-            let mut inspect = std::process::Command::new(carnet.program());
-            inspect.args(["inspect", "--ready-fd", "1", "--log-file", "/dev/null", "--no-udp"]);
-            inspect.args(["--max-connections", "65000"]).stderr(std::process::Stdio::null());
-            cgroup.enter_command(&mut inspect)?;
-            topology.client.enter_command(&mut inspect)?;
-            inspects.push(ready(inspect)?);
-            let port = port(lane).to_string();
-            let add = ["filter", "add", "--sublayer", &name, "--redirect", &name, "--port", &port];
-            carnet.call(&add)?;
-            cgroups.push(cgroup);
-        }
-        Ok(Self {
-            inspects,
-            servers,
-            engine,
-            carnet,
-            _pins: pins,
-            _cgroups: cgroups,
-            apps,
-            _scope: scope,
-            topology,
-        })
+    let with = site.level(memory)?;
+    if crowds.rounds.is_empty() {
+        list(site, crowds)?;
     }
-
-    fn crowd(self, connections: u32, memory: Option<&MemoryGroup>) -> Result<Crowd> {
-        let mut violations = Vec::new();
-        let before = self.now(memory)?;
-        let lanes = self.servers.len() as u32;
-        let mut clients = Vec::new();
-        for lane in 0..lanes {
-            let count = connections / lanes + u32::from(lane < connections % lanes);
-            let mut client = command("crowd-client")?;
-            client.args(["--to", &address(lane).to_string(), "--count", &count.to_string()]);
-            self.apps.enter_command(&mut client)?;
-            self.topology.client.enter_command(&mut client)?;
-            clients.push(Process::spawn(&mut client)?);
-        }
-        let opening = seconds(&clients, "open")?;
-
-        let with = self.now(memory)?;
-        let timed = |arguments: &[&str]| -> Result<f64> {
-            let begun = Instant::now();
-            self.carnet.call(arguments)?;
-            Ok(begun.elapsed().as_secs_f64())
-        };
-        let status = timed(&["status"])?;
-        let listing = [timed(&["flows"])?, timed(&["--json", "flows"])?];
-        let listed = self.carnet.json(&["flows"])?;
-        let listed = listed.as_array().map_or(0, Vec::len);
-        if listed != connections as usize {
-            violations.push(format!("carnet flows lists {listed} flows of {connections}"));
-        }
-        let maps = self.engine.status()?.maps;
-        let fullest = maps.iter().max_by_key(|map| map.used * 1000 / map.capacity.max(1));
-        let fullest = fullest.context("no maps")?;
-        let fullest = format!("{}: {} of {}", fullest.what, fullest.used, fullest.capacity);
-
-        for client in &mut clients {
-            client.write_line("check")?;
-        }
-        let checking = seconds(&clients, "checked")?;
-        for client in &mut clients {
-            client.close_input();
-        }
-        for client in &mut clients {
-            let status = client.wait(LIMIT)?;
-            if !status.success() {
-                violations.push(format!("a client ended with {status}"));
-            }
-        }
-        let after = self.rest(&before, memory)?;
-        let account = self.engine.account()?;
-        let services = self.inspects.len() / lanes as usize;
-        let legs = u64::from(connections) * services as u64;
-        if account.tcp.difference() != 0 || account.tcp.delivered != legs {
-            violations.push(format!("{legs} legs were to be delivered: {account:?}"));
-        }
-        if (before.descriptors, before.sockets) != (after.descriptors, after.sockets) {
-            violations.push("not all descriptors and sockets are closed".into());
-        }
-        let kernel = match (before.kernel, with.kernel, after.kernel) {
-            (Some(before), Some(with), Some(after)) => Some([before, with, after]),
-            _ => None,
-        };
-        if let Some([before, _, after]) = kernel
-            && after > before + MARGIN
-        {
-            violations.push(format!("kernel memory has grown from {before} to {after} bytes"));
-        }
-        let crowd = Crowd {
-            services,
-            lanes,
-            connections,
-            opening,
-            checking,
-            listing,
-            status,
-            kernel,
-            resident: [before.resident, with.resident, after.resident],
-            descriptors: [before.descriptors, with.descriptors, after.descriptors],
-            sockets: [before.sockets, with.sockets, after.sockets],
-            fullest,
-            violations,
-        };
-        self.carnet.call(&["down"])?;
-        Ok(crowd)
+    for client in &mut clients {
+        client.write_line("check")?;
     }
-
-    fn now(&self, memory: Option<&MemoryGroup>) -> Result<Now> {
-        let (mut memory_of, mut open) = (0, 0);
-        for inspect in &self.inspects {
-            memory_of += resident(inspect.id())?;
-            open += descriptors(inspect.id())?;
-        }
-        let [near, far] = [&self.topology.client, &self.topology.destination].map(Sockets::of);
-        let (near, far) = (near?, far?);
-        Ok(Now {
-            kernel: memory.map(MemoryGroup::kernel).transpose()?,
-            resident: memory_of,
-            descriptors: open,
-            sockets: near.tcp + far.tcp + near.udp + far.udp,
-        })
+    let checking = seconds(&clients, "checked")?;
+    for client in &mut clients {
+        client.close_input();
     }
-
-    /// Waits until as much is there as before, and gives what is there then, or in the end.
-    fn rest(&self, before: &Now, memory: Option<&MemoryGroup>) -> Result<Now> {
-        let deadline = Instant::now() + REST_LIMIT;
-        loop {
-            interrupt::check()?;
-            if let Some(memory) = memory {
-                memory.reclaim();
-            }
-            let now = self.now(memory)?;
-            let closed = (before.descriptors, before.sockets) == (now.descriptors, now.sockets);
-            let given_back = now.kernel <= before.kernel.map(|kernel| kernel + MARGIN);
-            if closed && given_back || Instant::now() > deadline {
-                return Ok(now);
-            }
-            std::thread::sleep(Duration::from_millis(500));
+    for client in &mut clients {
+        let status = client.wait(LIMIT)?;
+        if !status.success() {
+            crowds.violations.push(format!("a client ended with {status}"));
         }
     }
+    let after = site.rest(&crowds.before, memory)?;
+    let account = site.engine.account()?;
+    let so_far = crowds.rounds.len() as u64 + 1;
+    let legs = u64::from(crowds.connections) * crowds.services as u64 * so_far;
+    if account.tcp.difference() != 0 || account.tcp.delivered != legs {
+        crowds.violations.push(format!("{legs} legs were to be delivered: {account:?}"));
+    }
+    Ok(Round { opening, checking, with, after })
 }
 
 /// The seconds that the slowest client says it took for what it did.
@@ -310,4 +219,43 @@ fn seconds(clients: &[Process], what: &str) -> Result<f64> {
         most = most.max(seconds);
     }
     Ok(most)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Crowds of 1000 after each of which so much kernel memory is left.
+    fn crowds(kernel: &[Bytes], sockets: u64) -> Crowds {
+        let level = |kernel| Level { kernel: Some(kernel), sockets: 10, ..Level::default() };
+        let round = |kernel| Round {
+            opening: 1.0,
+            checking: 1.0,
+            with: level(10 * kernel),
+            after: Level { sockets, ..level(kernel) },
+        };
+        Crowds {
+            services: 1,
+            lanes: 1,
+            connections: 1000,
+            before: level(1 << 20),
+            rounds: kernel.iter().map(|kernel| round(*kernel)).collect(),
+            listing: [1.0; 3],
+            fullest: String::new(),
+            violations: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_the_first_crowd_leaves_is_no_leak_and_what_each_leaves_is() {
+        let caches = crowds(&[50 << 20, 51 << 20, 50 << 20], 10);
+        assert_eq!((caches.judge(), caches.kept()), (vec![], Some(0.0)));
+
+        let leak = crowds(&[50 << 20, 60 << 20, 70 << 20], 10);
+        assert!(leak.judge().iter().any(|what| what.contains("has grown")), "{leak:?}");
+        assert!(leak.kept() > Some(10_000.0));
+
+        let open = crowds(&[50 << 20, 50 << 20], 11);
+        assert!(open.judge().iter().any(|what| what.contains("after crowd 2")), "{open:?}");
+    }
 }

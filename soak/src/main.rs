@@ -1,12 +1,12 @@
 //! Carnet under load: `cargo xtask soak`.
 //!
-//! Two parts, on the real kernel, in network namespaces and cgroups of their own: a crowd of
+//! Two parts, on the real kernel, in network namespaces and cgroups of their own: crowds of
 //! connections that are all there at once, and half an hour at full rate while services and policy
 //! change. `docs/soak.md` says what is checked.
 //!
 //! | module | job |
 //! |---|---|
-//! | [`crowd`], [`crowd_peers`] | very many connections at once |
+//! | [`crowd`], [`crowd_site`], [`crowd_peers`] | very many connections at once; where; both ends |
 //! | [`soak`] | the long run: load, churn, samples, judgement |
 //! | [`churn`] | what happens meanwhile |
 //! | [`site`], [`command`] | where it takes place; the command `carnet` |
@@ -21,6 +21,7 @@ mod client;
 mod command;
 mod crowd;
 mod crowd_peers;
+mod crowd_site;
 mod memory;
 mod proof;
 mod relay;
@@ -98,7 +99,7 @@ pub(crate) struct Options {
 /// A part of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Part {
-    /// Very many connections at once
+    /// Very many connections at once, several times
     Crowd,
     /// The long run
     Churn,
@@ -139,13 +140,13 @@ fn run(mut options: Options) -> Result<()> {
     eprintln!("seed {seed}");
     carnet_testbed::datagrams::raise_file_limit()?;
     let memory = memory::MemoryGroup::enter()?;
-    let crowd = (options.only != Some(Part::Churn))
+    let crowds = (options.only != Some(Part::Churn))
         .then(|| crowd::run(&options, memory.as_ref()))
         .transpose()?;
     let soak = (options.only != Some(Part::Crowd))
         .then(|| soak::run(&options, memory.as_ref()))
         .transpose()?;
-    let report = Report { seed, crowd, soak };
+    let report = Report { seed, crowds, soak };
     print!("{report}");
     if options.save {
         println!("\nkept in {}", report.save()?.display());

@@ -4,11 +4,18 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
 /// Bytes of kernel memory.
 pub(crate) type Bytes = u64;
+
+/// How often the kernel's memory is read at rest; the least counts.
+const READINGS: u32 = 20;
+/// How long apart.
+const APART: Duration = Duration::from_millis(250);
 
 /// The cgroup. This process is in it, and whatever it starts.
 #[derive(Debug)]
@@ -52,8 +59,23 @@ impl MemoryGroup {
         Ok(line.context("memory.stat does not tell of the kernel")?.trim().parse()?)
     }
 
+    /// Kernel memory when nothing goes on: the least of some readings, between which the kernel gives back
+    /// what it can.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub(crate) fn at_rest(&self) -> Result<Bytes> {
+        let mut least = Bytes::MAX;
+        for _ in 0..READINGS {
+            self.reclaim();
+            thread::sleep(APART);
+            least = least.min(self.kernel()?);
+        }
+        Ok(least)
+    }
+
     /// Has the kernel give back what it keeps only since there is room: names of files, for example.
-    pub(crate) fn reclaim(&self) {
+    fn reclaim(&self) {
         let (name, value) =
             if self.unified { ("memory.reclaim", "256M") } else { ("memory.force_empty", "0") };
         // It reports an error if not all could be given back, which it never can.

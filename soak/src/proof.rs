@@ -92,8 +92,8 @@ impl Arrival {
         let mut faults = Vec::new();
         for place in 0..SERVICES.len() {
             let (before, after) = (self.hello.demand.0[place], now.0[place]);
-            let times = self.marks.iter().filter(|found| **found == mark(place)).count();
-            if times > 1 {
+            let times = self.marks.iter().filter(|found| **found == mark(place)).count() as u64;
+            if times > 1 + before.added(after) {
                 faults.push(Fault::Twice);
             }
             if !before.steady(after) {
@@ -118,7 +118,7 @@ impl Arrival {
 pub(crate) enum Fault {
     /// It did not pass a service that was required all the time.
     Uninspected,
-    /// It passed a service more than once.
+    /// It passed a service more than once, while that was the same one.
     Twice,
     /// It passed a service that was not allowed at any time.
     Unasked,
@@ -187,6 +187,12 @@ mod tests {
         let mut now = alpha_and_gamma;
         now.0[2] = now.0[2].demanding(false, true);
         assert_eq!(judge(&[1], &now), []);
+        // Added again it is another service, which may get what the one before has had.
+        now = alpha_and_gamma;
+        now.0[2] = now.0[2].demanding(false, false).adding().demanding(true, true);
+        assert_eq!(judge(&[3, 3, 1], &now), []);
+        assert_eq!(judge(&[3, 3, 3, 1], &now), [Fault::Twice]);
+        assert_eq!(judge(&[3, 1, 1], &now), [Fault::Twice]);
     }
 
     #[test]

@@ -8,7 +8,8 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
-use crate::crowd::Crowd;
+use crate::crowd::{Crowds, Round};
+use crate::crowd_site::Level;
 use crate::memory::Bytes;
 use crate::sample::Sample;
 use crate::soak::{MARGIN, Soak, trend};
@@ -22,7 +23,7 @@ pub(crate) struct Report {
     /// What chance began with.
     pub(crate) seed: u64,
     /// Very many connections at once.
-    pub(crate) crowd: Option<Vec<Crowd>>,
+    pub(crate) crowds: Option<Vec<Crowds>>,
     /// The long run.
     pub(crate) soak: Option<Soak>,
 }
@@ -30,19 +31,25 @@ pub(crate) struct Report {
 impl Report {
     /// How much is wrong.
     pub(crate) fn violations(&self) -> usize {
-        let crowds = self.crowd.iter().flatten().map(|crowd| crowd.violations.len());
+        let crowds = self.crowds.iter().flatten().map(|crowds| crowds.violations.len());
         crowds.chain(self.soak.iter().map(|soak| soak.violations.len())).sum()
     }
 
-    /// Keeps it in `soak/results/DATE-KERNEL.md` of the checkout that this program was built in. Gives
-    /// the file.
+    /// Keeps it in `soak/results/DATE-KERNEL.md` of the checkout that this program was built in; where
+    /// one part alone was run, that part is in the name, too. Gives the file.
     ///
     /// # Errors
     /// When the checkout is gone or the file cannot be written.
     pub(crate) fn save(&self) -> Result<PathBuf> {
         let results = Path::new(DIRECTORY).join("results");
         fs::create_dir_all(&results).with_context(|| format!("making {}", results.display()))?;
-        let path = results.join(format!("{}-{}.md", said("date", &["-u", "+%F"])?, kernel()?));
+        let part = match (&self.crowds, &self.soak) {
+            (Some(_), None) => "-crowd",
+            (None, Some(_)) => "-churn",
+            _ => "",
+        };
+        let date = said("date", &["-u", "+%F"])?;
+        let path = results.join(format!("{date}-{}{part}.md", kernel()?));
         let text = format!("# cargo xtask soak\n\n```text\n{self}```\n");
         fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
         // It runs as root, the checkout is somebody's.
@@ -84,8 +91,8 @@ impl fmt::Display for Report {
             commit(),
             self.seed
         )?;
-        for crowd in self.crowd.iter().flatten() {
-            writeln!(f, "\n{crowd}")?;
+        for crowds in self.crowds.iter().flatten() {
+            writeln!(f, "\n{crowds}")?;
         }
         if let Some(soak) = &self.soak {
             writeln!(f, "\n{soak}")?;
@@ -113,32 +120,64 @@ fn violations(f: &mut fmt::Formatter<'_>, violations: &[String]) -> fmt::Result 
     violations.iter().try_for_each(|violation| write!(f, "\n  VIOLATION: {violation}"))
 }
 
-impl fmt::Display for Crowd {
+impl Crowds {
+    /// Something of each crowd.
+    fn each<T: fmt::Display>(&self, value: impl Fn(&Round) -> T) -> String {
+        let values: Vec<_> = self.rounds.iter().map(|round| value(round).to_string()).collect();
+        values.join("; ")
+    }
+
+    /// Two lines: what there was at first and after each crowd, and with all connections of each.
+    fn levels(
+        &self,
+        f: &mut fmt::Formatter<'_>,
+        what: &str,
+        value: impl Fn(&Level) -> String,
+    ) -> fmt::Result {
+        let after = self.each(|round| value(&round.after));
+        row(f, what, &format!("{} at first, then {after}", value(&self.before)))?;
+        row(f, "  with all connections", &self.each(|round| value(&round.with)))
+    }
+
+    /// What a connection takes while it is there, in bytes; of the first crowd, which finds no caches.
+    fn taken(&self, value: impl Fn(&Level) -> Bytes) -> Bytes {
+        let with = self.rounds.first().map_or(0, |round| value(&round.with));
+        with.saturating_sub(value(&self.before)) / u64::from(self.connections)
+    }
+}
+
+impl fmt::Display for Crowds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { services, lanes, connections, .. } = self;
+        let Self { services, lanes, connections, rounds, .. } = self;
+        let times = rounds.len();
         writeln!(
             f,
-            "{connections} connections at once, each through {services} carnet-inspect, in {lanes} lanes"
+            "{connections} connections at once, {times} times, each through {services} carnet-inspect, in \
+             {lanes} lanes"
         )?;
-        let rate = f64::from(*connections) / self.opening;
-        row(f, "all there, each has echoed", &format!("{:.1} s, {rate:.0}/s", self.opening))?;
-        row(f, "each has echoed again", &format!("{:.1} s", self.checking))?;
-        let [human, json] = self.listing;
+        let rate = |round: &Round| f64::from(*connections) / round.opening;
+        let opening = self.each(|round| format!("{:.1} s, {:.0}/s", round.opening, rate(round)));
+        row(f, "all there, each has echoed", &opening)?;
+        let checking = self.each(|round| format!("{:.1} s", round.checking));
+        row(f, "each has echoed again", &checking)?;
+        let [human, json, status] = self.listing;
         row(f, "carnet flows; --json", &format!("{human:.2} s; {json:.2} s"))?;
-        row(f, "carnet status", &format!("{:.2} s", self.status))?;
-        if let Some([before, with, after]) = self.kernel {
-            let all = [before, with, after].map(bytes).join(" -> ");
-            row(f, "kernel memory, both ends and sockets included", &all)?;
-            let each = with.saturating_sub(before) / u64::from(*connections);
-            row(f, "  for each connection", &bytes(each))?;
+        row(f, "carnet status", &format!("{status:.2} s"))?;
+        if let Some(kept) = self.kept() {
+            let kernel = |level: &Level| level.kernel.unwrap_or_default();
+            let name = "kernel memory, both ends and sockets included";
+            self.levels(f, name, |level| bytes(kernel(level)))?;
+            row(f, "  for each connection", &bytes(self.taken(kernel)))?;
+            row(f, "  left by each connection of the later crowds", &format!("{kept:.1} B"))?;
+        } else {
+            row(f, "kernel memory", &"NOT CHECKED: the kernel accounts none to cgroups here")?;
         }
-        row(f, "resident memory of the services", &self.resident.map(bytes).join(" -> "))?;
-        let each = self.resident[1].saturating_sub(self.resident[0]);
-        let each = each / u64::from(*connections) / *services as u64;
+        let resident = |level: &Level| level.resident;
+        self.levels(f, "resident memory of the services", |level| bytes(resident(level)))?;
+        let each = self.taken(resident) / *services as u64;
         row(f, "  for each connection and service", &bytes(each))?;
-        let numbers = |numbers: [u64; 3]| numbers.map(|number| number.to_string()).join(" -> ");
-        row(f, "descriptors of the services", &numbers(self.descriptors.map(|n| n as u64)))?;
-        row(f, "sockets", &numbers(self.sockets))?;
+        self.levels(f, "descriptors of the services", |level| level.descriptors.to_string())?;
+        self.levels(f, "sockets", |level| level.sockets.to_string())?;
         write!(f, "  {:<48} {}", "fullest map", self.fullest)?;
         violations(f, &self.violations)
     }

@@ -13,7 +13,7 @@ use carnet_engine::{Engine, Location};
 use carnet_testbed::{BpfDirectory, Cgroup, NetworkNamespace, Process, Topology};
 use serde::de::DeserializeOwned;
 
-use crate::board::{Board, SERVICES};
+use crate::board::{Board, Entry, SERVICES};
 use crate::command::{Carnet, INSTANCE};
 use crate::server::Seen;
 
@@ -135,6 +135,7 @@ impl Site {
     pub(crate) fn add_service(&self, place: usize) -> Result<()> {
         let (name, path) = (SERVICES[place], self.cgroups[place].path().display().to_string());
         let on_failure = ON_FAILURE[place];
+        self.board.update(place, Entry::adding)?;
         self.carnet.call(&[
             "service",
             "add",

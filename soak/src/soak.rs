@@ -10,7 +10,6 @@ use crate::Options;
 use crate::board::SERVICES;
 use crate::churn::{Churn, Happened};
 use crate::client::{Arguments, Done};
-
 use crate::memory::{Bytes, MemoryGroup};
 use crate::sample::{Sample, descriptors};
 use crate::server::Seen;
@@ -24,10 +23,6 @@ const SAMPLING: Duration = Duration::from_secs(5);
 const FINISHING: Duration = Duration::from_secs(150);
 /// How long a process may take to close what belonged to flows that have ended.
 const CLOSING: Duration = Duration::from_secs(20);
-/// How often the kernel's memory is read at rest; the least counts.
-const READINGS: u32 = 20;
-/// How long apart.
-const APART: Duration = Duration::from_millis(250);
 /// What kernel memory may differ by between two rests. The caches that the kernel keeps for each
 /// processor (of map entries, of sockets) fill up to some hundred objects each.
 pub(crate) const MARGIN: Bytes = 6 << 20;
@@ -191,13 +186,7 @@ impl Course<'_> {
             self.site.add_filter(place)?;
         }
         let mut sample = Sample::take(self.site, self.memory)?;
-        if let Some(memory) = self.memory {
-            for _ in 0..READINGS {
-                memory.reclaim();
-                thread::sleep(APART);
-                sample.kernel = sample.kernel.min(Some(memory.kernel()?));
-            }
-        }
+        sample.kernel = self.memory.map(MemoryGroup::at_rest).transpose()?;
         sample.sockets = Sample::take(self.site, None)?.sockets;
         Ok(sample)
     }

@@ -34,7 +34,7 @@ use crate::{
     ctx::{load32, load64, store32},
     decide::{Request, concerns_somebody, destination_concerns_somebody},
     end::{abandon, datagrams_end, guard_begins},
-    enforce::{carnet_forget, carnet_refused, carnet_unsettled},
+    enforce::{carnet_refused, carnet_unsettled, forget_earlier},
     listener::{Found, same},
     maps::{DELIVERED, LEGS},
     process::carnet_identify,
@@ -83,7 +83,7 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
         destination = destination.meant(&socket.local());
     }
     if protocol == TCP {
-        carnet_forget(ctx);
+        forget_earlier(ctx);
         // The common case.
         if !destination_concerns_somebody(TCP, &destination) {
             count_passed();

@@ -39,14 +39,19 @@ pub(crate) extern "C" fn carnet_unsettled(change: i64) -> i32 {
 }
 
 /// A TCP socket is being connected: what an earlier connect of it, which failed, has left is not this
-/// one's. A global function, see `decide`.
+/// one's.
+#[inline(always)]
+pub(crate) fn forget_earlier(ctx: *mut bpf_sock_addr) {
+    // The socket's own earlier connect is counted by now: they are made under its lock.
+    if UNSETTLED.get(0).is_some_and(|number| *number != 0) {
+        carnet_forget(ctx);
+    }
+}
+
+/// The half of it for which few connects pay. A global function, see `decide`.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn carnet_forget(ctx: *mut bpf_sock_addr) -> i32 {
-    // The socket's own earlier connect is counted by now: they are made under its lock.
-    if UNSETTLED.get(0).is_none_or(|number| *number == 0) {
-        return 0;
-    }
+extern "C" fn carnet_forget(ctx: *mut bpf_sock_addr) -> i32 {
     let Some(socket) = Socket::new(load64!(ctx, 64) as *mut _) else {
         return 0;
     };

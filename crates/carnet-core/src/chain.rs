@@ -91,7 +91,11 @@ impl Chain {
             RedirectState::NotRedirected => true,
             RedirectState::RedirectedByOther => {
                 let may_have_had_it = self.guessed & bit(slot) != 0;
-                !(may_have_had_it && service.unmodified != 0) && !self.trusted_by(slot, service)
+                if may_have_had_it && service.unmodified != 0 {
+                    false
+                } else {
+                    !self.trusted_by(slot, service)
+                }
             }
             RedirectState::RedirectedBySelf | RedirectState::PreviouslyRedirectedBySelf => false,
         }

@@ -44,6 +44,8 @@ const ASKED: u64 = 16;
 const CERTAIN: u64 = 10;
 /// How long receiving rests after an error.
 const REST: Duration = Duration::from_millis(50);
+/// How old a flow has to be to end when it is refused onwards: who sends to nobody fills no log.
+const YOUNG: Duration = Duration::from_secs(1);
 
 thread_local! {
     /// Where a worker receives answers.
@@ -74,6 +76,8 @@ struct Flow {
     key: Key,
     /// The socket that it came in on.
     incoming: Arc<UdpSocket>,
+    /// When it began.
+    begun: Instant,
     /// When its last datagram came, in either direction, in milliseconds.
     last: AtomicU64,
     /// What it is, as far as it could be asked.
@@ -195,15 +199,24 @@ impl Relay {
             match socket.try_recv_from(buffer) {
                 Ok((length, peer)) => {
                     let datagram = buffer.get(..length).unwrap_or_default();
-                    if let Some(flow) = self.flow(socket, (place, peer)) {
-                        self.upwards(&flow, datagram);
-                    }
+                    self.take(socket, (place, peer), datagram);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// Does with a client's datagram what is to be done with it. Where its flow turns out to be over,
+    /// another one begins.
+    fn take(self: &Arc<Self>, socket: &Arc<UdpSocket>, key: Key, datagram: &[u8]) {
+        for _ in 0..2 {
+            match self.flow(socket, key) {
+                Some(flow) if self.upwards(&flow, datagram).is_err() => {}
+                _ => return,
+            }
+        }
     }
 
     /// The flow that a datagram belongs to, which may begin with it. None if there are too many.
@@ -217,8 +230,7 @@ impl Relay {
             if self.is_current(&flow) {
                 return Some(flow);
             }
-            lock(&self.table).remove(&key);
-            flow.end(TAKEN);
+            self.end(&flow, TAKEN);
         }
         let most = self.limits.flows.get() as usize;
         // Those that gave way have their lines to write; if that takes long, nobody else begins.
@@ -244,6 +256,7 @@ impl Relay {
         let flow = Arc::new(Flow {
             key,
             incoming: Arc::clone(socket),
+            begun: Instant::now(),
             last: AtomicU64::new(self.now()),
             identity,
             certain: AtomicU64::new(self.now()),
@@ -327,13 +340,12 @@ impl Relay {
         State { gate, judge, route, onward: None, failed: None, over: false }
     }
 
-    /// Does with a client's datagram what is to be done with it.
-    fn upwards(&self, flow: &Flow, datagram: &[u8]) {
+    /// Does with a datagram of a flow what is to be done with it.
+    fn upwards(&self, flow: &Flow, datagram: &[u8]) -> Result<(), Over> {
         let mut guard = lock(&flow.state);
         let state = &mut *guard;
         if state.over {
-            flow.traffic.lost.fetch_add(1, Ordering::Relaxed);
-            return;
+            return Err(Over);
         }
         let State { gate, judge, .. } = state;
         match gate.take(datagram, Instant::now(), |seen| judge.judge(seen)) {
@@ -355,18 +367,20 @@ impl Relay {
                 flow.traffic.lost.fetch_add(1, Ordering::Relaxed);
             }
         }
+        let is_over = state.over;
+        // The table is never locked by who has locked a flow.
+        drop(guard);
+        if is_over {
+            self.leave_table(flow);
+            return Err(Over);
+        }
+        Ok(())
     }
 
     /// Serves a flow until it ends, and logs it.
     async fn serve(self: Arc<Self>, flow: Arc<Flow>) {
-        let begun = Instant::now();
         let reason = self.answer(&flow).await;
-        {
-            let mut table = lock(&self.table);
-            if table.get(&flow.key).is_some_and(|other| Arc::ptr_eq(other, &flow)) {
-                table.remove(&flow.key);
-            }
-        }
+        self.leave_table(&flow);
         let mut entry = {
             let mut state = lock(&flow.state);
             state.over = true;
@@ -375,9 +389,23 @@ impl Relay {
         };
         entry.ended = entry.ended.or(reason);
         flow.traffic.write_to(&mut entry);
-        entry.close(begun.elapsed());
+        entry.close(flow.begun.elapsed());
         self.context.log.add(&entry).await;
         self.live.send_modify(|live| *live -= 1);
+    }
+
+    /// Ends a flow: the next datagram from its peer begins another one.
+    fn end(&self, flow: &Flow, reason: &str) {
+        self.leave_table(flow);
+        flow.end(reason);
+    }
+
+    /// Takes a flow out of the table, if it is there and no other one in its place.
+    fn leave_table(&self, flow: &Flow) {
+        let mut table = lock(&self.table);
+        if table.get(&flow.key).is_some_and(|other| std::ptr::eq(&**other, flow)) {
+            table.remove(&flow.key);
+        }
     }
 
     /// Relays answers until the flow ends. Returns why it did, if not because it was idle.
@@ -435,7 +463,7 @@ impl Relay {
                         flow.last.store(self.now(), Ordering::Relaxed);
                         if !self.is_current(flow) {
                             flow.traffic.lost.fetch_add(1, Ordering::Relaxed);
-                            flow.end(TAKEN);
+                            self.end(flow, TAKEN);
                             break;
                         }
                         match flow.reply(buffer.get(..length).unwrap_or_default()) {
@@ -447,6 +475,10 @@ impl Relay {
                         }
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(error) if flow.ends_by(&error) => {
+                        self.end(flow, REFUSED);
+                        break;
+                    }
                     // What the network says of a datagram that was sent before.
                     Err(error) => lock(&flow.state).note(&error, "the destination"),
                 }
@@ -519,13 +551,22 @@ fn make_room(table: &mut HashMap<Key, Arc<Flow>>) {
 
 /// Why a flow ends whose client is gone.
 const TAKEN: &str = "its client closed its socket, or connected it elsewhere";
+/// Why a flow ends that is refused onwards. Where its next datagram has to go is to be asked anew.
+const REFUSED: &str = "refused by the destination";
+
+/// A flow takes no datagrams any more.
+struct Over;
 
 impl Flow {
+    /// Whether it ends by what the network says of a datagram that was sent onwards: nobody is there, or
+    /// the next service is another process, at another address.
+    fn ends_by(&self, error: &io::Error) -> bool {
+        error.kind() == io::ErrorKind::ConnectionRefused && self.begun.elapsed() >= YOUNG
+    }
+
     /// Ends it.
     fn end(&self, reason: &str) {
-        let mut state = lock(&self.state);
-        state.over = true;
-        state.judge.entry.ended.get_or_insert_with(|| reason.to_owned());
+        lock(&self.state).end(reason);
         self.changed.notify_one();
     }
 
@@ -550,14 +591,19 @@ impl Flow {
             return;
         };
         let onward = SockRef::from(&*onward);
-        let sent = onward.send(datagram).or_else(|error| {
-            if error.kind() == io::ErrorKind::WouldBlock {
-                return Err(error);
+        // What is said here was usually said of an earlier datagram, and this one was not sent.
+        let sent = match onward.send(datagram) {
+            Err(error) if self.ends_by(&error) => {
+                state.end(REFUSED);
+                self.changed.notify_one();
+                return;
             }
-            // Usually this was said of an earlier datagram, and this one was not sent.
-            state.note(&error, "the destination");
-            onward.send(datagram)
-        });
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                state.note(&error, "the destination");
+                onward.send(datagram)
+            }
+            sent => sent,
+        };
         match sent {
             Ok(length) => {
                 self.traffic.bytes_up.fetch_add(length as u64, Ordering::Relaxed);
@@ -594,6 +640,12 @@ impl Flow {
 }
 
 impl State {
+    /// Ends the flow.
+    fn end(&mut self, reason: &str) {
+        self.over = true;
+        self.judge.entry.ended.get_or_insert_with(|| reason.to_owned());
+    }
+
     /// Counts a datagram that could not be sent.
     fn lose(&mut self, flow: &Flow, error: &io::Error, to: &str) {
         flow.traffic.lost.fetch_add(1, Ordering::Relaxed);

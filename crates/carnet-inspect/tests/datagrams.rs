@@ -27,7 +27,11 @@ const BRIEF: Duration = Duration::from_millis(300);
 /// Tells where the flows of these peers were going. Others were not redirected. The number of a flow
 /// is the port that it goes to.
 #[derive(Default)]
-struct Told(Mutex<HashMap<SocketAddr, SocketAddr>>);
+struct Told {
+    flows: Mutex<HashMap<SocketAddr, SocketAddr>>,
+    /// Where a next service takes what goes to a destination, if there is one.
+    next: Mutex<HashMap<SocketAddr, SocketAddr>>,
+}
 
 impl FlowSource for Told {
     fn origin(&self, _: &TcpStream) -> Result<Origin, Error> {
@@ -37,7 +41,8 @@ impl FlowSource for Told {
     fn datagram_origin(&self, peer: SocketAddr) -> Result<Origin, Error> {
         let operation = Operation::OriginalDestination;
         let destination =
-            *self.0.lock().unwrap().get(&peer).ok_or(Error::NotRedirected { operation })?;
+            *self.flows.lock().unwrap().get(&peer).ok_or(Error::NotRedirected { operation })?;
+        let next = self.next.lock().unwrap().get(&destination).copied().unwrap_or(destination);
         Ok(Origin {
             destination,
             app: Some(App {
@@ -47,12 +52,12 @@ impl FlowSource for Told {
                 command: "dig".into(),
             }),
             flow: Some(FlowId { id: destination.port().into(), hops: 1 }),
-            route: Route::Plain(destination),
+            route: Route::Plain(next),
         })
     }
 
     fn is_current(&self, peer: SocketAddr, flow: FlowId) -> bool {
-        let told = self.0.lock().unwrap();
+        let told = self.flows.lock().unwrap();
         told.get(&peer).is_some_and(|destination| u64::from(destination.port()) == flow.id)
     }
 }
@@ -93,7 +98,7 @@ impl Bed {
         let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         client.connect(self.address).await.unwrap();
         let peer = client.local_addr().unwrap();
-        self.source.0.lock().unwrap().insert(peer, destination);
+        self.source.flows.lock().unwrap().insert(peer, destination);
         client
     }
 
@@ -359,7 +364,7 @@ async fn who_was_not_redirected_gets_nothing() {
     assert_eq!(stranger.try_recv(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
     // Its address may be that of a flow later.
     let told = (stranger.local_addr().unwrap(), server.local_addr().unwrap());
-    bed.source.0.lock().unwrap().extend([told]);
+    bed.source.flows.lock().unwrap().extend([told]);
     stranger.connect(bed.address).await.unwrap();
     round(&stranger, &server, b"something", b"an answer").await;
     let lines = bed.stop().await;
@@ -391,6 +396,36 @@ async fn a_destination_without_a_server_is_told_in_the_log() {
     assert_eq!(lines[0]["datagrams"]["down"], 1);
     assert_eq!(lines[1]["ended"], Value::Null);
     bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flow_whose_next_service_is_replaced_begins_anew() {
+    let mut bed = Bed::new("").await;
+    let (client, server) = bed.pair().await;
+    round(&client, &server, b"first", b"answer").await;
+    let destination = server.local_addr().unwrap();
+    drop(server);
+    // Another process of it, which listens elsewhere.
+    let next = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    bed.source.next.lock().unwrap().insert(destination, next.local_addr().unwrap());
+    // A young flow stays for a moment. Its client never falls silent.
+    let again = async {
+        loop {
+            client.send(b"again").await.unwrap();
+            let mut buffer = [0; 5];
+            let received = next.recv_from(&mut buffer);
+            if let Ok(received) = timeout(Duration::from_millis(20), received).await {
+                return received.unwrap().1;
+            }
+        }
+    };
+    let onward = timeout(LONG, again).await.unwrap();
+    next.send_to(b"from here", onward).await.unwrap();
+    assert_eq!(receive(&client).await.0, b"from here");
+    let line = bed.line().await;
+    assert_eq!(line["destination"], destination.to_string());
+    assert_eq!(line["ended"], "refused by the destination");
+    assert_eq!(bed.stop().await.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -436,7 +471,7 @@ async fn an_address_that_another_flow_has_taken_over_is_its() {
     // Its address and port go to another destination from now on.
     let other = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let (peer, destination) = (client.local_addr().unwrap(), other.local_addr().unwrap());
-    bed.source.0.lock().unwrap().insert(peer, destination);
+    bed.source.flows.lock().unwrap().insert(peer, destination);
     server.send_to(b"late", old_onward).await.unwrap();
     let line = bed.line().await;
     assert_eq!(line["destination"], server.local_addr().unwrap().to_string());
@@ -446,7 +481,7 @@ async fn an_address_that_another_flow_has_taken_over_is_its() {
     );
     round(&client, &other, b"second", b"answer").await;
     // And back again, told by the client's datagram.
-    bed.source.0.lock().unwrap().insert(peer, server.local_addr().unwrap());
+    bed.source.flows.lock().unwrap().insert(peer, server.local_addr().unwrap());
     round(&client, &server, b"third", b"answer").await;
     let line = bed.line().await;
     assert_eq!(line["destination"], destination.to_string());

@@ -64,16 +64,13 @@ impl Neighbours {
         let here = fs::File::open(&place.directory)?;
         for Hook { name, attach_type, .. } in hooks() {
             let programs = sys::effective_programs(here.as_fd(), *attach_type)?;
-            let mut programs = programs.into_iter().filter_map(Program::known).peekable();
-            let carnet_is_there = programs.clone().any(|program| program.is_own());
-            let mut has_run = false;
-            while let Some(program) = programs.next() {
+            let mut carnet_has_run = false;
+            for program in programs.into_iter().filter_map(Program::known) {
                 if program.is_own() {
-                    has_run = true;
+                    carnet_has_run = true;
                     continue;
                 }
-                let after = carnet_is_there && has_run;
-                let list = if after { &mut found.after } else { &mut found.before };
+                let list = if carnet_has_run { &mut found.after } else { &mut found.before };
                 list.push(program.shown(name, attached_at(&above, *attach_type, program.id)));
             }
         }
@@ -141,7 +138,7 @@ impl Neighbours {
 }
 
 /// A loaded program.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Program {
     id: u32,
     name: String,
