@@ -34,7 +34,7 @@ def relay(source, sink):
 
 def connect_onwards(accepted):
     """The connection to where the accepted one wanted to go, with its record."""
-    record = accepted.getsockopt(WFP, QUERY_REDIRECT_RECORDS, 1024)  # never longer than 912 bytes
+    record = accepted.getsockopt(WFP, QUERY_REDIRECT_RECORDS, 1024)  # never longer than 920 bytes
     original = accepted.getsockopt(WFP, ORIGINAL_DESTINATION, ENDPOINT.size)
     address, port, family, _ = ENDPOINT.unpack(original)
     if family == socket.AF_INET:

@@ -9,6 +9,7 @@ use carnet_core::{
     object::{Conditions, FilterAction, NewFilter, Weight},
     record::{AppIdentity, FileId, MAX_RECORD},
 };
+use carnet_testbed::Topology;
 use carnet_tests::{
     Lab, Must as _, Plan,
     puppet::{Errno, Family, Kind},
@@ -270,6 +271,21 @@ fn errors_of_dubious_addresses() -> [String; 2] {
     })
 }
 
+/// That of a socket which its owner may not unbind from a device.
+#[track_caller]
+fn error_of_a_bound_device() -> String {
+    let lab = Lab::new();
+    lab.service("alpha", 1);
+    let _alpha = lab.start("alpha");
+    let user = lab.puppet();
+    user.become_user(65534);
+    let bound = user.tcp(lab.v4());
+    bound.bind_device(Topology::LINK).must("bind to a device");
+    let Err(errno) = bound.connect(lab.v4()) else { panic!("a service is reached") };
+    let name = NAMES.iter().find(|(_, number)| *number == errno.0);
+    name.expect("an errno of the table").0.to_owned()
+}
+
 #[test]
 fn the_errors_of_connect() {
     let lab = Lab::new();
@@ -307,6 +323,7 @@ fn the_errors_of_connect() {
     seen.extend(ends.filter_map(name).map(str::to_owned));
 
     seen.extend(errors_of_dubious_addresses());
+    seen.insert(error_of_a_bound_device());
 
     let mut named = named("`connect()` of an application");
     assert!(named.remove("ENOMEM"), "which no test can have");

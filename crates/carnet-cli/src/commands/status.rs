@@ -311,8 +311,8 @@ impl fmt::Display for Account {
         write!(f, "\nUDP      {} redirected = {} ended + {} live", udp.0, udp.1, udp.2)?;
         write!(
             f,
-            "\nrefused  {} = {} by a filter + {} without service + {} loops + {} without memory \
-             + {} addresses in use + {} bound to a device",
+            "\nrefused  {} = {} by a filter + {} without service + {} loops + {} without memory\n\
+             \u{20}        + {} addresses in use + {} bound to a device",
             refused.refused,
             refused.by_filter,
             refused.service_unavailable,
