@@ -3,7 +3,9 @@
 #![no_main]
 
 use carnet_core::event::EventKind;
-use carnet_engine::fuzzing::{chain_list, event, flows, mounts, namespace_answer, socket_list, types};
+use carnet_engine::fuzzing::{
+    chain_list, event, flows, mounts, namespace_answer, socket_list, types,
+};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
