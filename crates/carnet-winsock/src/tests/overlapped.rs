@@ -179,11 +179,10 @@ fn closing_flushing_and_cancelling() {
             assert_eq!((by_routine.calls(), by_routine.routine_error()), (1, 995), "{name}");
             assert_eq!(CancelIoEx(socket.0 as *mut c_void, null_mut()), 0);
             assert_eq!(WSAGetLastError(), 1168);
-        } else {
-            assert_eq!(closesocket(socket.0), -1, "it was closed");
         }
         assert_eq!(of_other.status(), PENDING, "{name}: the other socket's");
         if name == "closesocket" {
+            // Its number may be another test's by now, so it is not closed once more.
             std::mem::forget(socket);
         }
         drop(other);
