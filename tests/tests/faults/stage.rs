@@ -133,34 +133,39 @@ impl Stage {
             Protocol::Tcp => self.connect(),
             Protocol::Udp => self.send(),
         }?;
-        let arrived = |port: u16| match protocol {
+        // The last service's port may happen to be the client's, on another address.
+        let is_from = |peer: SocketAddr, from: SocketAddr| {
+            let ip = from.ip().to_canonical();
+            peer.port() == from.port() && (ip.is_unspecified() || peer.ip().to_canonical() == ip)
+        };
+        let arrived = |from: SocketAddr| match protocol {
             Protocol::Tcp => {
-                echo.connections().iter().skip(connections).any(|one| one.peer.port() == port)
+                echo.connections().iter().skip(connections).any(|one| is_from(one.peer, from))
             }
             Protocol::Udp => {
                 let all = self.datagrams.datagrams();
-                all.iter().skip(datagrams).any(|one| one.peer.port() == port)
+                all.iter().skip(datagrams).any(|one| is_from(one.peer, from))
             }
         };
         let mut way = Way::new();
-        let mut port = local.port();
+        let mut from = local;
         let deadline = Instant::now() + CARRIED;
         // What it says of a flow reaches us a moment after the flow.
-        while !arrived(port) {
+        while !arrived(from) {
             if Instant::now() > deadline {
-                return Err(format!("what left port {port} after {way:?} arrived nowhere"));
+                return Err(format!("what left {from} after {way:?} arrived nowhere"));
             }
             let next = self.services().iter().find_map(|(name, one)| {
                 let reports = one.reports(0);
                 let known = known.get(name).copied().unwrap_or(0);
                 let mut new = reports.into_iter().skip(known);
-                new.find(|one| u32::from(one.protocol) == number && one.peer.port() == port)
+                new.find(|one| u32::from(one.protocol) == number && one.peer.port() == from.port())
                     .map(|report| ((*name).to_owned(), report.onward))
             });
             match next {
                 Some((service, Ok(onward))) => {
                     way.push(service);
-                    port = onward.port();
+                    from = onward;
                 }
                 Some((service, Err(errno))) => {
                     return Err(format!("{service} could not connect onwards: errno {errno}"));
