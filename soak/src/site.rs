@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, Map, MapData};
-use carnet_core::flow::{GuardEntry, GuardKey};
+use carnet_core::flow::{GuardEntry, HeldKey};
 use carnet_engine::{Engine, Location};
 use carnet_testbed::{BpfDirectory, Cgroup, NetworkNamespace, Process, Topology};
 use serde::de::DeserializeOwned;
@@ -307,7 +307,7 @@ impl Site {
 
     /// How many flows the hop guard thinks that services hold.
     fn held(&self) -> Result<i64> {
-        const KEY: usize = size_of::<GuardKey>();
+        const KEY: usize = size_of::<HeldKey>();
         const VALUE: usize = size_of::<GuardEntry>();
         let pin = self.engine.location().directory().join("maps/GUARD");
         let map = MapData::from_pin(pin).context("opening the map GUARD")?;

@@ -13,7 +13,7 @@ use aya::maps::{Array, HashMap, Map, MapData};
 use carnet_core::{
     adoption::HeldFlows,
     event::{Counter, Event, EventKind},
-    flow::{GuardKey, LegState, Tuple},
+    flow::{HeldKey, LegState, Tuple},
     object::{
         CgroupRef, Conditions, Context, FailurePolicy, FilterAction, NewFilter, NewService, Policy,
         Trust, Weight,
@@ -445,7 +445,7 @@ impl Default for Lab {
 fn kept(engine: &Engine) -> usize {
     entries::<{ size_of::<Tuple>() }, LEG>(engine, "HANDOVER")
         + entries::<{ size_of::<u64>() }, LEG>(engine, "ACCEPTED")
-        + entries::<{ size_of::<GuardKey>() }, { size_of::<HeldFlows>() }>(engine, "HELD")
+        + entries::<{ size_of::<HeldKey>() }, { size_of::<HeldFlows>() }>(engine, "HELD")
 }
 
 /// Size of a leg.

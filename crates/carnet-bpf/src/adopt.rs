@@ -4,9 +4,9 @@ use aya_ebpf::{bindings::bpf_sock_addr, helpers::generated::bpf_probe_read_kerne
 use carnet_core::{
     abi::errno,
     address::Endpoint,
-    adoption::{Basis, adopt},
+    adoption::{Candidates, adopt},
     event::Counter,
-    flow::{LEG_ADOPTED, LEG_REDIRECTED, LegState},
+    flow::{HeldKey, LEG_ADOPTED, LegState},
     record::{RECORD_ADOPTED, Record},
     table::Tables as _,
 };
@@ -18,7 +18,7 @@ use crate::{
     ctx::load32,
     decide::netns_of,
     held,
-    listener::{copy, same},
+    listener::copy,
     maps::{BLANK_LEG, LEGS},
     process::{carnet_identify, carnet_service},
     report::{count, now},
@@ -38,12 +38,8 @@ pub(crate) fn adopt_if_unmodified(
     if Bank::in_force().header().is_none_or(|header| header.unmodified == 0) {
         return 0;
     }
-    if let Some(leg) = socket.get(&LEGS) {
-        let is_set = leg.set_hops != 0 && leg.flags & LEG_ADOPTED == 0;
-        // A UDP socket that is connected, and sends elsewhere, does so with the record of its connection.
-        if is_set || leg.kind != 0 {
-            return 0;
-        }
+    if socket.get(&LEGS).is_some_and(|leg| !leg.may_adopt()) {
+        return 0;
     }
     let service = carnet_service();
     if service == 0 || !is_unmodified(service) {
@@ -98,20 +94,16 @@ extern "C" fn carnet_likeliest(leg: *mut LegState) -> i32 {
     let Some(leg) = (unsafe { leg.as_mut() }) else {
         return 0;
     };
-    let Some(held) = held::find(&held::key_of(leg)) else {
+    let Some(held) = held::find(&leg.held_key()) else {
         return 0;
     };
-    let Some(likeliest) = accepted::find(held.ticket) else {
-        return 0;
-    };
-    let is_held = held.is_live()
-        && likeliest.kind == LEG_REDIRECTED
-        && likeliest.handle == leg.handle
-        && same(&likeliest.requested, &leg.requested);
-    if is_held {
-        copy_record(leg, &likeliest.record);
+    match accepted::find(held.ticket) {
+        Some(likeliest) if likeliest.is_candidate(leg.handle, &leg.requested) => {
+            copy_record(leg, &likeliest.record);
+            1
+        }
+        _ => 0,
     }
-    i32::from(is_held)
 }
 
 /// Begins a record of the calling process's.
@@ -141,14 +133,14 @@ extern "C" fn carnet_adopt(leg: *mut LegState, known: i32) -> i32 {
     let Some(leg) = (unsafe { leg.as_mut() }) else {
         return 0;
     };
-    let bank = Bank::in_force();
-    let mut key = held::key_of(leg);
-    let mut held = held::find(&key).filter(|held| held.is_live());
-    let for_destination = held.is_some();
-    if held.is_none() {
-        key = held::key_of_all(leg.handle);
-        held = held::find(&key).filter(|held| held.is_live());
-    }
-    let basis = Basis { for_destination, known: known != 0 };
-    i32::from(adopt(&bank, held.as_deref(), basis, leg.handle, &mut leg.record))
+    let mut key = leg.held_key();
+    let for_destination = held::find(&key);
+    key = HeldKey::of_all(leg.handle);
+    let all = held::find(&key);
+    let candidates = Candidates {
+        for_destination: for_destination.as_deref(),
+        all: all.as_deref(),
+        known: known != 0,
+    };
+    i32::from(adopt(&Bank::in_force(), candidates, leg.handle, &mut leg.record))
 }

@@ -31,14 +31,15 @@ use crate::{
     attempt::{Attempt, PASS, refuse, set_context},
     client::carnet_client,
     connecting::place_for,
-    ctx::{load32, load64, store32},
+    ctx::{load32, load64},
     decide::{Request, concerns_somebody, destination_concerns_somebody},
     end::{abandon, datagrams_end, guard_begins},
     enforce::{carnet_refused, carnet_unsettled, forget_earlier},
-    listener::{Found, same},
+    listener::Found,
     maps::{DELIVERED, LEGS},
     process::carnet_identify,
     report::count_passed,
+    sock_addr::{address_v4, address_v6, set_address_v4, set_address_v6},
     socket::{ESTABLISHED, Socket, TCP, copy_record, is_datagram},
     source::look_at,
 };
@@ -46,26 +47,18 @@ use crate::{
 #[cgroup_sock_addr(connect4)]
 pub fn carnet_connect4(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
-    let destination = Endpoint::v4(load32!(ctx, 4), u16::from_be(load32!(ctx, 24) as u16));
+    let destination = address_v4(ctx);
     connect(ctx, destination, |target| {
-        store32!(ctx, 4, target.address[3]);
-        store32!(ctx, 24, u32::from(target.port.to_be()));
+        set_address_v4(ctx, target);
     })
 }
 
 #[cgroup_sock_addr(connect6)]
 pub fn carnet_connect6(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
-    let destination = Endpoint::v6(
-        [load32!(ctx, 8), load32!(ctx, 12), load32!(ctx, 16), load32!(ctx, 20)],
-        u16::from_be(load32!(ctx, 24) as u16),
-    );
+    let destination = address_v6(ctx);
     connect(ctx, destination, |target| {
-        store32!(ctx, 8, target.address[0]);
-        store32!(ctx, 12, target.address[1]);
-        store32!(ctx, 16, target.address[2]);
-        store32!(ctx, 20, target.address[3]);
-        store32!(ctx, 24, u32::from(target.port.to_be()));
+        set_address_v6(ctx, target);
     })
 }
 
@@ -285,7 +278,7 @@ fn is_taken(attempt: &Attempt<'_>) -> bool {
         return false;
     }
     let target = &attempt.request.target;
-    if attempt.socket.state() == ESTABLISHED && same(&attempt.socket.remote(), target) {
+    if attempt.socket.state() == ESTABLISHED && attempt.socket.remote().is_same(target) {
         // It was connected to the same listener before: it is this socket that would be found.
         return false;
     }

@@ -43,12 +43,13 @@ use crate::{
     decide::{Request, concerns_somebody, destination_concerns_somebody, netns_of},
     end::guard_begins,
     idle,
-    listener::{LOOPBACK_V4, ONE, registered_in, same},
+    listener::{LOOPBACK_V4, ONE, registered_in},
     maps::{
         BLANK_LEG, CORRESPONDENTS, DATAGRAM_LEGS, LEGS, PASSING, SOCKET_TOKENS, TOKENS, TimedLeg,
     },
     process::{carnet_identify, carnet_service},
     report::{count_passed, now},
+    sock_addr::{address_v4, address_v6, set_address_v4, set_address_v6},
     socket::{ESTABLISHED, Socket, copy_record, is_datagram},
     source::look_at,
 };
@@ -61,13 +62,12 @@ pub fn carnet_sendmsg4(ctx: SockAddrContext) -> i32 {
         store32!(ctx, 24, NO_PORT);
         return refuse(error);
     }
-    let destination = Endpoint::v4(load32!(ctx, 4), u16::from_be(load32!(ctx, 24) as u16));
+    let destination = address_v4(ctx);
     send(ctx, destination, |source, to| {
         if let Some(source) = source {
             store32!(ctx, 40, source[3]);
         }
-        store32!(ctx, 4, to.address[3]);
-        store32!(ctx, 24, u32::from(to.port.to_be()));
+        set_address_v4(ctx, to);
     })
 }
 
@@ -80,10 +80,7 @@ pub fn carnet_sendmsg6(ctx: SockAddrContext) -> i32 {
         store32!(ctx, 24, NO_PORT);
         return refuse(error);
     }
-    let destination = Endpoint::v6(
-        [load32!(ctx, 8), load32!(ctx, 12), load32!(ctx, 16), load32!(ctx, 20)],
-        u16::from_be(load32!(ctx, 24) as u16),
-    );
+    let destination = address_v6(ctx);
     send(ctx, destination, |source, to| {
         if let Some(source) = source {
             store32!(ctx, 44, source[0]);
@@ -91,11 +88,7 @@ pub fn carnet_sendmsg6(ctx: SockAddrContext) -> i32 {
             store32!(ctx, 52, source[2]);
             store32!(ctx, 56, source[3]);
         }
-        store32!(ctx, 8, to.address[0]);
-        store32!(ctx, 12, to.address[1]);
-        store32!(ctx, 16, to.address[2]);
-        store32!(ctx, 20, to.address[3]);
-        store32!(ctx, 24, u32::from(to.port.to_be()));
+        set_address_v6(ctx, to);
     })
 }
 
@@ -128,7 +121,7 @@ fn send(
         }
         if let Some(leg) = socket.get(&LEGS)
             && leg.kind != 0
-            && same(&leg.requested, &request.destination)
+            && leg.requested.is_same(&request.destination)
         {
             rewrite(None, &leg.target);
             return PASS;
@@ -222,7 +215,7 @@ fn send(
 /// kernel comes here with every datagram of an IPv6 socket that is connected to a mapped address.
 #[inline(never)]
 fn is_connected_to(socket: Socket, destination: &Endpoint) -> bool {
-    same(&socket.remote(), destination)
+    socket.remote().is_same(destination)
 }
 
 /// Puts the address that an unspecified destination stands for in its place.

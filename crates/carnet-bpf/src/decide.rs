@@ -12,7 +12,7 @@ use carnet_core::{
     classify::{
         self, Connection, Listeners, Pending, Unobserved, decide, is_redirectable, leaf_of, settle,
     },
-    flow::{GuardEntry, GuardKey},
+    flow::{GuardEntry, HeldKey},
     record::{FileId, Record},
     table::{Field, LeafRow, Tables as _},
 };
@@ -309,13 +309,7 @@ extern "C" fn carnet_forgotten(ctx: *mut bpf_sock_addr, request: *mut Request) -
     if handle == 0 {
         return 0;
     }
-    let key = GuardKey {
-        handle,
-        netns: netns_of(ctx),
-        address: request.destination.address,
-        port: request.destination.port.into(),
-        protocol: request.protocol,
-    };
+    let key = HeldKey::of(handle, netns_of(ctx), request.protocol, &request.destination);
     // SAFETY: the value is copied out at once.
     match unsafe { GUARD.get(&key) }.and_then(GuardEntry::forgotten_legs) {
         Some(legs) => {

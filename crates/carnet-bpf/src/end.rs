@@ -9,9 +9,9 @@ use carnet_core::{
 use crate::{
     ctx::{exchange, fetch_add, opaque},
     enforce::carnet_unsettled,
-    held::{carnet_hold, carnet_let_go, key_of},
+    held::{carnet_hold, carnet_let_go},
     maps::GUARD,
-    report::{count, event},
+    report::{count, event_of_leg},
     socket::is_datagram,
 };
 
@@ -28,7 +28,7 @@ pub(crate) fn guard_begins(leg: &mut LegState, ticket: u64) {
 // Not inlined: the stack of the hooks is all but full.
 #[inline(never)]
 fn guard(leg: &LegState) {
-    let key = key_of(leg);
+    let key = leg.held_key();
     if let Some(entry) = GUARD.get_ptr_mut(&key) {
         // SAFETY: the entry stays allocated until the program ends; `live` is shared with other
         // CPUs and touched atomically alone. A lost update of `legs` lets a loop go on for a leg
@@ -53,7 +53,7 @@ pub(crate) fn guard_ends(leg: &mut LegState) {
         carnet_let_go(leg);
         return;
     }
-    if let Some(entry) = GUARD.get_ptr_mut(&key_of(leg)) {
+    if let Some(entry) = GUARD.get_ptr_mut(&leg.held_key()) {
         // SAFETY: as in `guard_begins`.
         unsafe { fetch_add(&raw mut (*entry).live, -1) };
     }
@@ -62,18 +62,9 @@ pub(crate) fn guard_ends(leg: &mut LegState) {
 /// Reports the end of a leg, with the bytes that the connecting side sent and received.
 #[inline(always)]
 pub(crate) fn report_end(leg: &LegState, sent: u64, received: u64) {
-    event(EventKind::Closed as u32, |event| {
-        event.flow = leg.record.flow;
-        event.handle = leg.handle;
-        event.filter = leg.filter;
-        event.pid = leg.pid;
-        event.netns = leg.netns;
-        event.requested = leg.requested;
-        event.legs = leg.record.legs;
-        event.hops = leg.record.hop_count;
+    event_of_leg(EventKind::Closed, leg, |event| {
         event.bytes_sent = sent;
         event.bytes_received = received;
-        event.protocol = leg.protocol;
     });
 }
 

@@ -22,7 +22,7 @@ use crate::{
     decide::Request,
     end::abandon_connect,
     maps::{LEGS, UNSETTLED},
-    report::{count, event},
+    report::{count, event_of_leg},
     socket::{Socket, TCP},
 };
 
@@ -106,16 +106,5 @@ pub(crate) fn hold_back(ctx: *mut bpf_sock_ops, leg: &LegState, outcome: Outcome
         Outcome::Diverted => Counter::Diverted,
         _ => Counter::RefusalsCleared,
     });
-    event(EventKind::Undone as u32, |event| {
-        event.reason = outcome as u32;
-        event.flow = leg.record.flow;
-        event.handle = leg.handle;
-        event.filter = leg.filter;
-        event.pid = leg.pid;
-        event.netns = leg.netns;
-        event.requested = leg.requested;
-        event.legs = leg.record.legs;
-        event.hops = leg.record.hop_count;
-        event.protocol = leg.protocol;
-    });
+    event_of_leg(EventKind::Undone, leg, |event| event.reason = outcome as u32);
 }

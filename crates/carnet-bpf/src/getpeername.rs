@@ -15,17 +15,17 @@ use carnet_core::{
 
 use crate::{
     connecting::leg_of,
-    ctx::{load32, load64, store32},
+    ctx::load64,
+    sock_addr::{address_v4, address_v6, set_address_v4, set_address_v6},
     socket::Socket,
 };
 
 #[cgroup_sock_addr(getpeername4)]
 pub fn carnet_getpeer4(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
-    let peer = Endpoint::v4(load32!(ctx, 4), u16::from_be(load32!(ctx, 24) as u16));
+    let peer = address_v4(ctx);
     if let Some(leg) = redirected(leg(ctx), &peer) {
-        store32!(ctx, 4, leg.requested.address[3]);
-        store32!(ctx, 24, u32::from(leg.requested.port.to_be()));
+        set_address_v4(ctx, &leg.requested);
     }
     1
 }
@@ -33,16 +33,9 @@ pub fn carnet_getpeer4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub fn carnet_getpeer6(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
-    let peer = Endpoint::v6(
-        [load32!(ctx, 8), load32!(ctx, 12), load32!(ctx, 16), load32!(ctx, 20)],
-        u16::from_be(load32!(ctx, 24) as u16),
-    );
+    let peer = address_v6(ctx);
     if let Some(leg) = redirected(leg(ctx), &peer) {
-        store32!(ctx, 8, leg.requested.address[0]);
-        store32!(ctx, 12, leg.requested.address[1]);
-        store32!(ctx, 16, leg.requested.address[2]);
-        store32!(ctx, 20, leg.requested.address[3]);
-        store32!(ctx, 24, u32::from(leg.requested.port.to_be()));
+        set_address_v6(ctx, &leg.requested);
     }
     1
 }
@@ -58,13 +51,5 @@ pub(crate) fn redirected(
     leg: Option<&'static LegState>,
     peer: &Endpoint,
 ) -> Option<&'static LegState> {
-    let leg = leg?;
-    let target = &leg.target;
-    let same = leg.kind == LEG_REDIRECTED
-        && target.port == peer.port
-        && target.address[0] == peer.address[0]
-        && target.address[1] == peer.address[1]
-        && target.address[2] == peer.address[2]
-        && target.address[3] == peer.address[3];
-    same.then_some(leg)
+    leg.filter(|leg| leg.kind == LEG_REDIRECTED && leg.target.is_same(peer))
 }

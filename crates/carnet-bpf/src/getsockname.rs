@@ -17,20 +17,19 @@ use carnet_core::{address::Endpoint, flow::LegState, table::Tables as _};
 use crate::{
     accepted,
     bank::Bank,
-    ctx::{load32, load64, store32},
+    ctx::load64,
     held::asked,
-    listener::same,
     maps::DELIVERED,
+    sock_addr::{address_v4, address_v6, set_address_v4, set_address_v6},
     socket::Socket,
 };
 
 #[cgroup_sock_addr(getsockname4)]
 pub fn carnet_getsock4(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
-    let own = Endpoint::v4(load32!(ctx, 4), u16::from_be(load32!(ctx, 24) as u16));
+    let own = address_v4(ctx);
     if let Some(leg) = delivered(ctx, &own) {
-        store32!(ctx, 4, leg.requested.address[3]);
-        store32!(ctx, 24, u32::from(leg.requested.port.to_be()));
+        set_address_v4(ctx, &leg.requested);
     }
     1
 }
@@ -38,16 +37,9 @@ pub fn carnet_getsock4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getsockname6)]
 pub fn carnet_getsock6(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
-    let own = Endpoint::v6(
-        [load32!(ctx, 8), load32!(ctx, 12), load32!(ctx, 16), load32!(ctx, 20)],
-        u16::from_be(load32!(ctx, 24) as u16),
-    );
+    let own = address_v6(ctx);
     if let Some(leg) = delivered(ctx, &own) {
-        store32!(ctx, 8, leg.requested.address[0]);
-        store32!(ctx, 12, leg.requested.address[1]);
-        store32!(ctx, 16, leg.requested.address[2]);
-        store32!(ctx, 20, leg.requested.address[3]);
-        store32!(ctx, 24, u32::from(leg.requested.port.to_be()));
+        set_address_v6(ctx, &leg.requested);
     }
     1
 }
@@ -71,7 +63,7 @@ fn delivered(ctx: *mut bpf_sock_addr, own: &Endpoint) -> Option<&'static LegStat
     let bank = Bank::in_force();
     // A cgroup around another service's has that one's sockets too.
     let service = bank.service(bank.slot_of(leg.handle))?;
-    if service.tproxy == 0 || !same(&leg.target, own) {
+    if service.tproxy == 0 || !leg.target.is_same(own) {
         return None;
     }
     asked(leg, ticket);

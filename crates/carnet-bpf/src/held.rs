@@ -7,7 +7,7 @@
 use aya_ebpf::{bindings::BPF_NOEXIST, helpers::generated::bpf_map_update_elem};
 use carnet_core::{
     adoption::{Atomic, HeldFlows},
-    flow::{GuardKey, LEG_TO_UNMODIFIED, LegState},
+    flow::{HeldKey, LEG_TO_UNMODIFIED, LegState},
 };
 
 use crate::{
@@ -30,27 +30,9 @@ impl Atomic for Bank {
     }
 }
 
-/// Under what all flows of a service are counted.
-#[inline(always)]
-pub(crate) fn key_of_all(service: u64) -> GuardKey {
-    GuardKey { handle: service, netns: 0, address: [0; 4], port: 0, protocol: 0 }
-}
-
-/// Under what the flows of a leg's service for its destination are counted.
-#[inline(always)]
-pub(crate) fn key_of(leg: &LegState) -> GuardKey {
-    GuardKey {
-        handle: leg.handle,
-        netns: leg.home,
-        address: leg.requested.address,
-        port: leg.requested.port.into(),
-        protocol: leg.protocol,
-    }
-}
-
 /// The entry of this key.
 #[inline(always)]
-pub(crate) fn find(key: &GuardKey) -> Option<&'static mut HeldFlows> {
+pub(crate) fn find(key: &HeldKey) -> Option<&'static mut HeldFlows> {
     // SAFETY: the entry stays allocated until the program ends.
     HELD.get_ptr_mut(key).map(|held| unsafe { &mut *held })
 }
@@ -64,16 +46,16 @@ pub(crate) extern "C" fn carnet_hold(leg: *mut LegState, ticket: u64) -> i32 {
     let Some(leg) = (unsafe { leg.as_mut() }) else {
         return 0;
     };
-    let mut key = key_of_all(leg.handle);
+    let mut key = HeldKey::of_all(leg.handle);
     if !enter(&key, leg, ticket) {
         // What is not counted is not known to the service's next connect, which is then its own.
         leg.flags &= !LEG_TO_UNMODIFIED;
         return 0;
     }
-    key = key_of(leg);
+    key = leg.held_key();
     if !enter(&key, leg, ticket) {
         leg.flags &= !LEG_TO_UNMODIFIED;
-        key = key_of_all(leg.handle);
+        key = HeldKey::of_all(leg.handle);
         leave(&key, leg);
     }
     0
@@ -87,9 +69,9 @@ pub(crate) extern "C" fn carnet_let_go(leg: *mut LegState) -> i32 {
     let Some(leg) = (unsafe { leg.as_ref() }) else {
         return 0;
     };
-    let mut key = key_of(leg);
+    let mut key = leg.held_key();
     leave(&key, leg);
-    key = key_of_all(leg.handle);
+    key = HeldKey::of_all(leg.handle);
     leave(&key, leg);
     0
 }
@@ -98,7 +80,7 @@ pub(crate) extern "C" fn carnet_let_go(leg: *mut LegState) -> i32 {
 #[inline(always)]
 pub(crate) fn asked(leg: &LegState, ticket: u64) {
     if leg.flags & LEG_TO_UNMODIFIED != 0
-        && let Some(held) = find(&key_of(leg))
+        && let Some(held) = find(&leg.held_key())
     {
         held.ticket = ticket;
     }
@@ -109,7 +91,7 @@ const TRIES: u32 = 3;
 
 // Not inlined: it is called twice.
 #[inline(never)]
-fn enter(key: &GuardKey, leg: &LegState, ticket: u64) -> bool {
+fn enter(key: &HeldKey, leg: &LegState, ticket: u64) -> bool {
     for _ in 0..TRIES {
         if HELD.get_ptr(key).is_none() {
             make(key);
@@ -129,7 +111,7 @@ fn enter(key: &GuardKey, leg: &LegState, ticket: u64) -> bool {
 }
 
 #[inline(always)]
-fn leave(key: &GuardKey, leg: &LegState) {
+fn leave(key: &HeldKey, leg: &LegState) {
     let Some(held) = find(key) else {
         return;
     };
@@ -140,7 +122,7 @@ fn leave(key: &GuardKey, leg: &LegState) {
 }
 
 #[inline(always)]
-fn make(key: &GuardKey) {
+fn make(key: &HeldKey) {
     let Some(blank) = BLANK_LEG.get(0) else {
         return;
     };

@@ -151,7 +151,7 @@ impl Step for Unlisten {
             // whichever store comes last, it is not 0, unless a connect has found another socket
             // that listens there.
             let entry = unsafe { &mut *entry };
-            if entry.home == self.key.netns && same(&entry.local, &self.local) {
+            if entry.home == self.key.netns && entry.local.is_same(&self.local) {
                 entry.missed = 1;
                 return false;
             }
@@ -254,16 +254,6 @@ impl Drop for Found {
         // SAFETY: the socket is a reference that the look-up gave; it is not used after this.
         unsafe { bpf_sk_release(self.sk.cast::<c_void>()) };
     }
-}
-
-/// Whether two addresses and ports are the same.
-#[inline(always)]
-pub(crate) fn same(a: &Endpoint, b: &Endpoint) -> bool {
-    a.port == b.port
-        && a.address[0] == b.address[0]
-        && a.address[1] == b.address[1]
-        && a.address[2] == b.address[2]
-        && a.address[3] == b.address[3]
 }
 
 /// Copies an address and port, word by word: LLVM would have a function do it byte by byte, and the

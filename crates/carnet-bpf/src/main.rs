@@ -56,6 +56,7 @@ mod registration;
 mod release;
 mod report;
 mod setsockopt;
+mod sock_addr;
 mod sock_create;
 mod socket;
 mod sockops;

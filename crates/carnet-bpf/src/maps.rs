@@ -13,8 +13,8 @@ use carnet_core::{
     adoption::HeldFlows,
     event::{Counter, Event},
     flow::{
-        Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, GuardKey, LegState,
-        ListenerEntry, ListenerKey, LocalSourceKey, PeerKey, Registration, Tuple,
+        Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, HeldKey, LegState, ListenerEntry,
+        ListenerKey, LocalSourceKey, PeerKey, Registration, Tuple,
     },
     key::KeyRow,
     record::{FileId, MAX_PATH, Record},
@@ -251,12 +251,12 @@ pub(crate) static PATHS: LruHashMap<PathKey, KnownPath, 512> = LruHashMap::new()
 /// The hop guard's memory: flows that services hold, by service and destination. Writer: sockops.
 /// Reader: connect.
 #[btf_map]
-pub(crate) static GUARD: LruHashMap<GuardKey, GuardEntry, 65536> = LruHashMap::new();
+pub(crate) static GUARD: LruHashMap<HeldKey, GuardEntry, 65536> = LruHashMap::new();
 
 /// The flows that unmodified services hold, by service and destination; with a key of zeros but for the
 /// handle all of a service's. Writer: sockops, connect, sendmsg; what ends flows. Reader: connect, sendmsg.
 #[btf_map]
-pub(crate) static HELD: HashMap<GuardKey, HeldFlows, 65536, NO_PREALLOC> = HashMap::new();
+pub(crate) static HELD: HashMap<HeldKey, HeldFlows, 65536, NO_PREALLOC> = HashMap::new();
 
 /// Counters. Writer: all hooks. Reader: user mode.
 #[btf_map]

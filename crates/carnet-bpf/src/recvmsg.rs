@@ -15,11 +15,12 @@ use carnet_core::{address::Endpoint, flow::is_source_token};
 
 use crate::{
     client::held,
-    ctx::{load32, load64, store32},
+    ctx::{load32, load64},
     datagram::{known, remember},
     getpeername::redirected,
     maps::LEGS,
     report::now,
+    sock_addr::{address_v4, address_v6, set_address_v4, set_address_v6},
     socket::{CLOSE, Socket, is_datagram},
     source::is_local,
 };
@@ -27,10 +28,9 @@ use crate::{
 #[cgroup_sock_addr(recvmsg4)]
 pub fn carnet_recvmsg4(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
-    let source = Endpoint::v4(load32!(ctx, 4), u16::from_be(load32!(ctx, 24) as u16));
+    let source = address_v4(ctx);
     if let Some(requested) = asked_for(ctx, &source) {
-        store32!(ctx, 4, requested.address[3]);
-        store32!(ctx, 24, u32::from(requested.port.to_be()));
+        set_address_v4(ctx, requested);
     }
     1
 }
@@ -38,16 +38,9 @@ pub fn carnet_recvmsg4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(recvmsg6)]
 pub fn carnet_recvmsg6(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
-    let source = Endpoint::v6(
-        [load32!(ctx, 8), load32!(ctx, 12), load32!(ctx, 16), load32!(ctx, 20)],
-        u16::from_be(load32!(ctx, 24) as u16),
-    );
+    let source = address_v6(ctx);
     if let Some(requested) = asked_for(ctx, &source) {
-        store32!(ctx, 8, requested.address[0]);
-        store32!(ctx, 12, requested.address[1]);
-        store32!(ctx, 16, requested.address[2]);
-        store32!(ctx, 20, requested.address[3]);
-        store32!(ctx, 24, u32::from(requested.port.to_be()));
+        set_address_v6(ctx, requested);
     }
     1
 }

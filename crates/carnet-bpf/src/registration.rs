@@ -11,7 +11,6 @@ use carnet_core::{
 
 use crate::{
     bank::{Bank, repeat},
-    listener::same,
     maps::{LISTENERS, REGISTERED},
     report::event_of_caller,
     socket::Socket,
@@ -94,7 +93,7 @@ impl Step for SlotSearch {
                 if entry.home != self.entry.home {
                     return true;
                 }
-                if same(&entry.local, &self.entry.local) {
+                if entry.local.is_same(&self.entry.local) {
                     entry.missed = 0;
                     self.done = true;
                     return false;

@@ -1,7 +1,10 @@
 //! Events and counters.
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
-use carnet_core::event::{Counter, Event};
+use carnet_core::{
+    event::{Counter, Event, EventKind},
+    flow::LegState,
+};
 
 use crate::{
     ctx::fetch_add,
@@ -43,6 +46,23 @@ pub(crate) fn event_of_caller(kind: u32, describe: impl FnOnce(&mut Event)) {
         event.pid = process::pid();
         event.uid = process::uid();
         process::command(&mut event.command);
+        describe(event);
+    });
+}
+
+/// Reports what became of a leg, which no process caused; the rest of the event is filled in by `describe`.
+#[inline(always)]
+pub(crate) fn event_of_leg(kind: EventKind, leg: &LegState, describe: impl FnOnce(&mut Event)) {
+    event(kind as u32, |event| {
+        event.flow = leg.record.flow;
+        event.handle = leg.handle;
+        event.filter = leg.filter;
+        event.pid = leg.pid;
+        event.netns = leg.netns;
+        event.requested = leg.requested;
+        event.legs = leg.record.legs;
+        event.hops = leg.record.hop_count;
+        event.protocol = leg.protocol;
         describe(event);
     });
 }

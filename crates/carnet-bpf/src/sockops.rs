@@ -38,7 +38,7 @@ use crate::{
     ctx::{load32, load64},
     end::{abandon_connect, guard_begins, report_end},
     enforce::{carnet_unsettled, hold_back},
-    listener::{same, unlisten},
+    listener::unlisten,
     maps::{HANDOVER, LEGS},
     report::count,
     socket::{CLOSE, CLOSING, FIN_WAIT2, LAST_ACK, LISTEN, Socket, TCP},
@@ -84,7 +84,7 @@ fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
         return;
     };
     let (local, remote) = ends(ctx);
-    let outcome = Outcome::of(leg.kind, same(&remote, &leg.target));
+    let outcome = Outcome::of(leg.kind, remote.is_same(&leg.target));
     let goes = outcome == Outcome::AsDecided;
     if goes {
         leg.kind &= !LEG_STARTING;

@@ -100,6 +100,17 @@ impl Endpoint {
         Self { address, ..self }
     }
 
+    /// Whether address and port are the same. Written out: the derived comparison calls a function for the
+    /// address, and an IPv4-mapped address is the same whatever the family of the socket.
+    #[inline(always)]
+    pub const fn is_same(&self, other: &Self) -> bool {
+        self.port == other.port
+            && self.address[0] == other.address[0]
+            && self.address[1] == other.address[1]
+            && self.address[2] == other.address[2]
+            && self.address[3] == other.address[3]
+    }
+
     /// Where a socket that wanted to go here comes to nobody: port 0 of the loopback address, at which no
     /// socket can be. The kernel itself refuses to send a datagram to an address there (`EINVAL`).
     #[inline(always)]

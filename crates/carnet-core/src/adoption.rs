@@ -29,7 +29,9 @@ use core::marker::PhantomData;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
+    address::Endpoint,
     chain::slot_bit,
+    flow::{LEG_REDIRECTED, LegState},
     record::{Hop, MAX_HOPS, RECORD_ADOPTED, RECORD_IDENTITY_GUESSED, Record},
     table::{MAX_SERVICES, NO_SLOT, Repeat, Step, Tables},
 };
@@ -127,49 +129,61 @@ impl HeldFlows {
     }
 }
 
-/// On what the record of a connection without one is based.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Basis {
-    /// The held flows are those for the connection's destination; else all of the service's.
-    pub for_destination: bool,
-    /// The record is that of one of them, the likeliest; else it has no hops and describes the service's
-    /// process.
+/// What is known of the flows to which a connection without a record may belong.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidates<'a> {
+    /// The flows that its service holds for its destination.
+    pub for_destination: Option<&'a HeldFlows>,
+    /// All flows that its service holds.
+    pub all: Option<&'a HeldFlows>,
+    /// Whether the record is that of one of the flows for the destination, the likeliest
+    /// ([`LegState::is_candidate`]); else it has no hops and describes the service's process.
     pub known: bool,
 }
 
-/// Makes `record` that of a connection that the service with the redirect handle `own` makes without one
-/// and that may belong to one of the flows in `held`, if it holds any.
+impl LegState {
+    /// Whether the leg is one to whose flow a connection may belong that the service with the redirect
+    /// handle `own` makes to `destination`.
+    #[inline(always)]
+    pub fn is_candidate(&self, own: u64, destination: &Endpoint) -> bool {
+        self.kind == LEG_REDIRECTED && self.handle == own && self.requested.is_same(destination)
+    }
+}
+
+/// Makes `record` that of a connection that the service with the redirect handle `own` makes without one.
 ///
 /// Gives `false` if there is no room for all hops.
 #[inline(always)]
 pub fn adopt<T: Tables>(
     tables: &T,
-    held: Option<&HeldFlows>,
-    basis: Basis,
+    candidates: Candidates<'_>,
     own: u64,
     record: &mut Record,
 ) -> bool {
     let mut had = Had { certain: 0, possible: 0 };
-    let (mut live, mut legs) = (0, 0);
-    if let Some(held) = held {
+    let mut is_certain = true;
+    if let Some(held) = candidates.for_destination
+        && held.is_live()
+    {
         had = held.had(tables);
-        live = held.live;
-        legs = held.legs as u32;
-    }
-    if !basis.for_destination {
-        // Whether it belongs to one of them at all nobody knows. Legs of others do not count: two services
+        is_certain = candidates.known && held.live == 1;
+        let legs = held.legs as u32;
+        if record.legs < legs {
+            record.legs = legs;
+        }
+    } else if let Some(held) = candidates.all
+        && held.is_live()
+    {
+        // Whether it belongs to one of them at all nobody knows. Their legs do not count: two services
         // that each make connections of their own through the other would count them up for ever.
-        had = Had { certain: 0, possible: had.certain | had.possible };
-        legs = 0;
+        let Had { certain, possible } = held.had(tables);
+        had = Had { certain: 0, possible: certain | possible };
+        is_certain = false;
     }
-    let is_certain = if basis.for_destination { basis.known && live == 1 } else { live == 0 };
     // What was guessed of it before stays a guess.
     record.flags |= RECORD_ADOPTED;
     if !is_certain {
         record.flags |= RECORD_IDENTITY_GUESSED;
-    }
-    if record.legs < legs {
-        record.legs = legs;
     }
     fill_in(tables, had, own, record, is_certain)
 }
@@ -328,31 +342,6 @@ mod tests {
         record::RECORD_HOPS_GUESSED,
     };
 
-    /// Numbers that nobody else changes.
-    struct Plain;
-
-    impl Atomic for Plain {
-        fn add(number: &mut u64, change: u64) -> u64 {
-            let before = *number;
-            *number = before.wrapping_add(change);
-            before
-        }
-
-        fn replace(number: &mut u64, old: u64, new: u64) -> u64 {
-            let before = *number;
-            if before == old {
-                *number = new;
-            }
-            before
-        }
-    }
-
-    impl Repeat for Plain {
-        fn repeat<S: Step>(count: u32, step: &mut S) {
-            CompiledPolicy::repeat(count, step);
-        }
-    }
-
     /// A policy of services without filters, and their handles.
     fn services(count: usize) -> (CompiledPolicy, Vec<u64>) {
         let mut policy = Policy::new();
@@ -384,16 +373,19 @@ mod tests {
     }
 
     fn hold(held: &mut HeldFlows, record: &Record) {
-        assert!(held.enter::<Plain>(record, 1));
-        held.count::<Plain>(record, false);
+        assert!(held.enter::<CompiledPolicy>(record, 1));
+        held.count::<CompiledPolicy>(record, false);
     }
 
     fn let_go(held: &mut HeldFlows, record: &Record) -> bool {
-        held.count::<Plain>(record, true);
-        held.leave::<Plain>()
+        held.count::<CompiledPolicy>(record, true);
+        held.leave::<CompiledPolicy>()
     }
 
-    const OF_DESTINATION: Basis = Basis { for_destination: true, known: true };
+    /// A connection to where these flows go, the record of one of which is known.
+    fn beside(held: &HeldFlows) -> Candidates<'_> {
+        Candidates { for_destination: Some(held), all: Some(held), known: true }
+    }
 
     #[test]
     fn a_connection_beside_the_only_flow_is_that_flow_s() {
@@ -403,7 +395,7 @@ mod tests {
         let flow = record(&[(a, false), (b, true), (own, false)]);
         hold(&mut held, &flow);
         let mut adopted = flow;
-        assert!(adopt(&policy, Some(&held), OF_DESTINATION, own, &mut adopted));
+        assert!(adopt(&policy, beside(&held), own, &mut adopted));
         assert_eq!(hops(&adopted), hops(&flow), "as certain as it was");
         assert_eq!(adopted.flags, RECORD_ADOPTED | RECORD_HOPS_GUESSED);
         assert_eq!((adopted.legs, adopted.hops[2].filter), (3, 9));
@@ -413,15 +405,15 @@ mod tests {
     fn a_connection_elsewhere_is_the_service_s_own() {
         let (policy, handles) = services(3);
         let [a, _, own] = handles[..] else { unreachable!() };
-        let basis = Basis { for_destination: false, known: false };
+        let elsewhere = |all| Candidates { for_destination: None, all, known: false };
         let mut alone = record(&[]);
-        assert!(adopt(&policy, None, basis, own, &mut alone));
+        assert!(adopt(&policy, elsewhere(None), own, &mut alone));
         assert_eq!((hops(&alone), alone.flags), (std::vec![(own, false)], RECORD_ADOPTED));
 
         let mut held = HeldFlows::default();
         hold(&mut held, &record(&[(a, false), (own, false)]));
         let mut guessed = record(&[]);
-        assert!(adopt(&policy, Some(&held), basis, own, &mut guessed));
+        assert!(adopt(&policy, elsewhere(Some(&held)), own, &mut guessed));
         assert_eq!(hops(&guessed), [(a, true), (own, false)]);
         assert_eq!((guessed.flags & RECORD_IDENTITY_GUESSED, guessed.legs), (2, 2));
     }
@@ -434,13 +426,13 @@ mod tests {
         let mut held = HeldFlows::default();
         hold(&mut held, &twice);
         let mut adopted = twice;
-        assert!(adopt(&policy, Some(&held), OF_DESTINATION, own, &mut adopted));
+        assert!(adopt(&policy, beside(&held), own, &mut adopted));
         assert_eq!(hops(&adopted), hops(&twice));
 
         // Another flow has not had it.
         hold(&mut held, &record(&[(b, false), (own, false)]));
         let mut adopted = twice;
-        assert!(adopt(&policy, Some(&held), OF_DESTINATION, own, &mut adopted));
+        assert!(adopt(&policy, beside(&held), own, &mut adopted));
         assert_eq!(hops(&adopted), [(a, true), (b, false), (a, true), (own, false)]);
     }
 
@@ -452,7 +444,7 @@ mod tests {
         assert!(held.is_live());
         assert!(let_go(&mut held, &flow), "the last one");
         assert!(!held.is_live());
-        assert!(!held.enter::<Plain>(&flow, 1));
+        assert!(!held.enter::<CompiledPolicy>(&flow, 1));
         assert!(!held.is_live());
     }
 
@@ -487,7 +479,7 @@ mod tests {
             }
             let likeliest = of(&flows[stay[likeliest.index(stay.len())]]);
             let mut adopted = likeliest;
-            prop_assert!(adopt(&policy, Some(&held), OF_DESTINATION, own, &mut adopted));
+            prop_assert!(adopt(&policy, beside(&held), own, &mut adopted));
 
             // The naive way.
             let mut expected = BTreeMap::from([(own, false)]);

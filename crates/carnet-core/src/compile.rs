@@ -25,6 +25,7 @@ use core::{cmp::Reverse, num::NonZeroU16, ops::Range};
 
 use crate::{
     address::Wide,
+    adoption::Atomic,
     object::{FailurePolicy, Filter, FilterAction, Policy, Service, Trust, largest_value},
     table::{
         Action, ConditionRow, EMPTY_LEAF, FAILURE_BLOCK, FAILURE_SKIP, FILTER_HARD, FILTER_VETO,
@@ -317,6 +318,23 @@ impl Repeat for CompiledPolicy {
                 return;
             }
         }
+    }
+}
+
+/// On the host one thread counts.
+impl Atomic for CompiledPolicy {
+    fn add(number: &mut u64, change: u64) -> u64 {
+        let before = *number;
+        *number = before.wrapping_add(change);
+        before
+    }
+
+    fn replace(number: &mut u64, old: u64, new: u64) -> u64 {
+        let before = *number;
+        if before == old {
+            *number = new;
+        }
+        before
     }
 }
 

@@ -82,6 +82,20 @@ pub struct LegState {
 }
 
 impl LegState {
+    /// Under what the leg is one of the flows that its service holds.
+    #[inline(always)]
+    pub const fn held_key(&self) -> HeldKey {
+        HeldKey::of(self.handle, self.home, self.protocol, &self.requested)
+    }
+
+    /// Whether the next connect of the socket that this leg hangs on, or the next datagram that it sends
+    /// elsewhere, may adopt a record: none was set on it, and it is not connected. A socket that is
+    /// connected sends with the record of its connection.
+    #[inline(always)]
+    pub const fn may_adopt(&self) -> bool {
+        self.kind == 0 && (self.set_hops == 0 || self.flags & LEG_ADOPTED != 0)
+    }
+
     /// A service asks for the record at `now_ns` of the boot-time clock. As long as the connection is
     /// there, the record is renewed ([`Record::renew`]).
     #[inline(always)]
@@ -127,12 +141,12 @@ pub struct Tuple {
     pub remote_port: u32,
 }
 
-/// Key of the guard's memory: a service, and a destination for which it holds flows.
+/// Key of what is known of the flows that a service holds: the service, and their destination.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
 #[repr(C)]
-pub struct GuardKey {
+pub struct HeldKey {
     /// The service's redirect handle.
     pub handle: u64,
     /// Cookie of the network namespace in which the service listens, from which it connects onwards.
@@ -143,6 +157,26 @@ pub struct GuardKey {
     pub port: u32,
     /// IP protocol number.
     pub protocol: u32,
+}
+
+impl HeldKey {
+    /// That of the flows for one destination.
+    #[inline(always)]
+    pub const fn of(handle: u64, netns: u64, protocol: u32, destination: &Endpoint) -> Self {
+        Self {
+            handle,
+            netns,
+            address: destination.address,
+            port: destination.port as u32,
+            protocol,
+        }
+    }
+
+    /// That of all flows of a service: all but the service is zero.
+    #[inline(always)]
+    pub const fn of_all(handle: u64) -> Self {
+        Self { handle, netns: 0, address: [0; 4], port: 0, protocol: 0 }
+    }
 }
 
 /// What the guard remembers: how many flows for that destination the service holds, and how many
@@ -390,7 +424,7 @@ const _: () = {
     assert!(size_of::<Correspondent>() == 24);
     assert!(size_of::<DatagramLeg>() == 8 + 24 + size_of::<LegState>());
     assert!(size_of::<Tuple>() == 48);
-    assert!(size_of::<GuardKey>() == 40);
+    assert!(size_of::<HeldKey>() == 40);
     assert!(size_of::<GuardEntry>() == 24);
     assert!(size_of::<ListenerKey>() == 24);
     assert!(size_of::<ListenerEntry>() == 48);

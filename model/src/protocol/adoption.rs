@@ -1,39 +1,13 @@
 //! What an unmodified service connects, and the record that it adopts.
 
 use carnet_core::{
-    adoption::{Atomic, Basis, HeldFlows, adopt},
+    adoption::{Candidates, HeldFlows, adopt},
     compile::CompiledPolicy,
     record::Record,
-    table::{Repeat, Step},
 };
 
 use super::{Carried, Fault, Protocol, State};
 use crate::scene::{HANDLES, Scene};
-
-/// Numbers that only the model changes.
-struct Plain;
-
-impl Atomic for Plain {
-    fn add(number: &mut u64, change: u64) -> u64 {
-        let before = *number;
-        *number = before.wrapping_add(change);
-        before
-    }
-
-    fn replace(number: &mut u64, old: u64, new: u64) -> u64 {
-        let before = *number;
-        if before == old {
-            *number = new;
-        }
-        before
-    }
-}
-
-impl Repeat for Plain {
-    fn repeat<S: Step>(count: u32, step: &mut S) {
-        CompiledPolicy::repeat(count, step);
-    }
-}
 
 impl Protocol {
     /// The flows whose records the kernel may take for that of a connection of the service `own` to
@@ -57,20 +31,18 @@ impl Protocol {
     ) {
         let scene = self.scene(state);
         let destination = state.flows[number].destination;
-        let mut held = held(state, scene, own, Some(destination));
-        let for_destination = held.is_live();
-        if !for_destination {
-            held = self::held(state, scene, own, None);
-        }
         let kept = likeliest.and_then(|flow| state.flows[flow].kept[own]);
         let mut record = kept.map_or_else(
             || Carried::default().write_without_mac(scene),
             |(carried, _)| carried.write_without_mac(scene),
         );
-        let basis = Basis { for_destination, known: kept.is_some() };
+        let candidates = Candidates {
+            for_destination: Some(&held(state, scene, own, Some(destination))),
+            all: Some(&held(state, scene, own, None)),
+            known: kept.is_some(),
+        };
         let compiled = &self.generation(state).compiled;
-        let held = held.is_live().then_some(&held);
-        let complete = adopt(compiled, held, basis, scene.handles[own], &mut record);
+        let complete = adopt(compiled, candidates, scene.handles[own], &mut record);
         assert!(complete, "a record has room for all services");
         let adopted = read(scene, &record, state);
         let flow = &mut state.flows[number];
@@ -91,8 +63,8 @@ fn held(state: &State, scene: &Scene, own: usize, destination: Option<u8>) -> He
             && destination.is_none_or(|destination| destination == to)
         {
             let record = carried.write_without_mac(scene);
-            assert!(held.enter::<Plain>(&record, 1), "nothing was removed");
-            held.count::<Plain>(&record, false);
+            assert!(held.enter::<CompiledPolicy>(&record, 1), "nothing was removed");
+            held.count::<CompiledPolicy>(&record, false);
         }
     }
     held
