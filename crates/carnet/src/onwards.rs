@@ -1,8 +1,9 @@
 //! Connecting onwards: from an accepted connection to where it was going.
 
 use crate::{
-    AsSocket, Error, Operation, OriginalDestination, RedirectRecords, original_destination,
-    query_redirect_records, set_redirect_records, sys,
+    AsSocket, Error, Operation, OriginalDestination, PortableRecord, RedirectRecords,
+    import_redirect_records, original_destination, query_redirect_records, set_redirect_records,
+    sys,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io;
@@ -53,10 +54,19 @@ pub fn connect_onwards_to(
 /// another.
 #[derive(Clone, Debug)]
 pub struct Onwards {
-    records: RedirectRecords,
+    records: Carried,
     destination: SocketAddr,
     source: Option<SocketAddr>,
     timeout: Option<Duration>,
+}
+
+/// What the socket is given before it is connected.
+#[derive(Clone, Debug)]
+enum Carried {
+    /// Records of this host.
+    Own(RedirectRecords),
+    /// A record of another host.
+    Imported(PortableRecord),
 }
 
 impl Onwards {
@@ -72,6 +82,16 @@ impl Onwards {
 
     /// A connection to `destination` with records that were queried before.
     pub fn new(records: RedirectRecords, destination: SocketAddr) -> Self {
+        Self::carrying(Carried::Own(records), destination)
+    }
+
+    /// A connection to `destination` that goes on with a flow of another host, whose record this is: see
+    /// [`import_redirect_records`]. TCP only.
+    pub fn import(record: PortableRecord, destination: SocketAddr) -> Self {
+        Self::carrying(Carried::Imported(record), destination)
+    }
+
+    fn carrying(records: Carried, destination: SocketAddr) -> Self {
         Self { records, destination, source: None, timeout: None }
     }
 
@@ -104,7 +124,7 @@ impl Onwards {
     /// Makes the connection; blocks until it is there.
     ///
     /// # Errors
-    /// Those of [`set_redirect_records`]; [`Error::Connect`], of kind
+    /// Those of [`set_redirect_records`], or [`import_redirect_records`]; [`Error::Connect`], of kind
     /// [`TimedOut`](io::ErrorKind::TimedOut) when the limit has passed; [`Error::Blocked`];
     /// [`Error::Loop`]; [`Error::Os`] when no socket could be made or bound.
     pub fn connect(&self) -> Result<TcpStream, Error> {
@@ -122,7 +142,10 @@ impl Onwards {
     pub(crate) fn socket(&self, kind: Type) -> Result<Socket, Error> {
         let socket = new_socket(self.destination(), kind)?;
         // First of all: some systems classify a connection when its socket is bound (S58).
-        set_redirect_records(&socket, &self.records)?;
+        match &self.records {
+            Carried::Own(records) => set_redirect_records(&socket, records)?,
+            Carried::Imported(record) => import_redirect_records(&socket, record)?,
+        }
         if let Some(source) = self.source {
             socket.bind(&source.into()).map_err(not_prepared)?;
         }
