@@ -1,0 +1,217 @@
+//! Chains that go on at another host: two engines, each with a scope of its own, in two network namespaces
+//! that a cable joins. The first host is that of the clients, the second one that of the destination.
+
+use std::{mem::offset_of, net::SocketAddr, sync::Arc};
+
+use carnet_core::{
+    abi,
+    chain::hop_limit,
+    event::{Counter, EventKind},
+    object::{Conditions, Trust},
+    portable::{PortableRecord, identity},
+    record::{HEADER_LENGTH, Hop, MAX_RECORD, RECORD_IMPORTED, Record, RecordError},
+};
+use carnet_tests::{
+    Lab, Must as _, Network, Plan, Running,
+    puppet::{Errno, Hand, Puppet},
+    service::Behaviour,
+};
+
+/// Two hosts on one network.
+struct Hosts {
+    here: Lab,
+    there: Lab,
+}
+
+/// No condition that anything meets: the service gets what comes to it otherwise.
+fn nothing() -> Conditions {
+    Conditions { ports: vec!["1".parse().expect("a port")], ..Conditions::default() }
+}
+
+impl Hosts {
+    /// Hosts with these services, the heaviest first, and a gateway each.
+    #[track_caller]
+    fn new(here: &[&str], there: &[&str]) -> Self {
+        let network = Arc::new(Network::new());
+        let hosts = Self { here: Lab::beside(&network), there: Lab::beside(&network) };
+        for (lab, names) in [(&hosts.here, here), (&hosts.there, there)] {
+            for (weight, name) in (1..=names.len() as u16).rev().zip(names) {
+                lab.service(name, weight);
+            }
+        }
+        for lab in [&hosts.here, &hosts.there] {
+            let gateway = Plan { gateway: true, conditions: nothing(), ..Plan::default() };
+            lab.service_with("gateway", gateway);
+        }
+        hosts
+    }
+
+    /// An honest service of the second host at work.
+    #[track_caller]
+    fn start_there(&self, service: &str) -> Running {
+        let namespace = &self.there.network().topology.destination;
+        Running::start(namespace, &self.there.cgroup_of(service), &Behaviour::default())
+    }
+
+    /// A puppet in a service's cgroup of the second host.
+    #[track_caller]
+    fn puppet_there(&self, service: &str) -> Puppet {
+        let namespace = &self.there.network().topology.destination;
+        Puppet::start(namespace, &self.there.cgroup_of(service), None)
+    }
+}
+
+fn loopback() -> SocketAddr {
+    "127.0.0.1:0".parse().expect("an address")
+}
+
+/// The portable record of an accepted connection.
+#[track_caller]
+fn export(accepted: &Hand<'_>) -> Vec<u8> {
+    accepted.get(abi::LEVEL, abi::EXPORT_RECORD, MAX_RECORD).must("export the record")
+}
+
+fn import(socket: &Hand<'_>, record: &[u8]) -> Result<(), Errno> {
+    socket.set(abi::LEVEL, abi::IMPORT_RECORD, record)
+}
+
+#[test]
+fn a_chain_goes_on_at_another_host() {
+    for v6 in [false, true] {
+        let hosts = Hosts::new(&["one"], &["one", "two"]);
+        let to = if v6 { hosts.here.v6() } else { hosts.here.v4() };
+        let local: SocketAddr = if v6 { "[::1]:0" } else { "127.0.0.1:0" }.parse().must("parse");
+        let (service, client) = (hosts.here.puppet_of("one"), hosts.here.puppet());
+        let listener = service.serve(local);
+        let _connection = client.connect(to).must("connect");
+        let accepted = listener.accept().must("accept");
+        let exported = export(&accepted);
+        let record = PortableRecord::read(&exported).expect("a portable record");
+        assert_eq!(record.identities().collect::<Vec<_>>(), [identity("one", "one")]);
+        assert_eq!((record.app().pid, record.legs()), (client.id(), 1));
+
+        let [one, two] = ["one", "two"].map(|name| hosts.start_there(name));
+        let gateway = hosts.puppet_there("gateway");
+        let mut trace = hosts.there.trace();
+        let onward = gateway.tcp(to);
+        import(&onward, &exported).must("take the flow over");
+        onward.connect(to).must("connect onwards");
+        onward.send(b"hello").must("send");
+        assert_eq!(onward.receive(5), Ok(b"hello".to_vec()));
+
+        // It passes who has had it on the first host.
+        let reports = two.reports(1);
+        let flows = hosts.there.engine().flows().must("list the flows");
+        assert!(flows.iter().all(|flow| flow.imported), "{flows:#?}");
+        let hops = ["one", "gateway", "two"].map(|name| hosts.there.handle_of(name));
+        let parsed = reports[0].parsed();
+        assert_eq!(parsed.hops[..3].iter().map(|hop| hop.handle).collect::<Vec<_>>(), hops);
+        assert_eq!((parsed.hop_count, parsed.legs, parsed.flags), (3, 3, RECORD_IMPORTED));
+        assert_eq!((reports[0].original, reports[0].pid), (to, client.id()));
+        assert_eq!((reports[0].netns, reports[0].cgroup), (0, 0), "numbers of another kernel");
+        let event = trace.first(EventKind::Redirected);
+        assert_eq!((event.flow, event.flags), (parsed.flow, RECORD_IMPORTED));
+        drop(onward);
+        assert!(one.finish().is_empty());
+        assert_eq!(two.finish().len(), 1);
+        assert_eq!(hosts.here.counter(Counter::RecordsExported), 1);
+        assert_eq!(hosts.there.counter(Counter::RecordsImported), 1);
+    }
+}
+
+#[test]
+fn a_service_that_a_host_does_not_have_is_a_stranger_there_and_is_known_again_later() {
+    let hosts = Hosts::new(&["unknown", "one"], &["one", "two"]);
+    hosts.there.change(|policy| {
+        policy.set_trust("two", Trust::Services(vec!["one".into(), "gateway".into()]))?;
+        Ok(())
+    });
+    let (to, client) = (hosts.here.v4(), hosts.here.puppet());
+    let services = ["unknown", "one"].map(|name| hosts.here.puppet_of(name));
+    let listeners = services.each_ref().map(|service| service.serve(loopback()));
+    let _connection = client.connect(to).must("connect");
+    let first = listeners[0].accept().must("accept");
+    let onward = services[0].tcp(to);
+    onward.set_record(&first.query(abi::QUERY_REDIRECT_RECORDS).must("query")).must("set");
+    onward.connect(to).must("connect onwards");
+    let exported = export(&listeners[1].accept().must("accept"));
+
+    let two = hosts.start_there("two");
+    let gateway = hosts.puppet_there("gateway");
+    let taken = gateway.tcp(to);
+    import(&taken, &exported).must("take the flow over");
+    taken.connect(to).must("connect onwards");
+    // Were it not for the stranger, it would trust all of them.
+    let record = two.reports(1)[0].parsed();
+    let [one, gate] = ["one", "gateway"].map(|name| hosts.there.handle_of(name));
+    let unknown = identity("unknown", "unknown");
+    let hops = record.hops[..3].iter().map(|hop| (hop.handle, hop.filter)).collect::<Vec<_>>();
+    assert_eq!(hops, [(0, unknown), (one, 0), (gate, 0)]);
+    let flows = hosts.there.engine().flows().must("list the flows");
+    let hop = &flows[0].hops[0];
+    assert_eq!((hop.handle, hop.identity, &hop.service), (0, unknown, &None));
+
+    drop(taken);
+    two.kill();
+
+    // Back on the first host it is nobody's stranger.
+    let two = hosts.puppet_there("two");
+    let listener = two.serve(loopback());
+    let taken = gateway.tcp(to);
+    import(&taken, &exported).must("take the flow over");
+    taken.connect(to).must("connect onwards");
+    let back = export(&listener.accept().must("accept"));
+    let gateway = hosts.here.puppet_of("gateway");
+    let last = gateway.tcp(to);
+    import(&last, &back).must("take the flow over");
+    last.connect(to).must("connect onwards");
+    let flows = hosts.here.engine().flows().must("list the flows");
+    let flow = flows.iter().find(|flow| flow.imported).expect("the flow");
+    let hops: Vec<_> = flow.hops.iter().map(|hop| (hop.handle, hop.identity)).collect();
+    let [unknown, one, gate] =
+        ["unknown", "one", "gateway"].map(|name| (hosts.here.handle_of(name), 0));
+    // The gateway is the same one to both hosts.
+    assert_eq!(hops, [unknown, one, gate, (0, identity("two", "two"))]);
+}
+
+/// What a host makes of a portable record that forgets who has had the flow.
+fn forgetful(exported: &[u8]) -> Vec<u8> {
+    let mut bytes = exported[..HEADER_LENGTH + size_of::<Hop>()].to_vec();
+    let length = bytes.len() as u16;
+    bytes[offset_of!(Record, length)..][..2].copy_from_slice(&length.to_le_bytes());
+    bytes[offset_of!(Record, hop_count)..][..4].copy_from_slice(&1_u32.to_le_bytes());
+    bytes[offset_of!(Record, hops)..][..8].copy_from_slice(&77_u64.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn a_circle_of_hosts_that_forget_is_ended_by_the_guard() {
+    let hosts = Hosts::new(&["one"], &["two"]);
+    let (to, client) = (hosts.here.v4(), hosts.here.puppet());
+    let gateways = [hosts.here.puppet_of("gateway"), hosts.puppet_there("gateway")];
+    let services = [hosts.here.puppet_of("one"), hosts.puppet_there("two")];
+    let listeners = services.each_ref().map(|service| service.serve(loopback()));
+    let mut trace = hosts.here.trace();
+    let mut held = vec![client.connect(to).must("connect")];
+    let mut legs = Vec::new();
+    let errno = loop {
+        let host = legs.len() % 2;
+        let accepted = listeners[host].accept().must("accept");
+        let exported = export(&accepted);
+        legs.push(PortableRecord::read(&exported).expect("a portable record").legs());
+        assert!(legs.len() < 20, "{legs:?}");
+        let next = gateways[1 - host].tcp(to);
+        if let Err(errno) = import(&next, &forgetful(&exported)) {
+            break errno;
+        }
+        next.connect(to).must("connect onwards");
+        held.extend([accepted, next]);
+    };
+    // A service and a gateway on each host, and the one that nobody knows.
+    let limit = hop_limit(3);
+    assert_eq!(errno, Errno(libc::ELOOP));
+    assert_eq!(legs, (0..=limit / 2).map(|leg| 2 * leg + 1).collect::<Vec<_>>());
+    assert_eq!(hosts.here.counter(Counter::RecordsEndless), 1);
+    let event = trace.first(EventKind::RecordRefused);
+    assert_eq!(event.reason, RecordError::Endless as u32);
+}
