@@ -1,78 +1,26 @@
 //! Chains that go on at another host: two engines, each with a scope of its own, in two network namespaces
 //! that a cable joins. The first host is that of the clients, the second one that of the destination.
 
-use std::{mem::offset_of, net::SocketAddr, sync::Arc};
+use std::{collections::BTreeSet, mem::offset_of, net::SocketAddr};
 
 use carnet_core::{
     abi,
     chain::hop_limit,
     event::{Counter, EventKind},
-    object::{Conditions, Trust},
+    object::Trust,
     portable::{PortableRecord, identity},
-    record::{HEADER_LENGTH, Hop, MAX_RECORD, RECORD_IMPORTED, Record, RecordError},
+    record::{HEADER_LENGTH, Hop, RECORD_IMPORTED, Record, RecordError},
 };
+use carnet_testbed::Topology;
 use carnet_tests::{
-    Lab, Must as _, Network, Plan, Running,
-    puppet::{Errno, Hand, Puppet},
-    service::Behaviour,
+    Must as _,
+    hosts::{Hosts, export, import},
+    puppet::Errno,
+    rounds,
 };
-
-/// Two hosts on one network.
-struct Hosts {
-    here: Lab,
-    there: Lab,
-}
-
-/// No condition that anything meets: the service gets what comes to it otherwise.
-fn nothing() -> Conditions {
-    Conditions { ports: vec!["1".parse().expect("a port")], ..Conditions::default() }
-}
-
-impl Hosts {
-    /// Hosts with these services, the heaviest first, and a gateway each.
-    #[track_caller]
-    fn new(here: &[&str], there: &[&str]) -> Self {
-        let network = Arc::new(Network::new());
-        let hosts = Self { here: Lab::beside(&network), there: Lab::beside(&network) };
-        for (lab, names) in [(&hosts.here, here), (&hosts.there, there)] {
-            for (weight, name) in (1..=names.len() as u16).rev().zip(names) {
-                lab.service(name, weight);
-            }
-        }
-        for lab in [&hosts.here, &hosts.there] {
-            let gateway = Plan { gateway: true, conditions: nothing(), ..Plan::default() };
-            lab.service_with("gateway", gateway);
-        }
-        hosts
-    }
-
-    /// An honest service of the second host at work.
-    #[track_caller]
-    fn start_there(&self, service: &str) -> Running {
-        let namespace = &self.there.network().topology.destination;
-        Running::start(namespace, &self.there.cgroup_of(service), &Behaviour::default())
-    }
-
-    /// A puppet in a service's cgroup of the second host.
-    #[track_caller]
-    fn puppet_there(&self, service: &str) -> Puppet {
-        let namespace = &self.there.network().topology.destination;
-        Puppet::start(namespace, &self.there.cgroup_of(service), None)
-    }
-}
 
 fn loopback() -> SocketAddr {
     "127.0.0.1:0".parse().expect("an address")
-}
-
-/// The portable record of an accepted connection.
-#[track_caller]
-fn export(accepted: &Hand<'_>) -> Vec<u8> {
-    accepted.get(abi::LEVEL, abi::EXPORT_RECORD, MAX_RECORD).must("export the record")
-}
-
-fn import(socket: &Hand<'_>, record: &[u8]) -> Result<(), Errno> {
-    socket.set(abi::LEVEL, abi::IMPORT_RECORD, record)
 }
 
 #[test]
@@ -85,7 +33,7 @@ fn a_chain_goes_on_at_another_host() {
         let listener = service.serve(local);
         let _connection = client.connect(to).must("connect");
         let accepted = listener.accept().must("accept");
-        let exported = export(&accepted);
+        let exported = export(&accepted).must("export");
         let record = PortableRecord::read(&exported).expect("a portable record");
         assert_eq!(record.identities().collect::<Vec<_>>(), [identity("one", "one")]);
         assert_eq!((record.app().pid, record.legs()), (client.id(), 1));
@@ -134,7 +82,7 @@ fn a_service_that_a_host_does_not_have_is_a_stranger_there_and_is_known_again_la
     let onward = services[0].tcp(to);
     onward.set_record(&first.query(abi::QUERY_REDIRECT_RECORDS).must("query")).must("set");
     onward.connect(to).must("connect onwards");
-    let exported = export(&listeners[1].accept().must("accept"));
+    let exported = export(&listeners[1].accept().must("accept")).must("export");
 
     let two = hosts.start_there("two");
     let gateway = hosts.puppet_there("gateway");
@@ -160,7 +108,7 @@ fn a_service_that_a_host_does_not_have_is_a_stranger_there_and_is_known_again_la
     let taken = gateway.tcp(to);
     import(&taken, &exported).must("take the flow over");
     taken.connect(to).must("connect onwards");
-    let back = export(&listener.accept().must("accept"));
+    let back = export(&listener.accept().must("accept")).must("export");
     let gateway = hosts.here.puppet_of("gateway");
     let last = gateway.tcp(to);
     import(&last, &back).must("take the flow over");
@@ -197,7 +145,7 @@ fn a_circle_of_hosts_that_forget_is_ended_by_the_guard() {
     let errno = loop {
         let host = legs.len() % 2;
         let accepted = listeners[host].accept().must("accept");
-        let exported = export(&accepted);
+        let exported = export(&accepted).must("export");
         legs.push(PortableRecord::read(&exported).expect("a portable record").legs());
         assert!(legs.len() < 20, "{legs:?}");
         let next = gateways[1 - host].tcp(to);
@@ -214,4 +162,106 @@ fn a_circle_of_hosts_that_forget_is_ended_by_the_guard() {
     assert_eq!(hosts.here.counter(Counter::RecordsEndless), 1);
     let event = trace.first(EventKind::RecordRefused);
     assert_eq!(event.reason, RecordError::Endless as u32);
+}
+
+/// Any port of the second host.
+fn there(v6: bool) -> SocketAddr {
+    if v6 { (Topology::DESTINATION_V6, 0).into() } else { (Topology::DESTINATION_V4, 0).into() }
+}
+
+#[test]
+fn a_service_hands_flows_on_to_the_gateway_of_another_host() {
+    let hosts = Hosts::new(&["one"], &["one", "two"]);
+    let keys = hosts.keys(&[1]);
+    let [one, two] = ["one", "two"].map(|name| hosts.start_there(name));
+    let handles = ["one", "gateway", "two"].map(|name| hosts.there.handle_of(name));
+    for (v6, to) in [(false, hosts.here.v4()), (true, hosts.here.v6())] {
+        let gateway = hosts.gateway(there(v6), &keys, &[]);
+        let front = hosts.front("one", gateway.address, &keys);
+        hosts.here.exchange(to);
+        let (lines, _) = front.end();
+        assert_eq!(lines.len(), 1, "{lines:#?}");
+        let client = &lines[0]["pid"];
+        let (lines, said) = gateway.end();
+        assert_eq!(lines.len(), 1, "{lines:#?}");
+        assert_eq!(lines[0]["destination"], to.to_string());
+        assert_eq!((&lines[0]["verdict"], &lines[0]["pid"]), (&"allow".into(), client));
+        assert!(said.contains("records of chains: 1 taken\n"), "{said}");
+        let reports = two.reports(1 + usize::from(v6));
+        let report = reports.last().expect("a report");
+        let record = report.parsed();
+        assert_eq!(record.hops[..3].iter().map(|hop| hop.handle).collect::<Vec<_>>(), handles);
+        assert_eq!((report.original, report.pid.into()), (to, client.clone()));
+        assert_eq!((report.hops, report.legs, record.flags), (3, 3, RECORD_IMPORTED));
+    }
+    assert!(one.finish().is_empty(), "it has had them on the first host");
+    assert_eq!(two.finish().len(), 2);
+    assert_eq!(hosts.here.network().echo().connections().len(), 2);
+    assert_eq!(hosts.there.counter(Counter::RecordsImported), 2);
+}
+
+/// Each host sends everything to the other one: the flow passes every service once, and arrives.
+#[test]
+fn hosts_that_send_everything_to_each_other_let_a_flow_arrive() {
+    let hosts = Hosts::new(&["one"], &["back"]);
+    let keys = hosts.keys(&[1]);
+    let gateway = hosts.gateway(there(false), &keys, &[]);
+    let front = hosts.front("one", gateway.address, &keys);
+    let returning = hosts.returning_gateway(&keys);
+    let back = hosts.returning_front("back", returning.address, &keys);
+    hosts.here.exchange(hosts.here.v4());
+    for service in [front, gateway, back, returning] {
+        let (lines, said) = service.end();
+        assert_eq!(lines.len(), 1, "{said} {lines:#?}");
+        assert_eq!(lines[0]["verdict"], "allow", "{lines:#?}");
+    }
+    assert_eq!(hosts.here.network().echo().connections().len(), 1);
+}
+
+#[test]
+fn many_flows_at_once_go_on_at_another_host() {
+    let count = rounds(500);
+    let hosts = Hosts::new(&["one"], &["one", "two"]);
+    let keys = hosts.keys(&[1]);
+    let [one, two] = ["one", "two"].map(|name| hosts.start_there(name));
+    let gateway = hosts.gateway(there(false), &keys, &[]);
+    let front = hosts.front("one", gateway.address, &keys);
+    let client = hosts.here.client(hosts.here.v4()).count(count.into()).parallel(count as usize);
+    let reports = client.run().must("run clients");
+    assert!(reports.iter().all(|report| report.ok), "{reports:#?}");
+    hosts.here.settle();
+    hosts.there.settle_but_for(&[]);
+    assert_eq!(front.end().0.len(), count as usize);
+    let (_, said) = gateway.end();
+    assert!(said.contains(&format!("records of chains: {count} taken\n")), "{said}");
+    assert!(one.finish().is_empty());
+    let reports = two.finish();
+    let flows: BTreeSet<u64> = reports.iter().map(|report| report.flow).collect();
+    assert_eq!((reports.len(), flows.len()), (count as usize, count as usize));
+    assert!(reports.iter().all(|report| report.hops == 3 && report.legs == 3));
+    assert_eq!(hosts.here.network().echo().connections().len(), count as usize);
+}
+
+/// A key is replaced without a flow that is refused.
+#[test]
+fn keys_overlap_while_they_are_replaced() {
+    let hosts = Hosts::new(&["one"], &["two"]);
+    let _two = hosts.start_there("two");
+    for (front, gateway) in [(&[1][..], &[1, 2][..]), (&[2, 1], &[1, 2]), (&[2], &[2, 1])] {
+        let gateway = hosts.gateway(there(false), &hosts.keys(gateway), &[]);
+        let front = hosts.front("one", gateway.address, &hosts.keys(front));
+        hosts.here.exchange(hosts.here.v4());
+        drop(front.end());
+        let (lines, _) = gateway.end();
+        assert_eq!(lines[0]["verdict"], "allow", "{lines:#?}");
+    }
+    // One that the gateway does not have.
+    let gateway = hosts.gateway(there(false), &hosts.keys(&[1, 2]), &[]);
+    let front = hosts.front("one", gateway.address, &hosts.keys(&[3]));
+    let reports = hosts.here.client(hosts.here.v4()).run().must("run a client");
+    assert!(!reports[0].ok, "{reports:#?}");
+    drop(front.end());
+    let (lines, said) = gateway.end();
+    assert_eq!(lines[0]["verdict"], "refuse", "{lines:#?}");
+    assert!(said.contains("records of chains: 0 taken, 1 refused (unknown key)\n"), "{said}");
 }

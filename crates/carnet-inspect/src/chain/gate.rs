@@ -87,7 +87,7 @@ impl Gate {
 impl fmt::Display for Gate {
     /// How many were taken, and how many refused, by reason.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} records of chains taken", self.taken.load(Ordering::Relaxed))?;
+        write!(f, "records of chains: {} taken", self.taken.load(Ordering::Relaxed))?;
         for (refusal, count) in Refusal::ALL.iter().zip(&self.refused) {
             let count = count.load(Ordering::Relaxed);
             if count > 0 {
@@ -292,7 +292,7 @@ mod tests {
         }
         assert_eq!(
             gate.to_string(),
-            "1 records of chains taken, 1 refused (missing), 2 refused (malformed), 1 refused \
+            "records of chains: 1 taken, 1 refused (missing), 2 refused (malformed), 1 refused \
              (unknown key), 1 refused (forged), 1 refused (other audience), 1 refused (expired), 1 \
              refused (from the future), 1 refused (older than this program), 1 refused (replayed)"
         );
