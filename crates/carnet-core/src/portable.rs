@@ -17,7 +17,7 @@
 //! |---|---|
 //! | 0 | magic, the bytes `CRNP` |
 //! | 4 | version, 1 |
-//! | 8, 16, 32 | MAC, epoch and time of issue are zero: they are whoever carries it has |
+//! | 8, 16, 32 | MAC, epoch and time of issue are zero: to seal it is for whoever carries it |
 //! | 24 | the flow's number on the host that it comes from |
 //! | 404 | the flags, as they were there |
 //! | 408 + 16 n | the identity of hop `n`, 64 bits, 0 where it is not known; then 64 bits that nobody reads, written as 0 |
