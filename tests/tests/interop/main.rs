@@ -11,5 +11,6 @@ mod pages;
 mod pools;
 mod product;
 mod products;
+mod proxy_header;
 mod scene;
 mod weak;
