@@ -1,5 +1,7 @@
 //! Records that go to other hosts and come from them.
 
+use std::mem::offset_of;
+
 use carnet_core::{
     address::Endpoint,
     chain::{Chain, hop_limit},
@@ -256,6 +258,43 @@ fn services_that_other_hosts_cannot_tell_apart_do_not_come_into_being() {
     }
     assert_eq!(compiled.handle_of(identity("p", "b")), 0);
     assert_eq!(compiled.slot_of(0), NO_SLOT);
+}
+
+#[test]
+fn every_field_has_to_be_as_a_host_gives_it_out() {
+    let (policy, tables) = host(&["gate", "a", "b"]);
+    let good = export(&tables, &flow(&policy, &["a", "b"])).as_bytes().to_vec();
+    assert!(import(&tables, &good, 0).is_ok());
+    let bad: &[(usize, &[u8])] = &[
+        (offset_of!(Record, magic), b"CRNT"),
+        (offset_of!(Record, version), &[2]),
+        (offset_of!(Record, length), &[0xff]),
+        (offset_of!(Record, mac), &[1]),
+        (offset_of!(Record, epoch), &[1]),
+        (offset_of!(Record, issued_ns), &[1]),
+        (offset_of!(Record, hop_count), &[0]),
+        (offset_of!(Record, hop_count), &[1]),
+        (offset_of!(Record, hop_count), &[3]),
+        (offset_of!(Record, legs), &[1]),
+        (offset_of!(Record, legs), &[33]),
+        (offset_of!(Record, destination.family), &[3]),
+        (offset_of!(Record, destination.address), &[1]),
+        (offset_of!(Record, destination.zero), &[1]),
+        (offset_of!(Record, app.path_length), &[1, 1]),
+        (offset_of!(Record, guessed), &[4]),
+        (offset_of!(Record, guessed), &[0, 0, 0, 0x80]),
+        (offset_of!(Record, flags), &[16]),
+    ];
+    for (at, bytes) in bad {
+        let mut changed = good.clone();
+        changed[*at..at + bytes.len()].copy_from_slice(bytes);
+        assert_eq!(import(&tables, &changed, 0), Err(RecordError::Malformed), "{at} {bytes:?}");
+    }
+    for (at, bytes) in [(offset_of!(Record, guessed), [3]), (offset_of!(Record, flags), [15])] {
+        let mut changed = good.clone();
+        changed[at..=at].copy_from_slice(&bytes);
+        assert!(import(&tables, &changed, 0).is_ok(), "{at}");
+    }
 }
 
 const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
