@@ -465,7 +465,7 @@ fn entries<const KEY: usize, const VALUE: usize>(engine: &Engine, map: &str) -> 
 
 /// A cgroup, as policies name it.
 #[track_caller]
-fn reference_of(cgroup: &Cgroup) -> CgroupRef {
+pub fn reference_of(cgroup: &Cgroup) -> CgroupRef {
     let root = carnet_engine::cgroup::mount_point().must("find the cgroup2 hierarchy");
     let path = cgroup.path().strip_prefix(root).must("name a cgroup");
     CgroupRef { path: format!("/{}", path.display()), id: cgroup.id() }

@@ -7,7 +7,7 @@ use carnet_core::{
     abi,
     chain::hop_limit,
     event::{Counter, EventKind},
-    object::Trust,
+    object::{NewService, Trust},
     portable::{PortableRecord, identity},
     record::{HEADER_LENGTH, Hop, RECORD_IMPORTED, Record, RecordError},
 };
@@ -16,7 +16,8 @@ use carnet_tests::{
     Must as _,
     hosts::{Hosts, export, import},
     puppet::Errno,
-    rounds,
+    reference_of, rounds,
+    service::read_record,
 };
 
 fn loopback() -> SocketAddr {
@@ -120,6 +121,49 @@ fn a_service_that_a_host_does_not_have_is_a_stranger_there_and_is_known_again_la
         ["unknown", "one", "gateway"].map(|name| (hosts.here.handle_of(name), 0));
     // The gateway is the same one to both hosts.
     assert_eq!(hops, [unknown, one, gate, (0, identity("two", "two"))]);
+}
+
+/// Whom an identity means follows the policy, transaction by transaction.
+#[test]
+fn a_service_that_is_removed_is_a_stranger_and_known_by_its_new_handle_when_it_is_back() {
+    let hosts = Hosts::new(&["one"], &["one", "two"]);
+    let (to, client) = (hosts.here.v4(), hosts.here.puppet());
+    let service = hosts.here.puppet_of("one");
+    let listener = service.serve(loopback());
+    let _connection = client.connect(to).must("connect");
+    let exported = export(&listener.accept().must("accept")).must("export");
+    let gateway = hosts.puppet_there("gateway");
+    let two = hosts.puppet_there("two");
+    let listener = two.serve(loopback());
+    let first_hop = || {
+        let taken = gateway.tcp(to);
+        import(&taken, &exported).must("take the flow over");
+        taken.connect(to).must("connect onwards");
+        let accepted = listener.accept().must("accept");
+        let record = read_record(&accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query"));
+        (record.hops[0].handle, record.hops[0].filter)
+    };
+    let before = hosts.there.handle_of("one");
+    assert_eq!(first_hop(), (before, 0));
+    hosts.there.change(|policy| {
+        policy.remove_filter("one")?;
+        Ok(policy.remove_service("one").map(drop)?)
+    });
+    // What either bank has left would show.
+    for _ in 0..3 {
+        assert_eq!(first_hop(), (0, identity("one", "one")));
+        hosts.there.change(|policy| Ok(policy.add_provider("another", "").map(drop)?));
+        assert_eq!(first_hop(), (0, identity("one", "one")));
+        hosts.there.change(|policy| Ok(policy.remove_provider("another").map(drop)?));
+    }
+    let cgroup = reference_of(&hosts.there.cgroup_of("one"));
+    hosts.there.change(|policy| {
+        let new = NewService::new("one", "one", cgroup);
+        Ok(policy.add_service(new).map(drop)?)
+    });
+    let after = hosts.there.handle_of("one");
+    assert!(after > before);
+    assert_eq!(first_hop(), (after, 0));
 }
 
 /// What a host makes of a portable record that forgets who has had the flow.
