@@ -78,10 +78,10 @@ pub(crate) fn ticket(ctx: *mut bpf_sockopt, socket: Socket) -> u64 {
     if socket.get(&DELIVERED).is_some() { NO_TICKET } else { cookie_of(ctx) }
 }
 
-/// The cookie of the socket of a socket-option hook, which no helper tells it. An accepted socket has
-/// been given one.
+/// The cookie of the socket of a socket-option hook, which no helper tells it; 0 if it has none. An accepted
+/// socket has been given one, and so have those that a service makes ([`sock_create`](crate::sock_create)).
 #[inline(always)]
-fn cookie_of(ctx: *mut bpf_sockopt) -> u64 {
+pub(crate) fn cookie_of(ctx: *mut bpf_sockopt) -> u64 {
     let sk: u64 = read(ctx as u64, offset!(sockopt_socket));
     read(sk, offset!(sock_cookie))
 }

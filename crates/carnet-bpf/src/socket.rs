@@ -172,6 +172,13 @@ impl Socket {
         !tcp.is_null() && field::<u64>(tcp, offset!(sock_storage)) == 0 && !is_subflow(tcp)
     }
 
+    /// Whether somebody has asked for the socket's cookie. Before that, nothing is known under it.
+    #[inline(always)]
+    pub(crate) fn has_cookie(self) -> bool {
+        let tcp = self.tcp();
+        tcp.is_null() || field::<u64>(tcp, offset!(sock_cookie)) != 0
+    }
+
     /// Whether the other end has sent all that it will.
     #[inline(always)]
     pub(crate) fn has_received_fin(self) -> bool {
