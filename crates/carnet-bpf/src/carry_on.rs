@@ -12,7 +12,7 @@ use carnet_core::{
 };
 
 use crate::{
-    accepted::{cookie_of, find},
+    accepted::{cookie_of, find, is_accepted},
     connecting::{give_back, place_for_record},
     ctx::{load32, load64, opaque},
     end::abandon,
@@ -45,7 +45,7 @@ pub(crate) fn carry_on(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -
     }
     let cookie = cookie_of(ctx);
     // What is set on the socket itself would go before.
-    if socket.protocol() == TCP && cookie != 0 && socket.get(&LEGS).is_none() {
+    if socket.protocol() == TCP && cookie != 0 && !is_accepted(ctx) && socket.get(&LEGS).is_none() {
         if let Some(leg) = place_for_record(cookie) {
             let result = put(leg, delivered, ticket);
             if result.is_err() {

@@ -26,6 +26,9 @@ pub(crate) fn leg_of(ctx: *mut c_void, socket: Socket) -> Option<&'static mut Le
     if let Some(leg) = socket.get(&LEGS) {
         return Some(leg);
     }
+    if socket.is_accepted() {
+        return None;
+    }
     // SAFETY: by the caller, the helper takes this context.
     find(unsafe { bpf_get_socket_cookie(ctx) })
 }
@@ -64,7 +67,7 @@ pub(crate) fn place_for(
         }
     }
     // Socket options and addresses of Multipath TCP are asked of the connection, not of this subflow.
-    if is_tcp && socket.multipath().is_none() && begin(cookie) {
+    if is_tcp && socket.multipath().is_none() && !socket.is_accepted() && begin(cookie) {
         return find(cookie);
     }
     socket.get_or_create(&LEGS)
@@ -145,17 +148,22 @@ fn is_second(leg: &mut LegState) -> bool {
     unsafe { fetch_add(&raw mut leg.ends, 1) != 0 }
 }
 
-/// A socket, with this cookie, has been closed, for good. Its connection, if it came to one, may go on
-/// for a while.
+/// A socket has been closed, for good: the same as [`socket_ends`] for a leg that hangs on it.
 #[inline(always)]
-pub(crate) fn socket_ends(socket: Socket, cookie: u64) {
+pub(crate) fn storage_ends(socket: Socket) {
     if let Some(leg) = socket.get(&LEGS)
         && leg.kind & LEG_STARTING != 0
     {
         abandon_connect(leg);
     }
+}
+
+/// The socket with this cookie has been closed, for good. Its connection, if it came to one, may go on for a
+/// while. Gives `false` if no leg is kept for it.
+#[inline(always)]
+pub(crate) fn socket_ends(cookie: u64) -> bool {
     let Some(leg) = find(cookie) else {
-        return;
+        return false;
     };
     let starts = leg.kind & LEG_STARTING != 0;
     if starts {
@@ -165,4 +173,5 @@ pub(crate) fn socket_ends(socket: Socket, cookie: u64) {
     if starts || is_over {
         let _absent = CONNECTING.remove(&cookie);
     }
+    true
 }

@@ -267,6 +267,11 @@ pub(crate) static HELD: HashMap<HeldKey, HeldFlows, 65536, NO_PREALLOC> = HashMa
 #[btf_map]
 pub(crate) static COUNTERS: PerCpuArray<u64, { Counter::COUNT }> = PerCpuArray::new();
 
+/// Whether anybody reads [`EVENTS`]. Writer: who reads them, before it begins and when it is done. Reader: all
+/// hooks.
+#[btf_map]
+pub(crate) static EVENTS_READ: Array<u64, 1> = Array::new();
+
 /// What was decided. Writer: all hooks. Reader: `carnet trace`.
 #[btf_map]
 pub(crate) static EVENTS: RingBuf<Event, 524288> = RingBuf::new();

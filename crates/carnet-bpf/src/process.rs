@@ -63,6 +63,7 @@ pub(crate) struct Offsets {
     pub(crate) sock_cookie: u32,
     pub(crate) sock_owner: u32,
     pub(crate) sockopt_socket: u32,
+    pub(crate) tcp_sockops: u32,
 }
 
 /// The same, as the loader fills it in: the fields of [`Offsets`] in their order. The verifier
@@ -100,6 +101,7 @@ pub(crate) static OFFSETS: Offsets = Offsets {
     sock_cookie: 29,
     sock_owner: 30,
     sockopt_socket: 31,
+    tcp_sockops: 32,
 };
 
 /// One of [`OFFSETS`].

@@ -39,7 +39,7 @@ use crate::{
     listener::unlisten,
     maps::LEGS,
     report::count,
-    socket::{CLOSE, CLOSING, FIN_WAIT2, LAST_ACK, LISTEN, Socket, TCP},
+    socket::{CLOSE, CLOSING, FIN_WAIT2, LAST_ACK, LISTEN, MARK_OF_ACCEPTED, Socket, TCP},
 };
 
 #[sock_ops]
@@ -61,7 +61,7 @@ pub fn carnet_sockops(ctx: SockOpsContext) -> u32 {
     } else if op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
         established(ctx, socket);
     } else if op == BPF_SOCK_OPS_TCP_LISTEN_CB {
-        watch_state(ctx);
+        watch_state(ctx, 0);
     } else if load32!(ctx, 8) == CLOSE {
         let before = load32!(ctx, 4);
         if before == LISTEN {
@@ -101,7 +101,7 @@ fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
     if !goes {
         return;
     }
-    watch_state(ctx);
+    watch_state(ctx, 0);
     if leg.kind != LEG_REDIRECTED {
         return;
     }
@@ -130,7 +130,7 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
     }
     match delivered {
         Some(leg) => {
-            watch_state(ctx);
+            watch_state(ctx, MARK_OF_ACCEPTED);
             count(Counter::Delivered);
             // SAFETY: the helper takes this context.
             guard_begins(leg, unsafe { bpf_get_socket_cookie(ctx.cast()) });
@@ -171,10 +171,10 @@ fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
     connecting::connection_ends(unsafe { bpf_get_socket_cookie(ctx.cast()) });
 }
 
-/// Asks to be told of this socket's changes of state.
+/// Asks to be told of this socket's changes of state, and puts a mark on it.
 #[inline(always)]
-fn watch_state(ctx: *mut bpf_sock_ops) {
-    let flags = load32!(ctx, 84) | BPF_SOCK_OPS_STATE_CB_FLAG;
+fn watch_state(ctx: *mut bpf_sock_ops, mark: u32) {
+    let flags = load32!(ctx, 84) | BPF_SOCK_OPS_STATE_CB_FLAG | mark;
     // SAFETY: the helper takes this context.
     unsafe { bpf_sock_ops_cb_flags_set(ctx, flags as i32) };
 }

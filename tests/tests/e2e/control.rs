@@ -462,6 +462,41 @@ fn a_flow_that_a_socket_carries_on_is_its_own_until_it_is_closed() {
 }
 
 #[test]
+fn a_socket_that_was_accepted_can_carry_a_flow_on_itself() {
+    let (lab, service, client) = scene();
+    // Not to one address, which what it accepts would keep.
+    let listener = service.serve("0.0.0.0:0".parse().expect("an address"));
+    let (_connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let ticket = ticket(&accepted);
+    for way in ["with the ticket", "with the record"] {
+        let (first, reused) = redirected(&client, lab.v4(), &listener);
+        let record = accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+        drop(first);
+        reused.disconnect().must("disconnect");
+        if way == "with the ticket" {
+            reused.set(abi::LEVEL, abi::CARRY_ON, &ticket).must("carry the flow on");
+        } else {
+            reused.set_record(&record).must("set the record");
+        }
+        let before = lab.counter(Counter::Onward);
+        reused.connect(lab.v4()).must("connect onwards");
+        reused.send(b"here").must("send");
+        assert_eq!(reused.receive(4), Ok(b"here".to_vec()), "{way}");
+        assert_eq!(lab.counter(Counter::Onward), before + 1, "{way}");
+        assert_eq!(reused.peer(), Ok(lab.v4()), "{way}");
+        // And without either: it is redirected, and its peer is who was asked for.
+        let (_connection, forgetful) = redirected(&client, lab.v4(), &listener);
+        forgetful.disconnect().must("disconnect");
+        forgetful.connect(lab.v4()).must("connect");
+        assert_eq!(forgetful.peer(), Ok(lab.v4()), "{way}");
+        let again = listener.accept().must("accept its own");
+        assert_eq!(again.query(abi::ORIGINAL_DESTINATION).map(|answer| answer.len()), Ok(24));
+    }
+    drop((_connection, accepted, listener));
+    lab.settle_sockets();
+}
+
+#[test]
 fn a_record_serves_only_the_service_that_it_was_delivered_to() {
     let (lab, service, client) = scene();
     lab.service("bravo", 1);
