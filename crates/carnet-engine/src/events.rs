@@ -14,6 +14,8 @@ use crate::{Engine, Error, clock::boot_time_ns, location::Lock};
 
 const EVENTS: &str = "EVENTS";
 const EVENTS_READ: &str = "EVENTS_READ";
+/// Size of the ring buffer.
+const EVENTS_BYTES: usize = 524_288;
 
 /// The reader of an instance's events. There is one at a time, since events are gone when they are
 /// read.
@@ -43,11 +45,18 @@ impl Engine {
     /// [`Error::Map`] if the ring buffer cannot be mapped.
     pub fn events(&self) -> Result<EventReader, Error> {
         let lock = self.location().lock_reader()?;
-        let since_ns = boot_time_ns();
         let map = self.reading(|tables| tables.open(EVENTS))?;
-        let ring = Map::RingBuf(map).try_into().map_err(Error::map::<MapError>(EVENTS))?;
+        let mut ring: RingBuf<_> =
+            Map::RingBuf(map).try_into().map_err(Error::map::<MapError>(EVENTS))?;
         let map = self.reading(|tables| tables.open(EVENTS_READ))?;
         let read = Map::Array(map).try_into().map_err(Error::map::<MapError>(EVENTS_READ))?;
+        // What an earlier reader has left would take the room of what is to come. One that was killed has the
+        // hooks still report, so that there may be no end to it.
+        let mut most = EVENTS_BYTES / size_of::<Event>();
+        while most > 0 && ring.next().is_some() {
+            most -= 1;
+        }
+        let since_ns = boot_time_ns();
         let mut reader = EventReader { ring, read, since_ns, _lock: lock };
         reader.read.set(0, 1, 0).map_err(Error::map(EVENTS_READ))?;
         Ok(reader)

@@ -189,7 +189,7 @@ impl<'a> Proxy<'a> {
     #[track_caller]
     fn accept(&self) -> (Hand<'a>, Record) {
         let accepted = self.listener.accept().must("accept");
-        let record = accepted.query(carnet_core::abi::QUERY_REDIRECT_RECORDS).must("ask");
+        let record = accepted.query(abi::QUERY_REDIRECT_RECORDS).must("ask");
         (accepted, read_record(&record))
     }
 
