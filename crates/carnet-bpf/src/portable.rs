@@ -109,7 +109,7 @@ fn receive(
     // Left by a connect that failed before anything was sent.
     abandon(leg);
     copy_record(leg, record);
-    leg.set_hops = leg.record.hop_count;
+    leg.set_record();
     count(Counter::RecordsSet);
     count(Counter::RecordsImported);
     Ok(())
