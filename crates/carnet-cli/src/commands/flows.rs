@@ -158,6 +158,7 @@ fn one(legs: &[Flow]) -> Option<Listed> {
     };
     let is_certain = |hop| furthest.hops.iter().any(|other| same(other, hop) && !other.guessed);
     let guessed = furthest.hops.iter().filter(|hop| !is_certain(hop));
+    let name_of = |hop: &FlowHop| hop_name(hop.handle, hop.service.as_deref(), hop.identity);
     Some(Listed {
         flow: oldest.flow,
         began: moment::rfc3339(moment::time_of_day(began)),
@@ -172,23 +173,37 @@ fn one(legs: &[Flow]) -> Option<Listed> {
         },
         application_guessed: legs.iter().all(|leg| leg.identity_guessed),
         imported: oldest.imported,
-        services: furthest.hops.iter().map(hop_name).collect(),
-        services_guessed: guessed.map(hop_name).collect(),
+        services: furthest.hops.iter().map(name_of).collect(),
+        services_guessed: guessed.map(name_of).collect(),
         onward: furthest.kind == LegKind::Onward,
         legs: legs.iter().map(leg).collect(),
         age: moment::age(began),
     })
 }
 
-fn hop_name(hop: &FlowHop) -> String {
-    match &hop.service {
-        Some(name) => name.clone(),
-        None if hop.handle == 0 => format!("elsewhere-{:016x}", hop.identity),
-        None => removed(hop.handle),
+/// The name of a service that a flow has had, or what can be said of one that this host does not have.
+fn hop_name(handle: u64, name: Option<&str>, identity: u64) -> String {
+    match name {
+        Some(name) => name.to_owned(),
+        None if handle == 0 => format!("elsewhere-{identity:016x}"),
+        None => removed(handle),
     }
 }
 
 /// What can be said of a service that was removed.
 pub(super) fn removed(handle: u64) -> String {
     format!("removed-{handle}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_that_this_host_does_not_have_is_named_by_its_identity() {
+        let elsewhere = hop_name(0, None, 0x1f);
+        assert_eq!(elsewhere, "elsewhere-000000000000001f");
+        assert_eq!(hop_name(7, None, 0), "removed-7");
+        assert_eq!(hop_name(7, Some("tls"), 0), "tls");
+    }
 }

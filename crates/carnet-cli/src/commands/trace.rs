@@ -488,6 +488,15 @@ mod tests {
             "flow 7 curl[42]: onwards to 192.0.2.1:443 after 2 services, record adopted \
              (application and services guessed)"
         );
+        assert_eq!(
+            told(&Event { flags: RECORD_IMPORTED, ..event(EventKind::Onward) }),
+            "flow 7 curl[42]: onwards to 192.0.2.1:443 after 1 service, from another host"
+        );
+        let endless = RecordError::Endless as u32;
+        assert_eq!(
+            told(&Event { reason: endless, flow: 0, ..event(EventKind::RecordRefused) }),
+            "curl[42]: record refused, which tls set: endless"
+        );
         let unavailable = Reason::ServiceUnavailable as u32;
         assert_eq!(
             told(&Event { reason: unavailable, ..event(EventKind::Blocked) }),
