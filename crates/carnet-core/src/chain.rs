@@ -112,8 +112,8 @@ impl Chain {
 /// and the strangers in its record.
 ///
 /// A flow whose services all set the record makes at most one leg each, so more legs than services
-/// mean that somebody forgot it. The margin is for services that are removed or added while a flow
-/// is under way.
+/// mean that somebody forgot it. The margin is for what a forgotten record does not tell: services that were
+/// removed while the flow was under way, or are another host's.
 #[inline(always)]
 pub const fn hop_limit(services: u32) -> u32 {
     const MARGIN: u32 = 8;
