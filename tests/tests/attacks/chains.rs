@@ -161,16 +161,18 @@ fn a_header_for_another_gateway() {
 #[test]
 fn a_header_that_was_kept() {
     let scene = Scene::new(&[]);
-    let (now, to) = (SystemTime::now(), scene.gateway.address);
-    for age in [31, 3600] {
-        let seconds = Duration::from_secs(age);
-        assert!(!scene.goes_on(&scene.sealed(now - seconds, to)), "{age}");
-        // A moment passes until it is there.
-        let seconds = Duration::from_secs(age + 120);
-        assert!(!scene.goes_on(&scene.sealed(now + seconds, to)), "{age}");
-    }
+    let to = scene.gateway.address;
+    let (ago, ahead) = (
+        |seconds| SystemTime::now() - Duration::from_secs(seconds),
+        |seconds| SystemTime::now() + Duration::from_secs(seconds),
+    );
     // From before the gateway was started, which does not know what the one before has taken.
-    assert!(!scene.goes_on(&scene.sealed(now - Duration::from_secs(25), to)));
+    assert!(!scene.goes_on(&scene.sealed(ago(25), to)));
+    for age in [31, 3600] {
+        assert!(!scene.goes_on(&scene.sealed(ago(age), to)), "{age}");
+        // A moment passes until it is there.
+        assert!(!scene.goes_on(&scene.sealed(ahead(age + 120), to)), "{age}");
+    }
     scene.ends_with(
         0,
         ", 2 refused (expired), 2 refused (from the future), 1 refused (older than this program)",
