@@ -14,11 +14,13 @@ use crate::{cargo, host};
 const SUITE: Suite = Suite { package: "carnet-tests", target: "interop" };
 
 /// Programs, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 4] = [
+const PROGRAMS: [(&str, &str); 6] = [
+    ("e2guardian", "e2guardian"),
     ("haproxy", "haproxy"),
     ("redsocks", "redsocks"),
     ("squid", "squid-openssl"),
     ("sslsplit", "sslsplit"),
+    ("tor", "tor"),
 ];
 
 /// Packages of PyPI, and where they are, below the target directory. The tests look there.

@@ -5,6 +5,7 @@
 
 mod chains;
 mod deaths;
+mod far_side;
 mod load;
 mod matrix;
 mod pages;
@@ -12,4 +13,5 @@ mod pools;
 mod product;
 mod products;
 mod scene;
+mod tor_network;
 mod weak;

@@ -8,8 +8,10 @@ use std::{
     process::{Command, Stdio},
 };
 
-use carnet_testbed::Process;
+use carnet_testbed::{NetworkNamespace, Process};
 use carnet_tests::{Lab, Must as _, PATIENCE, contract::Scratch, until};
+
+use crate::far_side::FarSide;
 
 /// A program that can be a service.
 pub(crate) struct Product {
@@ -20,14 +22,27 @@ pub(crate) struct Product {
     pub(crate) tproxy: bool,
     /// Whether it knows nothing of Carnet.
     pub(crate) unmodified: bool,
-    /// Where it connects instead of to the destination.
-    pub(crate) upstream: Option<SocketAddr>,
+    /// Where flows go that it passes on.
+    pub(crate) onwards: Onwards,
+    /// What it needs on the other side of the cable.
+    pub(crate) far_side: Option<fn(&NetworkNamespace) -> FarSide>,
     /// Writes its configuration and gives the command.
     pub(crate) command: fn(&Site) -> Command,
     /// The file of its log, in its directory; else what it prints.
     pub(crate) log: Option<&'static str>,
     /// What a line of the log says of a flow, if it tells of one.
     pub(crate) read: fn(&str) -> Option<Logged>,
+}
+
+/// Where the flows go that a product passes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Onwards {
+    /// Each to its destination.
+    ToDestination,
+    /// Each to this address.
+    Through(SocketAddr),
+    /// Into connections of the product's own, which many of them share: no service after it gets flows.
+    Shared,
 }
 
 /// Where one runs.
@@ -38,6 +53,8 @@ pub(crate) struct Site<'a> {
     pub(crate) directory: &'a Path,
     /// The port at which it takes flows.
     pub(crate) port: u16,
+    /// What its configuration says of the other side of the cable.
+    pub(crate) far_side: &'a str,
 }
 
 impl Site<'_> {
@@ -74,11 +91,18 @@ pub(crate) struct AtWork {
 impl AtWork {
     /// Starts a product as the service of this name, which has been added. It listens on return.
     #[track_caller]
-    pub(crate) fn start(lab: &Lab, name: &str, product: &'static Product, port: u16) -> Self {
+    pub(crate) fn start(
+        lab: &Lab,
+        name: &str,
+        product: &'static Product,
+        port: u16,
+        far_side: &str,
+    ) -> Self {
         let scratch = Scratch::new();
         let open = fs::Permissions::from_mode(0o777);
         fs::set_permissions(scratch.path(), open).must("open a directory to all users");
-        let mut command = (product.command)(&Site { name, directory: scratch.path(), port });
+        let mut command =
+            (product.command)(&Site { name, directory: scratch.path(), port, far_side });
         command.stdin(Stdio::null());
         let errors = fs::File::create(scratch.path().join("stderr")).must("make a file");
         command.stderr(errors).current_dir(scratch.path());
@@ -128,9 +152,9 @@ impl AtWork {
     }
 }
 
-/// How many of the clients' sockets, those for IPv4 and those for IPv6, listen at a port.
+/// Of how many families, IPv4 and IPv6, sockets of the clients' namespace listen at a port.
 #[track_caller]
-fn listeners(lab: &Lab, port: u16) -> usize {
+pub(crate) fn listeners(lab: &Lab, port: u16) -> usize {
     let read = || {
         ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/thread-self/net/{table}")))
     };

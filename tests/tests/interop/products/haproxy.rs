@@ -2,14 +2,15 @@
 
 use std::process::Command;
 
-use crate::product::{Logged, Product, Site, installed};
+use crate::product::{Logged, Onwards, Product, Site, installed};
 
 pub(crate) const HAPROXY: Product = Product {
     name: "haproxy",
     ipv6: true,
     tproxy: true,
     unmodified: true,
-    upstream: None,
+    onwards: Onwards::ToDestination,
+    far_side: None,
     command,
     // It does not wait for a pipe that is full, and loses lines.
     log: Some("stderr"),

@@ -2,14 +2,15 @@
 
 use std::process::Command;
 
-use crate::product::{Logged, Product, Site, installed};
+use crate::product::{Logged, Onwards, Product, Site, installed};
 
 pub(crate) const SSLSPLIT: Product = Product {
     name: "sslsplit",
     ipv6: true,
     tproxy: false,
     unmodified: true,
-    upstream: None,
+    onwards: Onwards::ToDestination,
+    far_side: None,
     command,
     log: Some("connections.log"),
     read,
