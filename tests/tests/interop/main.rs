@@ -12,6 +12,7 @@ mod pages;
 mod pools;
 mod product;
 mod products;
+mod proxy_protocol;
 mod scene;
 mod tor_network;
 mod weak;
