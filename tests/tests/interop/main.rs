@@ -7,6 +7,7 @@ mod chains;
 mod deaths;
 mod far_side;
 mod load;
+mod local_capture;
 mod matrix;
 mod pages;
 mod pools;

@@ -186,8 +186,13 @@ pub(crate) fn installed(name: &str) -> PathBuf {
 /// A program that it installs from PyPI, into an environment of its own below the target directory.
 #[track_caller]
 pub(crate) fn from_pypi(name: &str) -> PathBuf {
-    let executable = env::current_exe().must("find the running executable");
-    let places = executable.ancestors().map(|place| place.join("tools/interop/bin").join(name));
-    let found = places.into_iter().find(|path| path.is_file());
+    let found = tool(&format!("tools/interop/bin/{name}"));
     found.unwrap_or_else(|| panic!("{name} is not installed: `cargo xtask interop` does that"))
+}
+
+/// A file below the target directory, if it is there.
+#[track_caller]
+pub(crate) fn tool(path: &str) -> Option<PathBuf> {
+    let executable = env::current_exe().must("find the running executable");
+    executable.ancestors().map(|place| place.join(path)).find(|path| path.is_file())
 }
