@@ -14,7 +14,7 @@ use crate::{cargo, host};
 const SUITE: Suite = Suite { package: "carnet-tests", target: "interop" };
 
 /// Programs, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 7] = [
+const PROGRAMS: [(&str, &str); 8] = [
     ("e2guardian", "e2guardian"),
     ("haproxy", "haproxy"),
     ("redsocks", "redsocks"),
@@ -22,6 +22,7 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("sslsplit", "sslsplit"),
     // What mitmproxy's local capture starts its helper with, root or not.
     ("sudo", "sudo"),
+    ("systemctl", "systemd"),
     ("tor", "tor"),
 ];
 

@@ -15,5 +15,6 @@ mod product;
 mod products;
 mod proxy_protocol;
 mod scene;
+mod systemd;
 mod tor_network;
 mod weak;
