@@ -14,9 +14,12 @@ use crate::{cargo, host};
 const SUITE: Suite = Suite { package: "carnet-tests", target: "interop" };
 
 /// Programs, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 8] = [
+const PROGRAMS: [(&str, &str); 10] = [
     ("e2guardian", "e2guardian"),
     ("haproxy", "haproxy"),
+    // With which OpenSnitch has the kernel ask it.
+    ("iptables", "iptables"),
+    ("opensnitchd", "opensnitch"),
     ("redsocks", "redsocks"),
     ("squid", "squid-openssl"),
     ("sslsplit", "sslsplit"),

@@ -9,6 +9,7 @@ mod far_side;
 mod load;
 mod local_capture;
 mod matrix;
+mod opensnitch;
 mod pages;
 mod pools;
 mod product;

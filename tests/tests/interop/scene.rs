@@ -289,7 +289,7 @@ impl Scene {
 }
 
 /// The port of a product at this place of a chain.
-fn port_of(place: usize) -> u16 {
+pub(crate) fn port_of(place: usize) -> u16 {
     FIRST_PORT + place as u16
 }
 
