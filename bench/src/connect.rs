@@ -7,6 +7,7 @@ use carnet_testbed::{interrupt, require_root};
 
 use crate::about::About;
 use crate::report::Report;
+use crate::site::Relay;
 use crate::{firewall, hooks, latency, services};
 
 /// What to measure, and how much of it.
@@ -27,6 +28,10 @@ pub(crate) struct Options {
     /// Measure only this part (repeatable)
     #[arg(long, value_enum, value_name = "PART")]
     part: Vec<Part>,
+
+    /// In the part services measure only with this relay (repeatable)
+    #[arg(long, value_enum, value_name = "RELAY")]
+    relay: Vec<Relay>,
 
     /// See in seconds whether everything works; the figures mean little
     #[arg(long, conflicts_with_all = ["rounds", "connections", "services", "save"])]
@@ -57,7 +62,7 @@ enum Part {
 }
 
 /// How much is measured.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Plan {
     /// Repetitions.
     pub(crate) rounds: u32,
@@ -69,6 +74,8 @@ pub(crate) struct Plan {
     pub(crate) services: u32,
     /// Whether nftables is compared with.
     pub(crate) nftables: bool,
+    /// The relays that are measured.
+    pub(crate) relays: Vec<Relay>,
 }
 
 /// Runs it and prints, or keeps, what was measured.
@@ -79,8 +86,8 @@ pub(crate) struct Plan {
 pub(crate) fn run(options: &Options) -> Result<()> {
     let plan = options.plan();
     let wanted = |part| options.part.is_empty() || options.part.contains(&part);
-    if options.save && !options.part.is_empty() {
-        bail!("--save keeps complete results only: leave --part out");
+    if options.save && !(options.part.is_empty() && options.relay.is_empty()) {
+        bail!("--save keeps complete results only: leave --part and --relay out");
     }
     require_root()?;
     if plan.nftables && wanted(Part::Services) {
@@ -112,7 +119,9 @@ impl Options {
             (self.rounds.get(), self.connections.get(), self.services)
         };
         let exchanges = connections.div_ceil(4).max(services::THREADS);
-        Plan { rounds, connections, exchanges, services, nftables: !self.no_nftables }
+        let wanted = |relay: &Relay| self.relay.is_empty() || self.relay.contains(relay);
+        let relays = [Relay::Bare, Relay::Inspect].into_iter().filter(wanted).collect();
+        Plan { rounds, connections, exchanges, services, nftables: !self.no_nftables, relays }
     }
 }
 

@@ -81,7 +81,7 @@ impl Row {
 /// must be.
 pub(crate) fn measure(plan: &Plan) -> Result<Vec<Row>> {
     let mut cases = vec![Between::Nothing];
-    for relay in [Relay::Bare, Relay::Inspect] {
+    for &relay in &plan.relays {
         if plan.nftables {
             cases.push(Between::Nftables(relay));
         }

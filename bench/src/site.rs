@@ -45,12 +45,12 @@ pub(crate) struct Runs {
 }
 
 /// What relays connections.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Relay {
     /// carnet-inspect: tokio, inspection of the first bytes, a log.
     Inspect,
-    /// [`relay`](crate::relay): blocking threads that do nothing else.
+    /// Blocking threads that do nothing but relay.
     Bare,
 }
 

@@ -13,7 +13,7 @@ use aya::maps::{Array, HashMap, Map, MapData};
 use carnet_core::{
     adoption::HeldFlows,
     event::{Counter, Event, EventKind},
-    flow::{HeldKey, LegState, Tuple},
+    flow::{Handover, HeldKey, LegState, Tuple},
     object::{
         CgroupRef, Conditions, Context, FailurePolicy, FilterAction, NewFilter, NewService, Policy,
         Trust, Weight,
@@ -443,7 +443,8 @@ impl Default for Lab {
 /// those that were, and destinations for which unmodified services hold flows.
 #[track_caller]
 fn kept(engine: &Engine) -> usize {
-    entries::<{ size_of::<Tuple>() }, LEG>(engine, "HANDOVER")
+    entries::<{ size_of::<Tuple>() }, { size_of::<Handover>() }>(engine, "HANDOVER")
+        + entries::<{ size_of::<u64>() }, LEG>(engine, "WAITING")
         + entries::<{ size_of::<u64>() }, LEG>(engine, "ACCEPTED")
         + entries::<{ size_of::<HeldKey>() }, { size_of::<HeldFlows>() }>(engine, "HELD")
 }

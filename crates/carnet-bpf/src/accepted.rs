@@ -14,7 +14,7 @@ use crate::{
     end::guard_ends,
     maps::{ACCEPTED, DELIVERED},
     process::{offset, read},
-    socket::Socket,
+    socket::{Socket, is_marked},
 };
 
 /// Gives the socket that has just been established on the accepting side its leg, which lies in a map.
@@ -78,12 +78,19 @@ pub(crate) fn ticket(ctx: *mut bpf_sockopt, socket: Socket) -> u64 {
     if socket.get(&DELIVERED).is_some() { NO_TICKET } else { cookie_of(ctx) }
 }
 
-/// The cookie of the socket of a socket-option hook, which no helper tells it. An accepted socket has
-/// been given one.
+/// The cookie of the socket of a socket-option hook, which no helper tells it; 0 if it has none. An accepted
+/// socket has been given one, and so have those that a service makes ([`sock_create`](crate::sock_create)).
 #[inline(always)]
-fn cookie_of(ctx: *mut bpf_sockopt) -> u64 {
+pub(crate) fn cookie_of(ctx: *mut bpf_sockopt) -> u64 {
     let sk: u64 = read(ctx as u64, offset!(sockopt_socket));
     read(sk, offset!(sock_cookie))
+}
+
+/// Whether the socket of a socket-option hook is marked as accepted ([`Socket::is_accepted`]).
+#[inline(always)]
+pub(crate) fn is_accepted(ctx: *mut bpf_sockopt) -> bool {
+    let sk: u64 = read(ctx as u64, offset!(sockopt_socket));
+    is_marked(read(sk, offset!(tcp_sockops)))
 }
 
 /// The leg of the accepted socket with this cookie.

@@ -15,6 +15,7 @@ use crate::{
     accepted,
     attempt::begin_record,
     bank::Bank,
+    connecting::with_record,
     ctx::load32,
     decide::netns_of,
     held,
@@ -42,7 +43,7 @@ pub(crate) fn adopt_if_unmodified(
         return 0;
     }
     let service = carnet_service();
-    if service == 0 || !is_unmodified(service) {
+    if service == 0 || !is_unmodified(service) || with_record(ctx, socket).is_some() {
         return 0;
     }
     let Some(leg) = socket.get_or_create(&LEGS) else {

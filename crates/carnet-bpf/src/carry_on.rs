@@ -7,17 +7,19 @@ use carnet_core::{
     abi::errno,
     access::Caller,
     event::Counter,
+    flow::LegState,
     record::{MAX_RECORD, RecordError},
 };
 
 use crate::{
-    accepted::find,
+    accepted::{cookie_of, find, is_accepted},
+    connecting::{give_back, place_for_record},
     ctx::{load32, load64, opaque},
     end::abandon,
     maps::LEGS,
     report::{count, now},
     setsockopt::refused,
-    socket::{CLOSE, Socket},
+    socket::{CLOSE, Socket, TCP},
 };
 
 /// Puts the record of the accepted connection that the caller names on a socket that is to be connected.
@@ -41,15 +43,33 @@ pub(crate) fn carry_on(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -
     if let Err(error) = delivered.carry_on(caller, now()) {
         return Err(refused(error, caller));
     }
-    let length = opaque(delivered.record.length.into());
-    if length > MAX_RECORD as u64 {
-        return Err(errno::EINVAL);
+    let cookie = cookie_of(ctx);
+    // What is set on the socket itself would go before.
+    if socket.protocol() == TCP && cookie != 0 && !is_accepted(ctx) && socket.get(&LEGS).is_none() {
+        if let Some(leg) = place_for_record(cookie) {
+            let result = put(leg, delivered, ticket);
+            if result.is_err() {
+                give_back(cookie);
+            }
+            return result;
+        }
     }
     let Some(leg) = socket.get_or_create(&LEGS) else {
         return Err(errno::ENOMEM);
     };
     // Left by a connect that failed before anything was sent.
     abandon(leg);
+    put(leg, delivered, ticket)
+}
+
+/// Copies the record of the accepted socket with this ticket. After an error there is none.
+#[inline(always)]
+fn put(leg: &mut LegState, delivered: &LegState, ticket: u64) -> Result<(), i32> {
+    let length = opaque(delivered.record.length.into());
+    if length > MAX_RECORD as u64 {
+        leg.set_hops = 0;
+        return Err(errno::EINVAL);
+    }
     // SAFETY: both are whole records in map values, of which `length` is a part.
     unsafe {
         bpf_probe_read_kernel(
@@ -64,7 +84,7 @@ pub(crate) fn carry_on(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -
         leg.set_hops = 0;
         return Err(errno::EINVAL);
     }
-    leg.set_hops = leg.record.hop_count;
+    leg.set_record();
     count(Counter::RecordsSet);
     Ok(())
 }

@@ -30,7 +30,7 @@ use crate::{
     adopt::adopt_if_unmodified,
     attempt::{Attempt, PASS, refuse, set_context},
     client::carnet_client,
-    connecting::place_for,
+    connecting::{place_for, with_record},
     ctx::{load32, load64},
     decide::{Request, concerns_somebody, destination_concerns_somebody},
     end::{abandon, datagrams_end, guard_begins},
@@ -82,9 +82,7 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
             count_passed();
             return PASS;
         }
-        if !socket.is_blank() {
-            take_back_record(socket);
-        }
+        take_back_record(ctx, socket);
     } else {
         let mut asked = destination;
         if carnet_client(ctx, &raw mut asked) != 0 {
@@ -107,7 +105,7 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
         rewrite(&destination.nowhere());
         return refuse(error);
     }
-    let record = record_on(socket);
+    let record = record_on(ctx, socket);
     if record.is_none() && !concerns_somebody(ctx, protocol, &destination) {
         count_passed();
         return PASS;
@@ -139,7 +137,14 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
 /// connection that it belongs to, is taken back, and what else it left there removed: the kernel keeps it
 /// over `connect(AF_UNSPEC)`.
 #[inline(always)]
-fn take_back_record(socket: Socket) {
+fn take_back_record(ctx: *mut bpf_sock_addr, socket: Socket) {
+    if let Some(leg) = with_record(ctx, socket) {
+        abandon(leg);
+        leg.record.take_back(leg.set_hops);
+    }
+    if socket.is_blank() {
+        return;
+    }
     let mut holder = socket;
     if let Some(connection) = socket.multipath() {
         socket.delete(&LEGS);
@@ -174,12 +179,15 @@ fn take_back(holder: Socket) {
 /// The record with which the socket connects: its own, or that of the Multipath TCP connection that it
 /// belongs to.
 #[inline(always)]
-pub(crate) fn record_on(socket: Socket) -> Option<&'static Record> {
-    let leg = match socket.get(&LEGS) {
-        Some(leg) => leg,
-        None => socket.multipath()?.get(&LEGS)?,
+pub(crate) fn record_on(ctx: *mut bpf_sock_addr, socket: Socket) -> Option<&'static Record> {
+    let on_socket = match socket.get(&LEGS) {
+        Some(leg) => Some(leg),
+        None => socket.multipath().and_then(|connection| connection.get(&LEGS)),
     };
-    if leg.set_hops == 0 { None } else { Some(&leg.record) }
+    match on_socket {
+        Some(leg) if leg.set_hops != 0 => Some(&leg.record),
+        _ => with_record(ctx, socket).map(|leg| &leg.record),
+    }
 }
 
 /// Does what was decided: gives 0, or the errno with which the connect is refused.

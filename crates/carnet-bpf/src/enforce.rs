@@ -83,7 +83,7 @@ pub(crate) extern "C" fn carnet_refused(ctx: *mut bpf_sock_addr, request: *const
     if request.protocol != TCP {
         return 0;
     }
-    let attempt = Attempt { ctx, socket, record: record_on(socket), request };
+    let attempt = Attempt { ctx, socket, record: record_on(ctx, socket), request };
     if let Some(leg) = begin(&attempt, LEG_REFUSED, &request.destination) {
         leg.handle = request.decision.handle;
         leg.filter = request.decision.filter;

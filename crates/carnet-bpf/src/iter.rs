@@ -54,8 +54,8 @@ struct OpenFile {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
 pub extern "C" fn carnet_files(ctx: *mut c_void) -> i32 {
-    let file = load64!(ctx, 24);
-    if file != 0 {
+    let file = load64!(ctx, 24) as *const c_void;
+    if !file.is_null() {
         let entry = OpenFile { descriptor: load32!(ctx, 16).into(), file: file_id(file) };
         // SAFETY: writes a whole structure from this program's stack.
         unsafe {

@@ -13,11 +13,11 @@
 //! | [`bind`] | `cgroup/post_bind4`, `6` | register the listeners of programs that do not |
 //! | [`getsockname`] | `cgroup/getsockname4`, `6` | proxies made for `TPROXY` find the destination |
 //! | [`getpeername`] | `cgroup/getpeername4`, `6` | the application sees whom it asked for |
-//! | [`sock_create`] | `cgroup/sock_create` | refuse sockets whose flows no hook sees |
+//! | [`sock_create`] | `cgroup/sock_create` | cookies for services' sockets; refuse sockets whose flows no hook sees |
 //! | [`iter`] | `iter/bpf_sk_storage_map`, `iter/task_file` | list live flows; identify a file |
 //!
 //! Beside them: [`maps`] (all state), [`connecting`] and [`accepted`] (the legs of
-//! sockets), [`carry_on`] (from the one to the other), [`bank`] (core's tables over the maps),
+//! sockets), [`handover`] (from the one to the other), [`carry_on`] (and on to the service's next one), [`bank`] (core's tables over the maps),
 //! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`enforce`] (that it holds), [`end`] and [`idle`] (the
 //! end of legs), [`client`] (whose UDP flow an address stands for), [`source`] (from where UDP may
 //! send), [`listener`] (a service's live listener), [`registration`] (how it becomes one), [`mac`], [`socket`] (state of
@@ -44,6 +44,7 @@ mod enforce;
 mod getpeername;
 mod getsockname;
 mod getsockopt;
+mod handover;
 mod held;
 mod idle;
 mod iter;

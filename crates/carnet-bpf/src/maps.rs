@@ -13,8 +13,8 @@ use carnet_core::{
     adoption::HeldFlows,
     event::{Counter, Event},
     flow::{
-        Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, HeldKey, LegState, ListenerEntry,
-        ListenerKey, LocalSourceKey, PeerKey, Registration, Tuple,
+        Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, Handover, HeldKey, LegState,
+        ListenerEntry, ListenerKey, LocalSourceKey, PeerKey, Registration, Tuple,
     },
     key::KeyRow,
     record::{FileId, MAX_PATH, Record},
@@ -157,11 +157,16 @@ pub(crate) static DELIVERED: SkStorage<LegState> = SkStorage::new();
 #[btf_map]
 pub(crate) static SECOND_RECORDS: SkStorage<Record> = SkStorage::new();
 
-/// Legs under way from the connecting to the accepted socket, by the connection's two ends.
-/// Writer: sockops before the SYN is sent. Reader: sockops when the other end is established, which
-/// removes the entry; so does the end of a connection that was never established.
+/// Legs under way from the connecting to the accepted socket: where they are, by the connection's two
+/// ends. Writer: sockops before the SYN is sent. Reader: sockops when the other end is
+/// established, which removes the entry; so does the end of a connection that was never established.
 #[btf_map]
-pub(crate) static HANDOVER: HashMap<Tuple, LegState, 65536, NO_PREALLOC> = HashMap::new();
+pub(crate) static HANDOVER: HashMap<Tuple, Handover, 65536, NO_PREALLOC> = HashMap::new();
+
+/// Copies of the legs among them that are not in [`CONNECTING`], by the cookies of the connecting sockets:
+/// what hangs on a socket only that one's hooks reach. Writer, reader: as of [`HANDOVER`].
+#[btf_map]
+pub(crate) static WAITING: HashMap<u64, LegState, 65536, NO_PREALLOC> = HashMap::new();
 
 /// How many legs of connecting TCP sockets have neither come to their SYN nor been taken away. Apart from
 /// what else is counted, since every connect looks. Writer: connect, sockops, sock_release, setsockopt.
@@ -261,6 +266,11 @@ pub(crate) static HELD: HashMap<HeldKey, HeldFlows, 65536, NO_PREALLOC> = HashMa
 /// Counters. Writer: all hooks. Reader: user mode.
 #[btf_map]
 pub(crate) static COUNTERS: PerCpuArray<u64, { Counter::COUNT }> = PerCpuArray::new();
+
+/// Whether anybody reads [`EVENTS`]. Writer: who reads them, before it begins and when it is done. Reader: all
+/// hooks.
+#[btf_map]
+pub(crate) static EVENTS_READ: Array<u64, 1> = Array::new();
 
 /// What was decided. Writer: all hooks. Reader: `carnet trace`.
 #[btf_map]

@@ -1,15 +1,17 @@
 //! Who calls: the identity of the process in whose context a hook runs.
 //!
-//! Task structures are read with `bpf_probe_read_kernel` at offsets that the loader takes from the
-//! running kernel's own type information, because Rust has no relocations for that.
+//! The kernel's structures are read at offsets that the loader takes from the running kernel's own type
+//! information, because Rust has no relocations for that. From the calling task on the verifier knows their
+//! types, and a field is read by one instruction; what is reached by arithmetic takes the call of
+//! `bpf_probe_read_kernel`.
 
-use core::ffi::c_void;
+use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     bindings::BPF_ANY,
     helpers::generated::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm,
-        bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_uid_gid,
+        bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_get_current_uid_gid,
         bpf_map_update_elem, bpf_probe_read_kernel,
     },
 };
@@ -61,6 +63,7 @@ pub(crate) struct Offsets {
     pub(crate) sock_cookie: u32,
     pub(crate) sock_owner: u32,
     pub(crate) sockopt_socket: u32,
+    pub(crate) tcp_sockops: u32,
 }
 
 /// The same, as the loader fills it in: the fields of [`Offsets`] in their order. The verifier
@@ -98,6 +101,7 @@ pub(crate) static OFFSETS: Offsets = Offsets {
     sock_cookie: 29,
     sock_owner: 30,
     sockopt_socket: 31,
+    tcp_sockops: 32,
 };
 
 /// One of [`OFFSETS`].
@@ -136,10 +140,16 @@ pub(crate) fn field<T>(structure: *const c_void, offset: u32) -> T {
     unsafe { structure.byte_add(offset as usize).cast::<T>().read_volatile() }
 }
 
+/// The structure to which a field of another one points; null where either is not there.
+#[inline(always)]
+fn follow(structure: *const c_void, offset: u32) -> *const c_void {
+    if structure.is_null() { ptr::null() } else { field(structure, offset) }
+}
+
 /// The calling task.
 #[derive(Clone, Copy)]
 pub(crate) struct Process {
-    task: u64,
+    task: *const c_void,
 }
 
 impl Process {
@@ -147,27 +157,24 @@ impl Process {
     #[inline(always)]
     pub(crate) fn current() -> Self {
         // SAFETY: the helper has no preconditions.
-        Self { task: unsafe { bpf_get_current_task() } }
+        Self { task: unsafe { bpf_get_current_task_btf() }.cast_const().cast() }
     }
 
     /// Whether the task is the kernel's own (NFS, SMB, Ceph, …), which is never redirected: the
     /// kernel would take the rewritten address for its own.
     #[inline(always)]
     pub(crate) fn is_kernel_thread(self) -> bool {
-        read::<u32>(self.task, offset!(task_flags)) & KERNEL_THREAD != 0
+        field::<u32>(self.task, offset!(task_flags)) & KERNEL_THREAD != 0
     }
 
     /// Whether the task has `CAP_NET_ADMIN` in the initial user namespace.
     #[inline(always)]
     pub(crate) fn is_privileged(self) -> bool {
-        let cred: u64 = read(self.task, offset!(task_cred));
-        let namespace: u64 = read(cred, offset!(cred_user_namespace));
-        // Unreadable memory reads as zero, which is the initial namespace's level: ask for the
-        // pointers too.
-        cred != 0
-            && namespace != 0
-            && read::<u32>(namespace, offset!(user_namespace_level)) == 0
-            && read::<u64>(cred, offset!(cred_effective)) & CAP_NET_ADMIN != 0
+        let cred = follow(self.task, offset!(task_cred));
+        let namespace = follow(cred, offset!(cred_user_namespace));
+        !namespace.is_null()
+            && field::<u32>(namespace, offset!(user_namespace_level)) == 0
+            && field::<u64>(cred, offset!(cred_effective)) & CAP_NET_ADMIN != 0
     }
 
     /// The executable that the task runs.
@@ -177,9 +184,8 @@ impl Process {
     }
 
     #[inline(always)]
-    fn executable_file(self) -> u64 {
-        let mm: u64 = read(self.task, offset!(task_mm));
-        if mm == 0 { 0 } else { read(mm, offset!(mm_exe_file)) }
+    fn executable_file(self) -> *const c_void {
+        follow(follow(self.task, offset!(task_mm)), offset!(mm_exe_file))
     }
 
     /// Fills in the identity of the process, but for its network namespace. `app` is all zero;
@@ -195,11 +201,13 @@ impl Process {
         app.cgroup = unsafe { bpf_get_current_cgroup_id() };
         let file = self.executable_file();
         app.executable = file_id(file);
-        if file != 0 {
+        if !file.is_null() {
             fill_in_path(file, app, scratch);
         }
-        let leader: u64 = read(self.task, offset!(task_group_leader));
-        app.started_ns = read(leader, offset!(task_start_boottime));
+        let leader = follow(self.task, offset!(task_group_leader));
+        if !leader.is_null() {
+            app.started_ns = field(leader, offset!(task_start_boottime));
+        }
         command(&mut app.command);
     }
 }
@@ -288,17 +296,17 @@ impl Step for ServiceSearch {
     }
 }
 
-/// The identity of a `struct file`.
+/// The identity of a `struct file`; all zero without one.
 #[inline(always)]
-pub(crate) fn file_id(file: u64) -> FileId {
-    if file == 0 {
+pub(crate) fn file_id(file: *const c_void) -> FileId {
+    let inode = follow(file, offset!(file_inode));
+    let superblock = follow(inode, offset!(inode_superblock));
+    if superblock.is_null() {
         return FileId { device: 0, inode: 0 };
     }
-    let inode: u64 = read(file, offset!(file_inode));
-    let superblock: u64 = read(inode, offset!(inode_superblock));
     FileId {
-        device: u64::from(read::<u32>(superblock, offset!(superblock_device))),
-        inode: read(inode, offset!(inode_number)),
+        device: u64::from(field::<u32>(superblock, offset!(superblock_device))),
+        inode: field(inode, offset!(inode_number)),
     }
 }
 
@@ -308,10 +316,10 @@ const PATH_KNOWN_NS: u64 = 1_000_000_000;
 
 /// Fills in the path of a `struct file`, which is the executable of `app`.
 #[inline(always)]
-fn fill_in_path(file: u64, app: &mut AppIdentity, scratch: &mut [u8; MAX_PATH]) {
+fn fill_in_path(file: *const c_void, app: &mut AppIdentity, scratch: &mut [u8; MAX_PATH]) {
     let key = PathKey {
-        mount: read(file, offset!(file_path_mnt)),
-        dentry: read(file, offset!(file_path_dentry)),
+        mount: field(file, offset!(file_path_mnt)),
+        dentry: field(file, offset!(file_path_dentry)),
     };
     if copy_known_path(&key, app) {
         return;

@@ -35,7 +35,7 @@ use crate::{
     listener::unlisten,
     maps::{BLANK_LEG, DATAGRAM_LEGS, LEGS, REGISTERED, SOCKET_TOKENS, SocketTokens, TOKENS},
     process::{offset, read},
-    socket::Socket,
+    socket::{Socket, TCP, is_marked},
 };
 
 #[cgroup_sock(sock_release)]
@@ -44,11 +44,20 @@ pub fn carnet_release(ctx: SockContext) -> i32 {
     let Some(socket) = Socket::new(ctx) else {
         return 1;
     };
+    // What this hook may read of its context says nothing of them.
+    let sk = ctx as u64;
+    if socket.is_tcp() && read::<u64>(sk, offset!(sock_cookie)) == 0 {
+        // Nothing is known of it.
+        return 1;
+    }
     // SAFETY: the helper takes this context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     if socket.is_tcp() {
-        connecting::socket_ends(socket, cookie);
-        accepted::socket_ends(cookie);
+        connecting::storage_ends(socket);
+        let is_accepted = socket.protocol() == TCP && is_marked(read(sk, offset!(tcp_sockops)));
+        if is_accepted || !connecting::socket_ends(cookie) {
+            accepted::socket_ends(cookie);
+        }
         return 1;
     }
     if !socket.is_datagram() {

@@ -8,7 +8,7 @@ use carnet_core::{
 
 use crate::{
     ctx::fetch_add,
-    maps::{COUNTERS, EVENTS},
+    maps::{COUNTERS, EVENTS, EVENTS_READ},
     process,
 };
 
@@ -67,9 +67,12 @@ pub(crate) fn event_of_leg(kind: EventKind, leg: &LegState, describe: impl FnOnc
     });
 }
 
-/// Reports an event that no process caused.
+/// Reports an event that no process caused, if anybody wants to know.
 #[inline(always)]
 pub(crate) fn event(kind: u32, describe: impl FnOnce(&mut Event)) {
+    if EVENTS_READ.get(0).is_none_or(|read| *read == 0) {
+        return;
+    }
     let Some(mut entry) = EVENTS.reserve(0) else {
         count(Counter::EventsLost);
         return;

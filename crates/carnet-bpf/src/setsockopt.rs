@@ -134,7 +134,7 @@ fn set_record(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -> Result<
         socket.delete(&SECOND_RECORDS);
         result?;
     }
-    leg.set_hops = leg.record.hop_count;
+    leg.set_record();
     count(Counter::RecordsSet);
     Ok(())
 }

@@ -4,7 +4,7 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_RTO_CB_FLAG, bpf_sock},
     btf_maps::SkStorage,
     helpers::generated::{
         bpf_probe_read_kernel, bpf_sk_storage_delete, bpf_sk_storage_get, bpf_skc_to_mptcp_sock,
@@ -172,6 +172,21 @@ impl Socket {
         !tcp.is_null() && field::<u64>(tcp, offset!(sock_storage)) == 0 && !is_subflow(tcp)
     }
 
+    /// Whether somebody has asked for the socket's cookie. Before that, nothing is known under it.
+    #[inline(always)]
+    pub(crate) fn has_cookie(self) -> bool {
+        let tcp = self.tcp();
+        tcp.is_null() || field::<u64>(tcp, offset!(sock_cookie)) != 0
+    }
+
+    /// Whether the socket has been accepted, with a leg ([`MARK_OF_ACCEPTED`]). A program of others that
+    /// sets the socket's flags anew takes the mark away.
+    #[inline(always)]
+    pub(crate) fn is_accepted(self) -> bool {
+        let tcp = self.tcp();
+        !tcp.is_null() && is_marked(field::<u8>(tcp, offset!(tcp_sockops)))
+    }
+
     /// Whether the other end has sent all that it will.
     #[inline(always)]
     pub(crate) fn has_received_fin(self) -> bool {
@@ -255,6 +270,17 @@ impl Socket {
         // SAFETY: the helper takes any socket; deleting what is not there is harmless.
         unsafe { bpf_sk_storage_delete(map_pointer(map), self.0.cast()) };
     }
+}
+
+/// Set among a TCP socket's `sockops` flags: a service has been given it with a leg, which is found under its
+/// cookie among those of accepted sockets; what it ever connects has its leg on the socket. Of all flags this
+/// one costs least: it asks for a call when a packet has to be sent again after a time.
+pub(crate) const MARK_OF_ACCEPTED: u32 = BPF_SOCK_OPS_RTO_CB_FLAG;
+
+/// Whether these flags have the mark.
+#[inline(always)]
+pub(crate) fn is_marked(flags: u8) -> bool {
+    u32::from(flags) & MARK_OF_ACCEPTED != 0
 }
 
 /// Whether an IP protocol number is that of UDP or UDP-Lite.

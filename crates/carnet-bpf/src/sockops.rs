@@ -1,27 +1,24 @@
 //! `sockops` (since Linux 4.13; full sockets' storage since 5.13): carries a leg from the
 //! connecting socket to the one that the service accepts, and sees its end.
 //!
-//! **What it does.** Before the SYN is sent, when the connection's two ends are known, it puts a
-//! copy of the leg under them; when the other end is established there it takes the copy to the
-//! accepted socket. At the end of a connection it reports the bytes and forgets; at the end of a
+//! **What it does.** Before the SYN is sent, when the connection's two ends are known, it notes under
+//! them where the leg is; when the other end is established, it copies the leg to the accepted
+//! socket. At the end of a connection it reports the bytes and forgets; at the end of a
 //! registered listener it marks its slot as free to take. A connect that another program has undone it
 //! keeps from coming about.
 //!
 //! **Why this hook.** The connect hook does not know the local port yet, and the accepting side has
-//! no hook of its own at accept. The copy is in place before the SYN, so there is no race.
+//! no hook of its own at accept. The note is in place before the SYN, so there is no race.
 //!
 //! **Fails closed**: a service that accepts a connection whose leg could not be carried over finds
 //! no record and refuses it.
 
 use aya_ebpf::{
     bindings::{
-        BPF_ANY, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
-        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB,
-        bpf_sock_ops,
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, bpf_sock_ops,
     },
-    helpers::generated::{
-        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_map_update_elem, bpf_sock_ops_cb_flags_set,
-    },
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sock_ops_cb_flags_set},
     macros::sock_ops,
     programs::SockOpsContext,
 };
@@ -38,10 +35,11 @@ use crate::{
     ctx::{load32, load64},
     end::{abandon_connect, guard_begins, report_end},
     enforce::{carnet_unsettled, hold_back},
+    handover,
     listener::unlisten,
-    maps::{HANDOVER, LEGS},
+    maps::LEGS,
     report::count,
-    socket::{CLOSE, CLOSING, FIN_WAIT2, LAST_ACK, LISTEN, Socket, TCP},
+    socket::{CLOSE, CLOSING, FIN_WAIT2, LAST_ACK, LISTEN, MARK_OF_ACCEPTED, Socket, TCP},
 };
 
 #[sock_ops]
@@ -63,7 +61,7 @@ pub fn carnet_sockops(ctx: SockOpsContext) -> u32 {
     } else if op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
         established(ctx, socket);
     } else if op == BPF_SOCK_OPS_TCP_LISTEN_CB {
-        watch_state(ctx);
+        watch_state(ctx, 0);
     } else if load32!(ctx, 8) == CLOSE {
         let before = load32!(ctx, 4);
         if before == LISTEN {
@@ -103,22 +101,12 @@ fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
     if !goes {
         return;
     }
-    watch_state(ctx);
+    watch_state(ctx, 0);
     if leg.kind != LEG_REDIRECTED {
         return;
     }
     let key = tuple(leg.home, &local, &remote);
-    // SAFETY: key and value are whole and of the map's types; the value lies in another map, from
-    // which the kernel copies it.
-    let failed = unsafe {
-        bpf_map_update_elem(
-            (&raw const HANDOVER).cast_mut().cast(),
-            (&raw const key).cast(),
-            core::ptr::from_mut(leg).cast(),
-            BPF_ANY.into(),
-        )
-    };
-    if failed != 0 {
+    if !handover::begin(&key, leg) {
         count(Counter::HandoverFailed);
     }
 }
@@ -130,18 +118,19 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
     // SAFETY: the helper takes this context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
     let key = tuple(netns, &remote, &local);
-    let Some(leg) = HANDOVER.get_ptr_mut(&key) else {
+    let Some(handover) = handover::between(&key) else {
         return;
     };
-    let delivered = accepted::deliver(ctx, socket, leg);
-    if HANDOVER.remove(&key).is_err() {
-        // The connecting side has just ended, and has removed it and counted.
+    let delivered = handover::leg(&handover).and_then(|leg| accepted::deliver(ctx, socket, leg));
+    if !handover::end(&key) {
+        // The connecting side has just ended, and has removed it and counted. What was copied may have been
+        // another leg's already.
         accepted::withdraw(ctx, socket);
         return;
     }
     match delivered {
         Some(leg) => {
-            watch_state(ctx);
+            watch_state(ctx, MARK_OF_ACCEPTED);
             count(Counter::Delivered);
             // SAFETY: the helper takes this context.
             guard_begins(leg, unsafe { bpf_get_socket_cookie(ctx.cast()) });
@@ -153,17 +142,22 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
 /// A connection, or an attempt at one, has ended; `before` is the state that it was in.
 #[inline(always)]
 fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
-    accepted::connection_ends(ctx, socket);
     let Some(leg) = leg_of(ctx.cast(), socket) else {
+        accepted::connection_ends(ctx, socket);
         return;
     };
     if leg.kind == 0 {
         return;
     }
+    if leg.kind & LEG_STARTING != 0 {
+        // There was no port for it. This is only told of a socket that was connected before.
+        abandon_connect(leg);
+        return;
+    }
     if leg.kind == LEG_REDIRECTED {
         // Only a connection that was never established has still got an entry.
         let (local, remote) = ends(ctx);
-        if HANDOVER.remove(&tuple(leg.home, &local, &remote)).is_ok() {
+        if handover::end(&tuple(leg.home, &local, &remote)) {
             count(Counter::Unanswered);
         }
     }
@@ -177,10 +171,10 @@ fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
     connecting::connection_ends(unsafe { bpf_get_socket_cookie(ctx.cast()) });
 }
 
-/// Asks to be told of this socket's changes of state.
+/// Asks to be told of this socket's changes of state, and puts a mark on it.
 #[inline(always)]
-fn watch_state(ctx: *mut bpf_sock_ops) {
-    let flags = load32!(ctx, 84) | BPF_SOCK_OPS_STATE_CB_FLAG;
+fn watch_state(ctx: *mut bpf_sock_ops, mark: u32) {
+    let flags = load32!(ctx, 84) | BPF_SOCK_OPS_STATE_CB_FLAG | mark;
     // SAFETY: the helper takes this context.
     unsafe { bpf_sock_ops_cb_flags_set(ctx, flags as i32) };
 }

@@ -96,6 +96,14 @@ impl LegState {
         self.kind == 0 && (self.set_hops == 0 || self.flags & LEG_ADOPTED != 0)
     }
 
+    /// A record has been set on the socket: it is there for the socket's next connect too, also if one that
+    /// was adopted was there before.
+    #[inline(always)]
+    pub const fn set_record(&mut self) {
+        self.set_hops = self.record.hop_count;
+        self.flags &= !LEG_ADOPTED;
+    }
+
     /// A service asks for the record at `now_ns` of the boot-time clock. As long as the connection is
     /// there, the record is renewed ([`Record::renew`]).
     #[inline(always)]
@@ -139,6 +147,19 @@ pub struct Tuple {
     pub local_port: u32,
     /// Port of the accepting end, in host byte order.
     pub remote_port: u32,
+}
+
+/// Where a leg is that is on its way to the accepted socket.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Handover {
+    /// Cookie of the connecting socket.
+    pub cookie: u64,
+    /// Not 0: a copy waits under that cookie, since the leg itself hangs on the connecting socket, where
+    /// only that one's hooks reach it. 0: the leg itself is kept under that cookie.
+    pub copied: u64,
 }
 
 /// Key of what is known of the flows that a service holds: the service, and their destination.

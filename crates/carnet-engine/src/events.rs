@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use aya::maps::{Map, MapData, MapError, RingBuf};
+use aya::maps::{Array, Map, MapData, MapError, RingBuf};
 use carnet_core::event::Event;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use zerocopy::FromBytes as _;
@@ -13,6 +13,9 @@ use zerocopy::FromBytes as _;
 use crate::{Engine, Error, clock::boot_time_ns, location::Lock};
 
 const EVENTS: &str = "EVENTS";
+const EVENTS_READ: &str = "EVENTS_READ";
+/// Size of the ring buffer.
+const EVENTS_BYTES: usize = 524_288;
 
 /// The reader of an instance's events. There is one at a time, since events are gone when they are
 /// read.
@@ -21,6 +24,8 @@ const EVENTS: &str = "EVENTS";
 /// with [`Duration::ZERO`] then, until it gives `None`.
 pub struct EventReader {
     ring: RingBuf<MapData>,
+    /// Its only element tells the hooks whether anybody reads.
+    read: Array<MapData, u64>,
     /// Events from before are nobody's business: boot-time clock, nanoseconds.
     since_ns: u64,
     _lock: Lock,
@@ -40,10 +45,21 @@ impl Engine {
     /// [`Error::Map`] if the ring buffer cannot be mapped.
     pub fn events(&self) -> Result<EventReader, Error> {
         let lock = self.location().lock_reader()?;
-        let since_ns = boot_time_ns();
         let map = self.reading(|tables| tables.open(EVENTS))?;
-        let ring = Map::RingBuf(map).try_into().map_err(Error::map::<MapError>(EVENTS))?;
-        Ok(EventReader { ring, since_ns, _lock: lock })
+        let mut ring: RingBuf<_> =
+            Map::RingBuf(map).try_into().map_err(Error::map::<MapError>(EVENTS))?;
+        let map = self.reading(|tables| tables.open(EVENTS_READ))?;
+        let read = Map::Array(map).try_into().map_err(Error::map::<MapError>(EVENTS_READ))?;
+        // What an earlier reader has left would take the room of what is to come. One that was killed has the
+        // hooks still report, so that there may be no end to it.
+        let mut most = EVENTS_BYTES / size_of::<Event>();
+        while most > 0 && ring.next().is_some() {
+            most -= 1;
+        }
+        let since_ns = boot_time_ns();
+        let mut reader = EventReader { ring, read, since_ns, _lock: lock };
+        reader.read.set(0, 1, 0).map_err(Error::map(EVENTS_READ))?;
+        Ok(reader)
     }
 }
 
@@ -83,6 +99,13 @@ pub(crate) fn decode(entry: &[u8], since_ns: u64) -> Option<Event> {
     // An event that is longer is one of a newer build, with more at its end.
     let (event, _) = Event::read_from_prefix(entry).ok()?;
     (event.time_ns >= since_ns).then_some(event)
+}
+
+impl Drop for EventReader {
+    /// Of one that is killed the hooks do not learn: they fill the buffer, and count what does not fit.
+    fn drop(&mut self) {
+        let _unread_events_cost_little = self.read.set(0, 0, 0);
+    }
 }
 
 impl AsFd for EventReader {

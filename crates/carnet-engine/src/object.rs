@@ -62,9 +62,10 @@ pub(crate) static SCOPE_HOOKS: [Hook; 10] = [
 ];
 
 /// What runs for the sockets of services only, since it makes every socket option dearer.
-pub(crate) static SERVICE_HOOKS: [Hook; 2] = [
+pub(crate) static SERVICE_HOOKS: [Hook; 3] = [
     hook("carnet_getsockopt", "getsockopt", bpf_attach_type::BPF_CGROUP_GETSOCKOPT),
     hook("carnet_setsockopt", "setsockopt", bpf_attach_type::BPF_CGROUP_SETSOCKOPT),
+    hook("carnet_cookie", "sock_cookie", bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE),
 ];
 
 /// What runs for the sockets of services whose programs do not register their listeners.

@@ -243,9 +243,10 @@ impl Tables {
     }
 
     /// The maps that grow and shrink with what goes on: kind of content, name.
-    pub(crate) const CHANGING: [(&'static str, &'static str); 11] = [
+    pub(crate) const CHANGING: [(&'static str, &'static str); 12] = [
         ("connections to services and onwards", "CONNECTING"),
         ("connections under way to a service", "HANDOVER"),
+        ("copies of their legs", "WAITING"),
         ("connections that services accepted", "ACCEPTED"),
         ("UDP flows of unconnected sockets", "DATAGRAM_LEGS"),
         ("decisions for those", "CORRESPONDENTS"),

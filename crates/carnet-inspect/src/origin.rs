@@ -226,7 +226,8 @@ fn is_token(address: IpAddr) -> bool {
 
 impl CarnetSource {
     fn origin_of(&self, accepted: &impl AsSocket) -> Result<Origin, Error> {
-        let onwards = Onwards::of(accepted)?;
+        // The accepted connection is open for as long as this is.
+        let onwards = Onwards::while_open(accepted)?;
         let app = if_supported(carnet::original_app(accepted))?;
         let flow = if_supported(carnet::flow(accepted))?;
         let destination = onwards.destination();

@@ -20,18 +20,9 @@ pub fn connect_onwards(accepted: &impl AsSocket) -> Result<TcpStream, Error> {
     connect(socket, destination, None)
 }
 
-/// A socket that carries the record of an accepted connection, and where that was going: as
-/// [`Onwards::of`] and [`Onwards::socket`] give them, with fewer and cheaper calls where `accepted` has
-/// a ticket.
+/// A socket that carries the record of an accepted connection, and where that was going.
 pub(crate) fn prepared(accepted: &impl AsSocket) -> Result<(Socket, SocketAddr), Error> {
-    if let Some((destination, ticket)) = sys::onwards(accepted) {
-        let destination = canonical(destination);
-        let socket = new_socket(destination, Type::STREAM)?;
-        if sys::carry_on(&socket, ticket) {
-            return Ok((socket, destination));
-        }
-    }
-    let onwards = Onwards::of(accepted)?;
+    let onwards = Onwards::while_open(accepted)?;
     Ok((onwards.socket(Type::STREAM)?, onwards.destination()))
 }
 
@@ -53,10 +44,19 @@ pub fn connect_onwards_to(
 /// another.
 #[derive(Clone, Debug)]
 pub struct Onwards {
-    records: RedirectRecords,
+    flow: Carried,
     destination: SocketAddr,
     source: Option<SocketAddr>,
     timeout: Option<Duration>,
+}
+
+/// How the new socket comes to the record.
+#[derive(Clone, Debug)]
+enum Carried {
+    /// It is here.
+    Records(RedirectRecords),
+    /// The kernel has it, with the accepted connection of this ticket.
+    Ticket(u64),
 }
 
 impl Onwards {
@@ -70,9 +70,26 @@ impl Onwards {
         Ok(Self::new(records, destination))
     }
 
+    /// The same for as long as `accepted` is open: on Linux the record stays in the kernel, which takes
+    /// fewer and cheaper calls. Once `accepted` is closed, connecting fails with [`Error::InvalidRecord`].
+    ///
+    /// # Errors
+    /// Those of [`query_redirect_records`].
+    pub fn while_open(accepted: &impl AsSocket) -> Result<Self, Error> {
+        match sys::onwards(accepted) {
+            Some((destination, ticket)) => Ok(Self::with(Carried::Ticket(ticket), destination)),
+            // It tells the error, too, if there is one.
+            None => Self::of(accepted),
+        }
+    }
+
     /// A connection to `destination` with records that were queried before.
     pub fn new(records: RedirectRecords, destination: SocketAddr) -> Self {
-        Self { records, destination, source: None, timeout: None }
+        Self::with(Carried::Records(records), destination)
+    }
+
+    fn with(flow: Carried, destination: SocketAddr) -> Self {
+        Self { flow, destination, source: None, timeout: None }
     }
 
     /// Gives up when it takes longer. Without it, the system's own limit holds: minutes.
@@ -122,7 +139,10 @@ impl Onwards {
     pub(crate) fn socket(&self, kind: Type) -> Result<Socket, Error> {
         let socket = new_socket(self.destination(), kind)?;
         // First of all: some systems classify a connection when its socket is bound (S58).
-        set_redirect_records(&socket, &self.records)?;
+        match &self.flow {
+            Carried::Records(records) => set_redirect_records(&socket, records)?,
+            Carried::Ticket(ticket) => sys::carry_on(&socket, *ticket)?,
+        }
         if let Some(source) = self.source {
             socket.bind(&source.into()).map_err(not_prepared)?;
         }

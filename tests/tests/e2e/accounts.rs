@@ -6,7 +6,7 @@ use std::{net::SocketAddr, time::Duration};
 use aya::maps::{HashMap, Map, MapData};
 use carnet_core::{
     chain::hop_limit,
-    flow::{LegState, Tuple},
+    flow::{Handover, Tuple},
     object::{Conditions, FilterAction, NewFilter, Weight},
 };
 use carnet_engine::{Account, Engine};
@@ -236,7 +236,7 @@ fn a_connect_that_fails_before_its_syn_is_accounted_for() {
 #[test]
 fn a_connection_whose_leg_finds_no_room_is_accounted_for() {
     const KEY: usize = size_of::<Tuple>();
-    const VALUE: usize = size_of::<LegState>();
+    const VALUE: usize = size_of::<Handover>();
     let lab = Lab::new();
     lab.service("alpha", 1);
     let alpha = lab.start("alpha");

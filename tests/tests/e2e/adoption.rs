@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 
 use carnet_core::{
+    abi,
     event::{Counter, EventKind},
     object::Conditions,
     record::{RECORD_ADOPTED, RECORD_HOPS_GUESSED, RECORD_IDENTITY_GUESSED, Record},
@@ -11,7 +12,7 @@ use carnet_core::{
 use carnet_testbed::{DatagramServer, Topology, answer_of};
 use carnet_tests::{
     Lab, Must as _, Plan, Report, Running,
-    puppet::{Hand, Puppet},
+    puppet::{Errno, Hand, Puppet},
     service::{Behaviour, read_record},
 };
 
@@ -188,7 +189,7 @@ impl<'a> Proxy<'a> {
     #[track_caller]
     fn accept(&self) -> (Hand<'a>, Record) {
         let accepted = self.listener.accept().must("accept");
-        let record = accepted.query(carnet_core::abi::QUERY_REDIRECT_RECORDS).must("ask");
+        let record = accepted.query(abi::QUERY_REDIRECT_RECORDS).must("ask");
         (accepted, read_record(&record))
     }
 
@@ -301,4 +302,27 @@ fn a_service_does_not_meet_its_own_connections_elsewhere() {
         .map(|event| event.flags)
         .collect();
     assert_eq!(flags, [RECORD_ADOPTED, 0, RECORD_ADOPTED | RECORD_IDENTITY_GUESSED]);
+}
+
+/// A program that knows nothing of records may have a library that does.
+#[test]
+fn a_record_that_is_set_stays_on_a_socket_that_had_adopted_one() {
+    let lab = Lab::new();
+    lab.service_with("mixed", unmodified(1));
+    let (service, client) = (lab.puppet_of("mixed"), lab.puppet());
+    let listener = service.serve("127.0.0.1:0".parse().expect("an address"));
+    let _connection = client.connect(lab.v4()).must("connect");
+    let accepted = listener.accept().must("accept");
+    let record = accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+    let socket = service.tcp(lab.v4());
+    let nobody = SocketAddr::new(lab.v4().ip(), 9);
+    assert_eq!(socket.connect(nobody), Err(Errno(libc::ECONNREFUSED)));
+    assert_eq!(lab.counter(Counter::Adopted), 1);
+    socket.set_record(&record).must("set the record");
+    for connects in 1..=3 {
+        socket.connect(lab.v4()).must("connect onwards");
+        socket.disconnect().must("disconnect");
+        assert_eq!(lab.counter(Counter::Onward), 1 + connects);
+        assert_eq!(lab.counter(Counter::Adopted), 1, "with the record that was set");
+    }
 }

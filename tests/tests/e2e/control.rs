@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use carnet_core::{
     abi::{self, FlowInfo, OnwardsInfo},
     address::Endpoint,
-    event::{Counter, EventKind},
+    event::{Counter, Event, EventKind},
     record::{AppIdentity, HEADER_LENGTH, RecordError},
 };
 use carnet_tests::{
@@ -382,6 +382,118 @@ fn a_ticket_carries_a_flow_on_as_its_record_does() {
     drop(onward);
     let again = || carry_on(&other.tcp(lab.v4()), &second);
     let _refused = until("the end of the ticket", again, |answer| *answer == fails(libc::EINVAL));
+}
+
+#[test]
+fn a_flow_that_a_socket_carries_on_is_its_own_until_it_is_closed() {
+    let (lab, service, client) = scene();
+    let mut trace = lab.trace();
+    let listener = service.serve(loopback());
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let (another, another_accepted) = redirected(&client, lab.v4(), &listener);
+    let flow = |accepted: &Hand<'_>| {
+        let answer = accepted.query(abi::FLOW).must("query");
+        FlowInfo::read_from_bytes(&answer).expect("40 bytes").flow
+    };
+    let (first, second) = (flow(&accepted), flow(&another_accepted));
+    let mut expected: Vec<u64> = vec![];
+    let mut went_on = |flow: u64| {
+        expected.push(flow);
+        let onward = |events: &[Event]| -> Vec<u64> {
+            let all = events.iter().filter(|event| event.kind == EventKind::Onward as u32);
+            all.map(|event| event.flow).collect()
+        };
+        let events = trace.until("onward legs", |events| onward(events).len() >= expected.len());
+        assert_eq!(onward(events), expected);
+    };
+
+    let socket = service.tcp(lab.v4());
+    socket.set(abi::LEVEL, abi::CARRY_ON, &ticket(&accepted)).must("carry the flow on");
+    // A connect that fails, one that comes about, and another one after that.
+    let nobody = SocketAddr::new(lab.v4().ip(), 9);
+    assert_eq!(socket.connect(nobody), fails(libc::ECONNREFUSED));
+    went_on(first);
+    socket.connect(lab.v4()).must("connect onwards");
+    went_on(first);
+    socket.disconnect().must("disconnect");
+    socket.connect(lab.v4()).must("connect again");
+    went_on(first);
+    // The flow of another ticket instead; then that of a record, but not of a bad one.
+    socket.disconnect().must("disconnect");
+    let other_ticket = ticket(&another_accepted);
+    socket.set(abi::LEVEL, abi::CARRY_ON, &other_ticket).must("carry the other flow on");
+    socket.connect(lab.v4()).must("connect onwards");
+    went_on(second);
+    socket.disconnect().must("disconnect");
+    let record = accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+    assert_eq!(socket.set_record(&record[1..]), fails(libc::EINVAL));
+    assert_eq!(socket.set(abi::LEVEL, abi::CARRY_ON, &[0xff; 8]), fails(libc::EINVAL));
+    socket.connect(lab.v4()).must("connect onwards");
+    went_on(second);
+    socket.disconnect().must("disconnect");
+    socket.set_record(&record).must("set the record");
+    socket.connect(lab.v4()).must("connect onwards");
+    went_on(first);
+    socket.disconnect().must("disconnect");
+    socket.set(abi::LEVEL, abi::CARRY_ON, &other_ticket).must("carry the other flow on");
+    socket.connect(lab.v4()).must("connect onwards");
+    went_on(second);
+
+    // Nothing is left of sockets that were never connected, or in vain, or whose connection ends before or
+    // after them.
+    let carrying = || {
+        let socket = service.tcp(lab.v4());
+        socket.set(abi::LEVEL, abi::CARRY_ON, &other_ticket).must("carry the other flow on");
+        socket
+    };
+    drop(carrying());
+    let in_vain = carrying();
+    assert_eq!(in_vain.connect(nobody), fails(libc::ECONNREFUSED));
+    drop(in_vain);
+    let reset = carrying();
+    reset.connect(lab.v4()).must("connect onwards");
+    reset.disconnect().must("disconnect");
+    drop(reset);
+    let closed = carrying();
+    closed.connect(lab.v4()).must("connect onwards");
+    drop(closed);
+    drop((socket, accepted, another_accepted, connection, another));
+    lab.settle_sockets();
+}
+
+#[test]
+fn a_socket_that_was_accepted_can_carry_a_flow_on_itself() {
+    let (lab, service, client) = scene();
+    // Not to one address, which what it accepts would keep.
+    let listener = service.serve("0.0.0.0:0".parse().expect("an address"));
+    let (_connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let ticket = ticket(&accepted);
+    for way in ["with the ticket", "with the record"] {
+        let (first, reused) = redirected(&client, lab.v4(), &listener);
+        let record = accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+        drop(first);
+        reused.disconnect().must("disconnect");
+        if way == "with the ticket" {
+            reused.set(abi::LEVEL, abi::CARRY_ON, &ticket).must("carry the flow on");
+        } else {
+            reused.set_record(&record).must("set the record");
+        }
+        let before = lab.counter(Counter::Onward);
+        reused.connect(lab.v4()).must("connect onwards");
+        reused.send(b"here").must("send");
+        assert_eq!(reused.receive(4), Ok(b"here".to_vec()), "{way}");
+        assert_eq!(lab.counter(Counter::Onward), before + 1, "{way}");
+        assert_eq!(reused.peer(), Ok(lab.v4()), "{way}");
+        // And without either: it is redirected, and its peer is who was asked for.
+        let (_connection, forgetful) = redirected(&client, lab.v4(), &listener);
+        forgetful.disconnect().must("disconnect");
+        forgetful.connect(lab.v4()).must("connect");
+        assert_eq!(forgetful.peer(), Ok(lab.v4()), "{way}");
+        let again = listener.accept().must("accept its own");
+        assert_eq!(again.query(abi::ORIGINAL_DESTINATION).map(|answer| answer.len()), Ok(24));
+    }
+    drop((_connection, accepted, listener));
+    lab.settle_sockets();
 }
 
 #[test]

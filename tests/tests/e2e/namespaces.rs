@@ -2,6 +2,7 @@
 //! the administrator has said it is reached.
 
 use std::{
+    fs,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd as _, AsRawFd as _},
     path::{Path, PathBuf},
@@ -22,6 +23,7 @@ use carnet_tests::{
     Lab, Must as _, PATIENCE, Plan, Running, handed_on, program,
     puppet::{Errno, Family, Kind, Puppet},
     service::Behaviour,
+    until,
 };
 
 const REFUSED: Errno = Errno(libc::ECONNREFUSED);
@@ -489,6 +491,10 @@ fn a_network_namespace_that_takes_the_place_of_another_is_not_that_one() {
         register(&first);
         client.connect(lab.v4()).must("connect");
     }
+    // The kernel takes its time to take a namespace away, and its cable would still have the route.
+    let devices = || fs::read_to_string("/proc/thread-self/net/dev").must("list the links");
+    let links = || container.namespace.run(devices).must("enter a network namespace");
+    until("the first home's cable to go", links, |links| !links.contains("home1:"));
     // Another one at the same address, of the same service: nobody has said that it is reached, even
     // if the kernel has given it the number of the first one.
     let second = home(2);

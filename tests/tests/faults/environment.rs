@@ -9,7 +9,7 @@ use std::{
 
 use aya::maps::{HashMap, Map, MapData};
 use carnet_core::{
-    flow::{DatagramLeg, LegState, PeerKey, Tuple},
+    flow::{DatagramLeg, Handover, PeerKey, Tuple},
     object::FailurePolicy,
 };
 use carnet_testbed::Process;
@@ -267,7 +267,7 @@ fn no_room<const KEY: usize, const VALUE: usize>(
 fn the_map_of_connections_under_way_is_full() {
     // The service cannot know of the connection, so it turns it away.
     let row = Row::new(GROUP, "map HANDOVER full: the service turns the flow away");
-    no_room::<{ size_of::<Tuple>() }, { size_of::<LegState>() }>(
+    no_room::<{ size_of::<Tuple>() }, { size_of::<Handover>() }>(
         row,
         "HANDOVER",
         Protocol::Tcp,

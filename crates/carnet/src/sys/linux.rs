@@ -50,9 +50,9 @@ pub(crate) fn onwards(socket: &impl AsSocket) -> Option<(SocketAddr, u64)> {
     (info.ticket != 0).then(|| (socket_address(&info.destination), info.ticket))
 }
 
-/// Sets the record of the accepted connection with this ticket; `false` where that cannot be.
-pub(crate) fn carry_on(socket: &impl AsSocket, ticket: u64) -> bool {
-    set_option(socket.as_fd(), abi::LEVEL, abi::CARRY_ON, ticket.as_bytes()).is_ok()
+/// Sets the record of the accepted connection with this ticket.
+pub(crate) fn carry_on(socket: &impl AsSocket, ticket: u64) -> Result<(), Error> {
+    set(socket.as_fd(), Operation::SetRedirectRecords, abi::CARRY_ON, ticket.as_bytes())
 }
 
 pub(crate) fn original_app(socket: &impl AsSocket) -> Result<OriginalApp, Error> {
@@ -105,22 +105,21 @@ fn application(app: AppIdentity) -> OriginalApp {
     }
 }
 
-/// Reads an option whose value has a fixed layout.
-fn query_value<T: FromBytes>(
+/// Reads an option whose value has a fixed layout. A longer one would not fit, which is an error.
+fn query_value<T: FromBytes + IntoBytes>(
     socket: BorrowedFd<'_>,
     operation: Operation,
     option: i32,
 ) -> Result<T, Error> {
-    // One byte more than expected, so that a longer answer is not taken for the expected one.
-    let mut buffer = vec![0; size_of::<T>() + 1];
-    let length = get_option(socket, abi::LEVEL, option, &mut buffer)
+    // No byte more: what fits into 32, the kernel does not allocate memory for.
+    let mut value = T::new_zeroed();
+    let length = get_option(socket, abi::LEVEL, option, value.as_mut_bytes())
         .map_err(|error| explain(operation, error, || Kind::of(socket)))?;
-    value_in(&buffer, length).ok_or(Error::InvalidAnswer { operation, length })
-}
-
-/// The value that the kernel has written to a buffer, of which it says that it used so many bytes.
-fn value_in<T: FromBytes>(buffer: &[u8], length: usize) -> Option<T> {
-    T::read_from_bytes(buffer.get(..length).unwrap_or_default()).ok()
+    if length == size_of::<T>() {
+        Ok(value)
+    } else {
+        Err(Error::InvalidAnswer { operation, length })
+    }
 }
 
 /// Reads an option whose value has any length.
@@ -263,7 +262,12 @@ fn set_option(socket: BorrowedFd<'_>, level: i32, option: i32, value: &[u8]) -> 
 /// For the fuzzer (`fuzz/`): answers of the kernel, of any bytes and claimed length.
 #[cfg(fuzzing)]
 pub mod fuzzing {
-    use super::{Flow, OriginalApp, application, flow_of, socket_address, value_in};
+    use super::{Flow, FromBytes, OriginalApp, application, flow_of, socket_address};
+
+    /// The value that the kernel has written to a buffer, of which it says that it used so many bytes.
+    fn value_in<T: FromBytes>(buffer: &[u8], length: usize) -> Option<T> {
+        T::read_from_bytes(buffer.get(..length).unwrap_or_default()).ok()
+    }
 
     /// An answer to [`ORIGINAL_DESTINATION`](carnet_core::abi::ORIGINAL_DESTINATION).
     pub fn destination(buffer: &[u8], length: usize) -> Option<std::net::SocketAddr> {

@@ -56,8 +56,8 @@ pub(crate) fn onwards(_socket: &impl AsSocket) -> Option<(SocketAddr, u64)> {
 }
 
 /// See [`onwards`].
-pub(crate) fn carry_on(_socket: &impl AsSocket, _ticket: u64) -> bool {
-    false
+pub(crate) fn carry_on(_socket: &impl AsSocket, _ticket: u64) -> Result<(), Error> {
+    Err(Error::Unsupported { operation: Operation::SetRedirectRecords })
 }
 
 pub(crate) fn original_destination(socket: &impl AsSocket) -> Result<SocketAddr, Error> {
