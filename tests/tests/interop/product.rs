@@ -26,6 +26,8 @@ pub(crate) struct Product {
     pub(crate) onwards: Onwards,
     /// What it needs on the other side of the cable.
     pub(crate) far_side: Option<fn(&NetworkNamespace) -> FarSide>,
+    /// What it says on its standard error when it can pass flows on, if it listens before that.
+    pub(crate) ready: Option<&'static str>,
     /// Writes its configuration and gives the command.
     pub(crate) command: fn(&Site) -> Command,
     /// The file of its log, in its directory; else what it prints.
@@ -111,8 +113,10 @@ impl AtWork {
         let process = Process::spawn(&mut command).must("start a product");
         let this = Self { product, process, scratch };
         let families = if product.ipv6 { 2 } else { 1 };
-        let listening = || (listeners(lab, port), this.errors());
-        until(product.name, listening, |(count, _)| *count == families);
+        let state = || (listeners(lab, port), this.errors());
+        until(product.name, state, |(count, said)| {
+            *count == families && product.ready.is_none_or(|word| said.contains(word))
+        });
         this
     }
 

@@ -13,6 +13,7 @@ pub(crate) const CARNET_INSPECT: Product = Product {
     unmodified: false,
     onwards: Onwards::ToDestination,
     far_side: None,
+    ready: None,
     command,
     log: Some("inspect.log"),
     read,

@@ -18,6 +18,7 @@ pub(crate) const E2GUARDIAN: Product = Product {
     unmodified: true,
     onwards: Onwards::ToDestination,
     far_side: None,
+    ready: None,
     command,
     log: Some("access.log"),
     read,

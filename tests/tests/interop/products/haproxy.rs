@@ -11,6 +11,7 @@ pub(crate) const HAPROXY: Product = Product {
     unmodified: true,
     onwards: Onwards::ToDestination,
     far_side: None,
+    ready: None,
     command,
     // It does not wait for a pipe that is full, and loses lines.
     log: Some("stderr"),

@@ -13,6 +13,7 @@ pub(crate) const MITMPROXY: Product = Product {
     unmodified: true,
     onwards: Onwards::ToDestination,
     far_side: None,
+    ready: None,
     command,
     log: None,
     read,

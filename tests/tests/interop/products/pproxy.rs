@@ -11,6 +11,7 @@ pub(crate) const PPROXY: Product = Product {
     unmodified: true,
     onwards: Onwards::ToDestination,
     far_side: None,
+    ready: None,
     command,
     log: None,
     read,

@@ -23,6 +23,7 @@ pub(crate) const REDSOCKS: Product = Product {
     unmodified: true,
     onwards: Onwards::Through(SOCKS),
     far_side: Some(socks_server),
+    ready: None,
     command,
     log: Some("redsocks.log"),
     read,

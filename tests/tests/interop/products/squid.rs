@@ -12,6 +12,7 @@ pub(crate) const SQUID: Product = Product {
     unmodified: true,
     onwards: Onwards::ToDestination,
     far_side: None,
+    ready: None,
     command,
     log: Some("access.log"),
     read,

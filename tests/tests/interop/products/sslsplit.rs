@@ -11,6 +11,7 @@ pub(crate) const SSLSPLIT: Product = Product {
     unmodified: true,
     onwards: Onwards::ToDestination,
     far_side: None,
+    ready: None,
     command,
     log: Some("connections.log"),
     read,

@@ -15,6 +15,7 @@ pub(crate) const TOR: Product = Product {
     unmodified: true,
     onwards: Onwards::Shared,
     far_side: Some(tor_network::start),
+    ready: Some("Bootstrapped 100%"),
     command,
     log: Some("app.log"),
     read,
