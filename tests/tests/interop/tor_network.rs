@@ -23,13 +23,15 @@ const FIRST_DIRECTORY_PORT: u16 = 7000;
 const PRIVATE: &str = "TestingTorNetwork 1\n\
                        PathsNeededToBuildCircuits 0.25\n\
                        ShutdownWaitLength 0\n";
-/// How the authority votes: often, and for everybody.
+/// How the authority votes: often at first, for everybody, and for long: who has no valid directory builds no
+/// circuits.
 const AUTHORITY: &str = "AuthoritativeDirectory 1\n\
                          V3AuthoritativeDirectory 1\n\
                          TestingV3AuthInitialVotingInterval 5\n\
                          TestingV3AuthInitialVoteDelay 2\n\
                          TestingV3AuthInitialDistDelay 2\n\
                          V3AuthVotingInterval 10\n\
+                         V3AuthNIntervalsValid 60\n\
                          V3AuthVoteDelay 2\n\
                          V3AuthDistDelay 2\n\
                          TestingMinExitFlagThreshold 0\n\

@@ -13,7 +13,8 @@ pub(crate) const HAPROXY: Product = Product {
     far_side: None,
     ready: None,
     command,
-    // It does not wait for a pipe that is full, and loses lines.
+    // It does not wait for a pipe that is full, nor for another of its threads, and loses lines: so it has
+    // a file and one thread.
     log: Some("stderr"),
     read,
 };
@@ -23,6 +24,7 @@ fn command(site: &Site) -> Command {
     let text = format!(
         "global\n    \
            maxconn 2000\n    \
+           nbthread 1\n    \
            log stderr format raw local0\n\
          defaults\n    \
            mode tcp\n    \
