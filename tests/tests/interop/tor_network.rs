@@ -71,7 +71,8 @@ pub(crate) fn start(destination: &NetworkNamespace) -> FarSide {
     }
 }
 
-/// What a relay says of itself.
+/// What a relay says of itself. It takes what relays ask of it that it does not know yet: they are in the
+/// directory before it has read that.
 fn relay(number: u16, directory: &Path) -> String {
     let (address, directory) = (Topology::DESTINATION_V4, directory.display());
     let (circuits, files) = (FIRST_PORT + number, FIRST_DIRECTORY_PORT + number);
@@ -88,6 +89,7 @@ fn relay(number: u16, directory: &Path) -> String {
          AssumeReachable 1\n\
          ExitRelay 1\n\
          IPv6Exit 1\n\
+         RefuseUnknownExits 0\n\
          ExitPolicy accept *:*\n\
          ServerDNSDetectHijacking 0\n\
          ServerDNSResolvConfFile /dev/null\n"
