@@ -71,6 +71,8 @@ pub struct Plan {
     pub listen_port: Option<NonZeroU16>,
     /// Whether it asks `getsockname()` for the destination.
     pub tproxy: bool,
+    /// Whether it may take over flows of other hosts.
+    pub gateway: bool,
 }
 
 impl Default for Plan {
@@ -84,6 +86,7 @@ impl Default for Plan {
             unmodified: false,
             listen_port: None,
             tproxy: false,
+            gateway: false,
         }
     }
 }
@@ -264,13 +267,13 @@ impl Lab {
     pub fn service_in(&self, name: &str, cgroup: Arc<Cgroup>, plan: Plan) {
         let reference = reference_of(&cgroup);
         let Plan { weight, on_failure, trust, conditions, context, .. } = plan;
-        let Plan { unmodified, listen_port, tproxy, .. } = plan;
+        let Plan { unmodified, listen_port, tproxy, gateway, .. } = plan;
         self.change(|policy| {
             policy.add_provider(name, "")?;
             policy.add_sublayer(name, name, weight)?;
             let new = NewService::new(name, name, reference);
             let new = NewService { on_failure, trust, ..new };
-            policy.add_service(NewService { unmodified, listen_port, tproxy, ..new })?;
+            policy.add_service(NewService { unmodified, listen_port, tproxy, gateway, ..new })?;
             let context = context.map(Context::new).transpose()?;
             policy.add_filter(NewFilter {
                 name: Some(name.into()),
@@ -463,7 +466,7 @@ fn entries<const KEY: usize, const VALUE: usize>(engine: &Engine, map: &str) -> 
 
 /// A cgroup, as policies name it.
 #[track_caller]
-fn reference_of(cgroup: &Cgroup) -> CgroupRef {
+pub fn reference_of(cgroup: &Cgroup) -> CgroupRef {
     let root = carnet_engine::cgroup::mount_point().must("find the cgroup2 hierarchy");
     let path = cgroup.path().strip_prefix(root).must("name a cgroup");
     CgroupRef { path: format!("/{}", path.display()), id: cgroup.id() }

@@ -4,6 +4,7 @@
 //!   and whatever services a test wants. Nothing of it outlives the value.
 //! - [`Running`]: a redirect service at work (the program `test-service`, on the library `carnet`),
 //!   which reports what it knows of every connection.
+//! - [`hosts::Hosts`]: two labs, as two hosts, and what goes from one to the other.
 //! - [`puppet::Puppet`]: a process that makes single socket calls as the test tells it to.
 //! - [`caller::Caller`]: a process that makes many calls at an order, one after another.
 //! - [`tracer`]: runs a command and kills it at a system call.
@@ -26,6 +27,7 @@ pub mod caller;
 pub mod contract;
 pub mod dns;
 pub mod foreign;
+pub mod hosts;
 mod lab;
 mod orders;
 pub mod puppet;
@@ -34,7 +36,7 @@ pub mod sys;
 pub mod tracer;
 pub mod web;
 
-pub use lab::{Anything, Lab, Network, Plan, Trace, handed_on};
+pub use lab::{Anything, Lab, Network, Plan, Trace, handed_on, reference_of};
 pub use service::{Report, Running};
 
 /// The longest that a test waits for anything that takes moments, even on an emulated processor.

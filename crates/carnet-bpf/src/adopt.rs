@@ -7,7 +7,7 @@ use carnet_core::{
     adoption::{Candidates, adopt},
     event::Counter,
     flow::{HeldKey, LEG_ADOPTED, LegState},
-    record::{RECORD_ADOPTED, Record},
+    record::Record,
     table::Tables as _,
 };
 
@@ -67,7 +67,7 @@ pub(crate) fn adopt_if_unmodified(
     }
     leg.set_hops = leg.record.hop_count;
     count(Counter::Adopted);
-    if leg.record.flags != RECORD_ADOPTED {
+    if leg.record.is_a_guess() {
         count(Counter::AdoptedByGuess);
     }
     0

@@ -211,6 +211,13 @@ pub(crate) fn bind_to_device(ctx: *mut c_void, mut index: i32) -> bool {
 pub(crate) fn begin_record(record: &mut Record, destination: &Endpoint) {
     record.magic = MAGIC;
     record.version = VERSION;
+    number(record);
+    copy(&mut record.destination, destination);
+}
+
+/// Makes the record that of a new flow of this instance.
+#[inline(always)]
+pub(crate) fn number(record: &mut Record) {
     if let Some(config) = CONFIG.get_ptr_mut(0) {
         // SAFETY: the map's only element lives as long as the map; the counter is shared with other
         // CPUs and touched atomically alone, the epoch is written before any hook runs.
@@ -219,7 +226,6 @@ pub(crate) fn begin_record(record: &mut Record, destination: &Endpoint) {
             record.flow = (fetch_add(&raw mut (*config).flows, 1) as u64).wrapping_add(1);
         }
     }
-    copy(&mut record.destination, destination);
 }
 
 /// Reports an event about what was decided. A global function, see `decide`.

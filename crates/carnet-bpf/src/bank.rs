@@ -8,7 +8,8 @@ use carnet_core::table::{
 };
 
 use crate::maps::{
-    ACTIVE, CANDIDATES, CONDITIONS, FILTERS, HEADERS, LEAVES, NODES, SERVICES, SLOTS, SlotKey,
+    ACTIVE, CANDIDATES, CONDITIONS, FILTERS, HEADERS, IDENTITIES, IdentityKey, LEAVES, NODES,
+    SERVICES, SLOTS, SlotKey,
 };
 
 /// One bank of the policy's tables.
@@ -75,6 +76,13 @@ impl Tables for Bank {
         // SAFETY: entries of a bank in force are not changed or removed while it is in force; the
         // value is copied out at once.
         unsafe { SLOTS.get(&key) }.map_or(NO_SLOT, |slot| *slot)
+    }
+
+    #[inline(always)]
+    fn handle_of(&self, identity: u64) -> u64 {
+        let key = IdentityKey { identity, bank: u64::from(self.bank & 1) };
+        // SAFETY: as in `slot_of`.
+        unsafe { IDENTITIES.get(&key) }.map_or(0, |handle| *handle)
     }
 }
 

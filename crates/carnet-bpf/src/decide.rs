@@ -94,6 +94,7 @@ impl Request {
         if let Some(record) = record {
             carnet_chain(record, self);
         }
+        let services = services.wrapping_add(self.chain.strangers);
         settle(record.is_some(), self.chain.legs, services, &mut Kernel { ctx, request: self });
     }
 

@@ -30,6 +30,7 @@ use crate::{
     ctx::{load32, load64, store32},
     held::asked,
     mac::issue,
+    portable::export,
     process,
     report::now,
     socket::{CLOSE, LISTEN, SYN_SENT, Socket},
@@ -98,9 +99,10 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
         return Err(errno::EINVAL);
     }
     if name < abi::QUERY_REDIRECT_RECORDS
-        || name > abi::ONWARDS
+        || name > abi::EXPORT_RECORD
         || name == abi::SET_REDIRECT_RECORDS
         || name == abi::REGISTER_LISTENER
+        || name == abi::CARRY_ON
     {
         return Err(errno::EOPNOTSUPP);
     }
@@ -143,6 +145,7 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
             ptr::from_ref(&leg.record.app).cast(),
             size_of::<AppIdentity>() as u32,
         ),
+        abi::EXPORT_RECORD => export(ctx, socket, leg),
         _ => put(
             ctx,
             FlowInfo {
@@ -168,7 +171,7 @@ fn may_read_context(leg: &LegState) -> Result<(), i32> {
 
 /// Copies the first `length` bytes of a map value's part of `WORDS` 64-bit words to the caller.
 #[inline(always)]
-fn copy_out<const WORDS: usize>(
+pub(crate) fn copy_out<const WORDS: usize>(
     ctx: *mut bpf_sockopt,
     source: *const u64,
     length: u32,

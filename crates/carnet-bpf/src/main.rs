@@ -20,7 +20,7 @@
 //! sockets), [`handover`] (from the one to the other), [`carry_on`] (and on to the service's next one), [`bank`] (core's tables over the maps),
 //! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`enforce`] (that it holds), [`end`] and [`idle`] (the
 //! end of legs), [`client`] (whose UDP flow an address stands for), [`source`] (from where UDP may
-//! send), [`listener`] (a service's live listener), [`registration`] (how it becomes one), [`mac`], [`socket`] (state of
+//! send), [`portable`] (records of other hosts), [`listener`] (a service's live listener), [`registration`] (how it becomes one), [`mac`], [`socket`] (state of
 //! sockets), [`process`] (who calls), [`report`] (events and counters), [`ctx`] (fields of the
 //! hooks' contexts).
 #![no_std]
@@ -51,6 +51,7 @@ mod iter;
 mod listener;
 mod mac;
 mod maps;
+mod portable;
 mod process;
 mod recvmsg;
 mod registration;

@@ -96,6 +96,25 @@ pub(crate) struct SlotKey {
 pub(crate) static SLOTS: HashMap<SlotKey, u32, { 4 * MAX_SERVICES as usize }, NO_PREALLOC> =
     HashMap::new();
 
+/// A service in a bank, as all hosts know it.
+#[repr(C)]
+pub(crate) struct IdentityKey {
+    /// Its identity.
+    pub(crate) identity: u64,
+    /// The bank.
+    pub(crate) bank: u64,
+}
+
+/// The redirect handle of a service. Writer: a transaction. Reader: setsockopt, once for each hop of a record
+/// of another host.
+#[btf_map]
+pub(crate) static IDENTITIES: HashMap<
+    IdentityKey,
+    u64,
+    { 4 * MAX_SERVICES as usize },
+    NO_PREALLOC,
+> = HashMap::new();
+
 /// A redirect context.
 #[repr(C)]
 pub(crate) struct Context {
@@ -153,7 +172,8 @@ pub(crate) static ACCEPTED: HashMap<u64, LegState, 65536, NO_PREALLOC> = HashMap
 pub(crate) static DELIVERED: SkStorage<LegState> = SkStorage::new();
 
 /// On a socket for which a second record is being set, while it is verified: a refused one leaves
-/// the first untouched. Writer and reader: setsockopt.
+/// the first untouched. And for which one of another host is, or is given out for one, while it is
+/// translated. Writer and reader: setsockopt, getsockopt.
 #[btf_map]
 pub(crate) static SECOND_RECORDS: SkStorage<Record> = SkStorage::new();
 

@@ -32,6 +32,7 @@ use crate::{
     end::abandon,
     mac::verify,
     maps::{LEGS, SECOND_RECORDS},
+    portable::import,
     process, registration,
     report::{count, event_of_caller},
     socket::{CLOSE, LISTEN, Socket, TCP, copy_record},
@@ -72,7 +73,10 @@ fn take(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<(), i32> {
     if !socket.is_inet() {
         return Err(errno::EOPNOTSUPP);
     }
-    if name != abi::SET_REDIRECT_RECORDS && name != abi::REGISTER_LISTENER && name != abi::CARRY_ON
+    if name != abi::SET_REDIRECT_RECORDS
+        && name != abi::REGISTER_LISTENER
+        && name != abi::CARRY_ON
+        && name != abi::IMPORT_RECORD
     {
         return Err(errno::EOPNOTSUPP);
     }
@@ -84,6 +88,8 @@ fn take(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<(), i32> {
         set_record(ctx, socket, &caller)
     } else if name == abi::CARRY_ON {
         carry_on(ctx, socket, &caller)
+    } else if name == abi::IMPORT_RECORD {
+        import(ctx, socket, &caller)
     } else {
         register(ctx, socket, &caller)
     }
@@ -147,6 +153,20 @@ fn receive(
     given: u32,
     caller: &Caller,
 ) -> Result<(), i32> {
+    let given = copy_in(ctx, place, given)?;
+    verify(place, given).map_err(|error| refused(error, caller))?;
+    // The mask changes nothing, it tells the verifier a bound.
+    let newest = opaque(place.hop_count.wrapping_sub(1)) & (MAX_HOPS as u64 - 1);
+    let delivered_to = place.hop(newest as u32).map_or(0, |hop| hop.handle);
+    if !caller.may_set(delivered_to) {
+        return Err(refused(RecordError::NotDelivered, caller));
+    }
+    Ok(())
+}
+
+/// Copies what the caller gives, so many bytes, to a record's place; gives their number again.
+#[inline(always)]
+pub(crate) fn copy_in(ctx: *mut bpf_sockopt, place: &mut Record, given: u32) -> Result<u32, i32> {
     let buffer = load64!(ctx, 8) as *const core::ffi::c_void;
     let given = opaque(given);
     if given > MAX_RECORD as u64 {
@@ -157,14 +177,7 @@ fn receive(
     unsafe {
         bpf_probe_read_kernel(ptr::from_mut(place).cast(), given as u32, buffer);
     }
-    verify(place, given as u32).map_err(|error| refused(error, caller))?;
-    // The mask changes nothing, it tells the verifier a bound.
-    let newest = opaque(place.hop_count.wrapping_sub(1)) & (MAX_HOPS as u64 - 1);
-    let delivered_to = place.hop(newest as u32).map_or(0, |hop| hop.handle);
-    if !caller.may_set(delivered_to) {
-        return Err(refused(RecordError::NotDelivered, caller));
-    }
-    Ok(())
+    Ok(given as u32)
 }
 
 /// Counts and reports a refused record; gives its errno.
@@ -181,7 +194,11 @@ pub(crate) fn refused(error: RecordError, caller: &Caller) -> i32 {
         RecordError::Expired => Counter::RecordsExpired,
         // Counted with the other calls that are.
         RecordError::NotDelivered => return errno::EACCES,
+        RecordError::Endless => Counter::RecordsEndless,
     });
+    if matches!(error, RecordError::Endless) {
+        return errno::ELOOP;
+    }
     errno::EINVAL
 }
 

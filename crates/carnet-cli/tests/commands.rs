@@ -231,7 +231,7 @@ fn a_policy_is_built_shown_explained_and_taken_down() {
     assert_eq!(provider["name"], "acme");
     world.succeeds(&["sublayer", "add", "late", "--provider", "acme", "--weight", "1"]);
     world.succeeds(&["sublayer", "add", "early", "--provider", "acme", "--weight", "2"]);
-    let add = ["service", "add", "tls", "--provider", "acme", "--on-failure", "skip"];
+    let add = ["service", "add", "tls", "--provider", "acme", "--on-failure", "skip", "--gateway"];
     assert_eq!(world.succeeds(&[&add[..], &["--cgroup", service]].concat()), "service tls added");
     let executable = fs::canonicalize("/bin/sh").unwrap();
     let pid = std::process::id().to_string();
@@ -283,7 +283,10 @@ fn a_policy_is_built_shown_explained_and_taken_down() {
     let sublayers = world.json(&["sublayer", "ls"]);
     assert_eq!((&sublayers[0]["name"], &sublayers[1]["name"]), (&json!("early"), &json!("late")));
     let services = world.json(&["service", "ls"]);
-    assert_eq!(services[0]["on_failure"], "skip");
+    assert_eq!(
+        (&services[0]["on_failure"], &services[0]["gateway"]),
+        (&json!("skip"), &json!(true))
+    );
     assert_eq!(services[0]["listeners"], json!([]));
     let filters = world.json(&["filter", "ls"]);
     let conditions = &filters[0]["conditions"];

@@ -17,8 +17,10 @@
 //! | 228 [`FLOW`] | get | [`FlowInfo`], 40 bytes |
 //! | 229 [`ONWARDS`] | get | [`OnwardsInfo`], 32 bytes |
 //! | 230 [`CARRY_ON`] | set | `u64`: the ticket of 229, instead of the record that 220 gives |
+//! | 231 [`EXPORT_RECORD`] | get | the record for another host, a [portable record](crate::portable) |
+//! | 232 [`IMPORT_RECORD`] | set | a portable record of another host; empty to ask whether the caller may |
 //!
-//! All but 222, 227 and 230 are asked on an accepted connection. For UDP that is a socket which the service
+//! All but 222, 227, 230 and 232 are asked on an accepted connection. For UDP that is a socket which the service
 //! has connected to the source of a flow's datagrams, as `recvfrom` gave it on a registered socket. It
 //! carries no data: answers go out through the registered socket, to the same address.
 //!
@@ -28,11 +30,12 @@
 //! |---|---|
 //! | `ENOPROTOOPT`, `EOPNOTSUPP` | no engine serves this socket's cgroup: the kernel itself answers |
 //! | `EOPNOTSUPP` | not an IPv4 or IPv6 socket (S37b), or an option number that Carnet does not know |
-//! | `EINVAL` | not a TCP or UDP socket (S34c); for 222: a record that is malformed, forged, truncated, of another instance, expired or under a key that is no longer accepted, or a socket that is already connecting, connected or listening (S34b, S58); for 230: such a socket, a ticket that is none, or one whose record has expired; for 227: not a listening TCP socket or bound and unconnected UDP socket, or one that is bound to a device |
+//! | `EINVAL` | not a TCP or UDP socket (S34c); for 222: a record that is malformed, forged, truncated, of another instance, expired or under a key that is no longer accepted, or a socket that is already connecting, connected or listening (S34b, S58); for 230: such a socket, a ticket that is none, or one whose record has expired; for 231: a UDP socket; for 232: a UDP socket or one that is connecting, connected or listening, or what is no portable record; for 227: not a listening TCP socket or bound and unconnected UDP socket, or one that is bound to a device |
 //! | `ENOTCONN` | get: the socket is not connected (it was not accepted) |
 //! | `ENODATA` | get: connected, but not by a redirect; 221, 224: the redirect carries no context (S52), or the calling process is of another service |
-//! | `ERANGE` | get: the buffer is too small (ask 223 or 224 first) |
-//! | `EACCES` | 222, 227, 230: the calling process is neither in a service's cgroup nor privileged; 222, 230: the record was not delivered to this service (S30) |
+//! | `ERANGE` | get: the buffer is too small (ask 223 or 224 first; [`MAX_RECORD`](crate::record::MAX_RECORD) bytes hold what 231 gives) |
+//! | `EACCES` | 222, 227, 230: the calling process is neither in a service's cgroup nor privileged; 222, 230, 231: the record was not delivered to this service (S30); 232: the caller is neither of a gateway nor a privileged process of no service |
+//! | `ELOOP` | 232: the flow has made as many legs as it may: hosts send it in a circle |
 //! | `ENOSPC` | 227: the service has [`LISTENER_SLOTS`] listeners of this family and protocol in this network namespace |
 //! | `ENOMEM` | the kernel is out of memory |
 
@@ -70,6 +73,13 @@ pub const ONWARDS: i32 = 229;
 /// Set, on a socket that is to be connected, the record of the accepted connection with this ticket,
 /// which is still open. It saves the way of the record through user mode, and so its verification.
 pub const CARRY_ON: i32 = 230;
+
+/// Get the redirect record of an accepted connection in the form in which it goes to other hosts: a
+/// [portable record](crate::portable).
+pub const EXPORT_RECORD: i32 = 231;
+/// Set, on a socket that is to be connected, a record that is made of a portable one of another host. An
+/// empty value changes nothing: it asks whether the caller may.
+pub const IMPORT_RECORD: i32 = 232;
 
 /// How many listeners a service may have registered at once in one network namespace, of one address
 /// family and one protocol.

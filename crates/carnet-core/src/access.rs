@@ -34,6 +34,14 @@ impl Caller {
         if self.service == 0 { self.privileged } else { self.service == delivered_to }
     }
 
+    /// Whether the caller may take over flows of other hosts, whose records it then makes: as the process of
+    /// a service that the policy calls a gateway; or as a privileged one of no service. Whoever may decides
+    /// which services a flow passes by.
+    #[inline(always)]
+    pub const fn may_import(&self, gateway: bool) -> bool {
+        if self.service == 0 { self.privileged } else { gateway }
+    }
+
     /// Whether the caller may register a listener for the service with this handle.
     #[inline(always)]
     pub const fn may_register(&self, handle: u64) -> bool {
@@ -58,6 +66,16 @@ mod tests {
             let may = |service, delivered_to| Caller { service, privileged }.may_set(delivered_to);
             assert!(may(7, 7) && !may(7, 8) && !may(8, 7) && !may(7, 0));
             assert_eq!(may(0, 7), privileged);
+        }
+    }
+
+    #[test]
+    fn only_a_gateway_takes_over_flows_of_other_hosts() {
+        for privileged in [false, true] {
+            let may = |service, gateway| Caller { service, privileged }.may_import(gateway);
+            assert!(may(7, true) && !may(7, false));
+            // No service at all is a gateway, whatever is said of it.
+            assert_eq!((may(0, false), may(0, true)), (privileged, privileged));
         }
     }
 

@@ -41,7 +41,7 @@ pub struct Chain {
     pub last: u32,
     /// Number of hops.
     pub hops: u32,
-    /// Not 0: the policy does not have the service of some hop.
+    /// Number of hops whose service the policy does not have: it was removed, or is another host's.
     pub strangers: u32,
     /// Redirected legs so far, forgotten ones included; never less than `hops`.
     pub legs: u32,
@@ -108,11 +108,12 @@ impl Chain {
     }
 }
 
-/// Most redirected legs that a flow may make where the policy has `services` services.
+/// Most redirected legs that a flow may make that can have had `services` services: those of the policy,
+/// and the strangers in its record.
 ///
 /// A flow whose services all set the record makes at most one leg each, so more legs than services
-/// mean that somebody forgot it. The margin is for services that are removed or added while a flow
-/// is under way.
+/// mean that somebody forgot it. The margin is for what a forgotten record does not tell: services that were
+/// removed while the flow was under way, or are another host's.
 #[inline(always)]
 pub const fn hop_limit(services: u32) -> u32 {
     const MARGIN: u32 = 8;
@@ -152,7 +153,7 @@ impl<T: Tables> Step for Reading<'_, T> {
             self.chain.visited |= bit(slot);
         }
         let strange = if slot == NO_SLOT { 1 } else { 0 };
-        self.chain.strangers = T::forget(self.chain.strangers | strange);
+        self.chain.strangers = T::forget(self.chain.strangers.wrapping_add(strange));
         true
     }
 }

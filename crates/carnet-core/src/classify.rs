@@ -180,7 +180,7 @@ where
         observer,
         decision: Decision::PASS,
     };
-    settle(chain.hops != 0, chain.legs, services, &mut pending);
+    settle(chain.hops != 0, chain.legs, services.wrapping_add(chain.strangers), &mut pending);
     pending.decision
 }
 
@@ -197,7 +197,7 @@ pub trait Pending: Listeners {
 /// service more dead.
 ///
 /// `recorded` is whether there is a record, `legs` the legs that it counts, `services` the number of
-/// services in the policy. The kernel calls the halves apart, so that the verifier can look at each
+/// services in the policy, and of strangers in the record. The kernel calls the halves apart, so that the verifier can look at each
 /// on its own.
 #[inline(always)]
 pub fn settle<P: Pending>(recorded: bool, legs: u32, services: u32, pending: &mut P) {

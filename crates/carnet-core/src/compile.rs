@@ -27,6 +27,7 @@ use crate::{
     address::Wide,
     adoption::Atomic,
     object::{FailurePolicy, Filter, FilterAction, Policy, Service, Trust, largest_value},
+    portable::identity,
     table::{
         Action, ConditionRow, EMPTY_LEAF, FAILURE_BLOCK, FAILURE_SKIP, FILTER_HARD, FILTER_VETO,
         Field, FilterRow, HeaderRow, LEAF, LeafRow, MAX_CANDIDATES, MAX_DEPTH, NO_SLOT, NodeRow,
@@ -77,6 +78,17 @@ pub enum CompileError {
         /// The number of rows.
         rows: usize,
     },
+    /// Two services are the same to other hosts.
+    #[error(
+        "services {one:?} and {other:?} have the same identity, by which other hosts know a service: \
+         give one of them another name"
+    )]
+    SameIdentity {
+        /// The name of one.
+        one: String,
+        /// The name of the other.
+        other: String,
+    },
     /// A filter names a sublayer or service that the policy does not have.
     #[error("filter {filter} refers to {name:?}, which the policy does not have")]
     DanglingReference {
@@ -106,9 +118,11 @@ pub struct CompiledPolicy {
 /// Compiles `policy` as transaction number `generation`.
 ///
 /// # Errors
-/// [`CompileError`], if the policy has more rows than the tables hold.
+/// [`CompileError`], if the policy has more rows than the tables hold, or two services that other hosts
+/// cannot tell apart.
 pub fn compile(policy: &Policy, generation: u64) -> Result<CompiledPolicy, CompileError> {
     let mut compiled = CompiledPolicy { services: service_rows(policy), ..Default::default() };
+    check_identities(policy.services(), &compiled.services)?;
     compiled.add_filters(policy)?;
     compiled.header = HeaderRow {
         outer_gate: gate(&compiled, Field::is_of_destination),
@@ -306,9 +320,24 @@ fn service_rows(policy: &Policy) -> Vec<ServiceRow> {
             unmodified: service.unmodified.into(),
             listen_port: service.listen_port.map_or(0, NonZeroU16::get),
             tproxy: service.tproxy.into(),
+            identity: identity(&service.provider, &service.name),
+            gateway: service.gateway.into(),
+            zero: 0,
         }
     };
     services.iter().map(row).collect()
+}
+
+/// Refuses services that other hosts cannot tell apart; `rows` are those of `services`.
+fn check_identities(services: &[Service], rows: &[ServiceRow]) -> Result<(), CompileError> {
+    let mut known = BTreeMap::new();
+    for (service, row) in services.iter().zip(rows) {
+        if let Some(one) = known.insert(row.identity, &service.name) {
+            let (one, other) = (one.clone(), service.name.clone());
+            return Err(CompileError::SameIdentity { one, other });
+        }
+    }
+    Ok(())
 }
 
 impl Repeat for CompiledPolicy {
@@ -370,6 +399,11 @@ impl Tables for CompiledPolicy {
     fn slot_of(&self, handle: u64) -> u32 {
         let slot = self.services.iter().position(|service| service.handle == handle);
         slot.map_or(NO_SLOT, |slot| slot as u32)
+    }
+
+    fn handle_of(&self, identity: u64) -> u64 {
+        let service = self.services.iter().find(|service| service.identity == identity);
+        service.map_or(0, |service| service.handle)
     }
 }
 
@@ -640,4 +674,26 @@ fn quartiles(
     };
     picked.dedup();
     picked.into_iter()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::object::{CgroupRef, NewService};
+
+    /// No two names are known that have the same identity: the rows say so here.
+    #[test]
+    fn services_that_other_hosts_cannot_tell_apart_are_refused() {
+        let mut policy = Policy::new();
+        policy.add_provider("p", "").unwrap();
+        for (name, id) in [("one", 1), ("two", 2)] {
+            let cgroup = CgroupRef { path: name.into(), id };
+            policy.add_service(NewService::new(name, "p", cgroup)).unwrap();
+        }
+        let mut rows = service_rows(&policy);
+        assert_eq!(check_identities(policy.services(), &rows), Ok(()));
+        rows[1].identity = rows[0].identity;
+        let error = check_identities(policy.services(), &rows).unwrap_err();
+        assert!(alloc::format!("{error}").contains("\"one\" and \"two\""), "{error}");
+    }
 }

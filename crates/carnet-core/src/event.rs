@@ -182,11 +182,17 @@ pub enum Counter {
     Adopted = 31,
     /// Of the adopted: those of which flow, application or services are guessed.
     AdoptedByGuess = 32,
+    /// Records that were given out for other hosts.
+    RecordsExported = 33,
+    /// Records of other hosts that were taken over. They are of the records that were set.
+    RecordsImported = 34,
+    /// Records of other hosts that were refused as endless.
+    RecordsEndless = 35,
 }
 
 impl Counter {
     /// Number of counters.
-    pub const COUNT: usize = 33;
+    pub const COUNT: usize = 36;
 
     /// All counters with the names under which they are shown.
     pub const ALL: [(Self, &'static str); Self::COUNT] = [
@@ -223,5 +229,8 @@ impl Counter {
         (Self::BoundToDevice, "bound_to_device"),
         (Self::Adopted, "records_adopted"),
         (Self::AdoptedByGuess, "records_guessed"),
+        (Self::RecordsExported, "records_exported"),
+        (Self::RecordsImported, "records_imported"),
+        (Self::RecordsEndless, "records_endless"),
     ];
 }

@@ -11,6 +11,7 @@
 //! | [`adoption`] | the records of services that know nothing of records |
 //! | [`address`] | endpoints and 128-bit field values |
 //! | [`record`] | the redirect record: layout, MAC, verification |
+//! | [`portable`] | the record in the form in which it goes to other hosts |
 //! | [`key`] | the keys of the MACs: which of them count, and when |
 //! | [`chain`] | the four redirect states, trust, the hop guard |
 //! | [`table`] | the compiled policy: rows, and the trait over the tables that hold them |
@@ -59,6 +60,7 @@ pub mod key;
 #[cfg(feature = "host")]
 pub mod object;
 pub mod outcome;
+pub mod portable;
 pub mod record;
 pub mod siphash;
 pub mod socket;

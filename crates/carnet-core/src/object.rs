@@ -107,6 +107,10 @@ pub struct Service {
     /// netfilter's `TPROXY`: then that is what it is told of the connections that it accepts.
     #[serde(default)]
     pub tproxy: bool,
+    /// Whether it may take over flows of other hosts, and so say which services they have passed
+    /// ([`portable`](crate::portable)).
+    #[serde(default)]
+    pub gateway: bool,
 }
 
 /// A service that is to be added: [`Service`] without its numbers.
@@ -128,6 +132,8 @@ pub struct NewService {
     pub listen_port: Option<NonZeroU16>,
     /// Whether its program asks `getsockname()` for the destination, see [`Service::tproxy`].
     pub tproxy: bool,
+    /// Whether it may take over flows of other hosts, see [`Service::gateway`].
+    pub gateway: bool,
 }
 
 impl NewService {
@@ -143,6 +149,7 @@ impl NewService {
             unmodified: false,
             listen_port: None,
             tproxy: false,
+            gateway: false,
         }
     }
 }
@@ -698,7 +705,9 @@ impl Policy {
         check_cgroup(&self.services, &new.cgroup)?;
         let trust = self.resolve_trust(&new.name, new.trust)?;
         let [id, handle] = self.take_ids()?;
-        let NewService { name, cgroup, on_failure, unmodified, listen_port, tproxy, .. } = new;
+        let NewService {
+            name, cgroup, on_failure, unmodified, listen_port, tproxy, gateway, ..
+        } = new;
         let service = Service {
             id,
             handle,
@@ -710,6 +719,7 @@ impl Policy {
             unmodified,
             listen_port,
             tproxy,
+            gateway,
         };
         Ok(append(&mut self.services, service))
     }
@@ -774,6 +784,16 @@ impl Policy {
     pub fn set_tproxy(&mut self, service: &str, tproxy: bool) -> Result<&Service, PolicyError> {
         let at = find(&self.services, service)?;
         self.services[at].tproxy = tproxy;
+        Ok(&self.services[at])
+    }
+
+    /// Changes whether a service (name or id) may take over flows of other hosts.
+    ///
+    /// # Errors
+    /// [`PolicyError::NotFound`].
+    pub fn set_gateway(&mut self, service: &str, gateway: bool) -> Result<&Service, PolicyError> {
+        let at = find(&self.services, service)?;
+        self.services[at].gateway = gateway;
         Ok(&self.services[at])
     }
 

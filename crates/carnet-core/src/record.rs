@@ -27,7 +27,7 @@
 //! | 48 | 24 | original destination, an [`Endpoint`] |
 //! | 72 | 328 | original application, an [`AppIdentity`] |
 //! | 400 | 4 | set of the hops that are guessed: bit `n` for hop `n` |
-//! | 404 | 4 | [`RECORD_ADOPTED`], [`RECORD_IDENTITY_GUESSED`], [`RECORD_HOPS_GUESSED`] |
+//! | 404 | 4 | [`RECORD_ADOPTED`], [`RECORD_IDENTITY_GUESSED`], [`RECORD_HOPS_GUESSED`], [`RECORD_IMPORTED`] |
 //! | 408 | 16 * hops | the hops, newest last, each a [`Hop`] |
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -61,6 +61,10 @@ pub const RECORD_ADOPTED: u32 = 1;
 pub const RECORD_IDENTITY_GUESSED: u32 = 2;
 /// [`Record::flags`]: some of the hops are guessed ([`Record::guessed`]).
 pub const RECORD_HOPS_GUESSED: u32 = 4;
+
+/// [`Record::flags`]: the flow began on another host, which says who began it and who had it there
+/// ([`portable`](crate::portable)).
+pub const RECORD_IMPORTED: u32 = 8;
 
 /// Longest executable path kept, in bytes.
 pub const MAX_PATH: usize = 256;
@@ -139,9 +143,11 @@ pub struct AppIdentity {
 )]
 #[repr(C)]
 pub struct Hop {
-    /// The service's redirect handle. Handles are never reused (contract C3, C10).
+    /// The service's redirect handle. Handles are never reused (contract C3, C10). 0: a service of another
+    /// host, which this one does not have.
     pub handle: u64,
-    /// The id of the filter that redirected.
+    /// The id of the filter that redirected; 0 where that was on another host. With the handle 0: the
+    /// service's [identity](crate::portable::identity), 0 if that is not known either.
     pub filter: u64,
 }
 
@@ -173,7 +179,7 @@ pub struct Record {
     pub app: AppIdentity,
     /// Bit `n` set: that hop `n` is the flow's is guessed.
     pub guessed: u32,
-    /// [`RECORD_ADOPTED`], [`RECORD_IDENTITY_GUESSED`], [`RECORD_HOPS_GUESSED`].
+    /// [`RECORD_ADOPTED`], [`RECORD_IDENTITY_GUESSED`], [`RECORD_HOPS_GUESSED`], [`RECORD_IMPORTED`].
     pub flags: u32,
     /// The hops, oldest first.
     pub hops: [Hop; MAX_HOPS],
@@ -193,8 +199,8 @@ const _: () = {
     assert!(align_of::<Record>() == 8);
 };
 
-/// Why a record is refused. To the caller all of them are `EINVAL` (contract S34b), but the last, which
-/// is `EACCES` (S30); the kernel counts them apart.
+/// Why a record is refused. To the caller all of them are `EINVAL` (contract S34b), but the last two:
+/// `EACCES` (S30), and `ELOOP`; the kernel counts them apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum RecordError {
@@ -208,6 +214,9 @@ pub enum RecordError {
     Expired = 4,
     /// In order, but the caller may not set it.
     NotDelivered = 5,
+    /// Of another host, and the flow has made as many legs as it may (contract C11): hosts send it in a
+    /// circle. To the caller this is `ELOOP`.
+    Endless = 6,
 }
 
 impl Record {
@@ -271,6 +280,15 @@ impl Record {
         self.hops.get(index as usize)
     }
 
+    /// The same, to change it.
+    #[inline(always)]
+    pub(crate) fn hop_mut(&mut self, index: u32) -> Option<&mut Hop> {
+        if index >= self.hop_count {
+            return None;
+        }
+        self.hops.get_mut(index as usize)
+    }
+
     /// A service asks for the record at `now_ns` of the boot-time clock, while the connection is there:
     /// when half of the record's life is over, it is issued anew. So a service can set the record of a
     /// connection of any age; and two queries that are close in time give the same bytes.
@@ -305,6 +323,12 @@ impl Record {
     #[inline(always)]
     pub const fn is_guessed(&self, index: u32) -> bool {
         self.guessed & hop_bit(index) != 0
+    }
+
+    /// Whether anything of it is a guess.
+    #[inline(always)]
+    pub const fn is_a_guess(&self) -> bool {
+        self.flags & (RECORD_IDENTITY_GUESSED | RECORD_HOPS_GUESSED) != 0
     }
 
     /// Removes the newest hop if it is that of the service with this redirect handle; gives its filter, or
@@ -348,7 +372,7 @@ const fn hop_bit(index: u32) -> u32 {
 
 /// Length in bytes of a record with so many hops.
 #[inline(always)]
-const fn length_with(hop_count: u32) -> u16 {
+pub(crate) const fn length_with(hop_count: u32) -> u16 {
     (HEADER_LENGTH + hop_count as usize * size_of::<Hop>()) as u16
 }
 

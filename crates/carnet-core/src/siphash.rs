@@ -41,8 +41,14 @@ impl SipHash {
     /// The hash of a message of `length` bytes, all of which have been taken in; `length` is a
     /// multiple of 8.
     #[inline(always)]
-    pub const fn finish(mut self, length: u64) -> u64 {
-        self.word((length & 0xff) << 56);
+    pub const fn finish(self, length: u64) -> u64 {
+        self.finish_after(0, length)
+    }
+
+    /// The same of any `length`, whose last bytes, less than 8 of them, are the lower ones of `rest`.
+    #[inline(always)]
+    const fn finish_after(mut self, rest: u64, length: u64) -> u64 {
+        self.word(rest | (length & 0xff) << 56);
         self.v2 ^= 0xff;
         self.round();
         self.round();
@@ -66,9 +72,20 @@ impl SipHash {
     }
 }
 
+/// The hash of any bytes. The kernel knows words alone.
+#[cfg(feature = "host")]
+pub fn hash(key: &Key, bytes: &[u8]) -> u64 {
+    let word = |bytes: &[u8]| bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+    let mut hash = SipHash::new(key);
+    let words = bytes.chunks_exact(8);
+    let rest = word(words.remainder());
+    words.for_each(|bytes| hash.word(word(bytes)));
+    hash.finish_after(rest, bytes.len() as u64)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::SipHash;
+    use super::{SipHash, hash};
     use core::hash::Hasher as _;
     use proptest::prelude::*;
 
@@ -85,6 +102,16 @@ mod tests {
                 theirs.write(&word.to_le_bytes());
             }
             prop_assert_eq!(ours.finish(words.len() as u64 * 8), theirs.finish());
+        }
+
+        #[test]
+        fn agrees_about_bytes_of_any_number(
+            key: [u64; 2],
+            bytes in prop::collection::vec(any::<u8>(), 0..300),
+        ) {
+            let mut theirs = siphasher::sip::SipHasher24::new_with_keys(key[0], key[1]);
+            theirs.write(&bytes);
+            prop_assert_eq!(hash(&key, &bytes), theirs.finish());
         }
     }
 }

@@ -234,6 +234,12 @@ pub struct ServiceRow {
     pub listen_port: u16,
     /// Not 0: `getsockname()` on its accepted sockets gives the requested destination.
     pub tproxy: u16,
+    /// What the service is on every host, see [`identity`](crate::portable::identity).
+    pub identity: u64,
+    /// Not 0: the service may take over flows of other hosts.
+    pub gateway: u32,
+    /// Always zero.
+    pub zero: u32,
 }
 
 const _: () = {
@@ -244,7 +250,7 @@ const _: () = {
     assert!(size_of::<LeafRow>() == 8);
     assert!(size_of::<ConditionRow>() == 40);
     assert!(size_of::<FilterRow>() == 32);
-    assert!(size_of::<ServiceRow>() == 32);
+    assert!(size_of::<ServiceRow>() == 48);
 };
 
 /// One step of a bounded loop, with its state.
@@ -298,4 +304,7 @@ pub trait Tables: Repeat {
     fn service(&self, slot: u32) -> Option<&ServiceRow>;
     /// The slot of the service with this redirect handle; [`NO_SLOT`] if the policy has none.
     fn slot_of(&self, handle: u64) -> u32;
+    /// The redirect handle of the service with this [identity](crate::portable::identity); 0 if the policy
+    /// has none.
+    fn handle_of(&self, identity: u64) -> u64;
 }

@@ -14,7 +14,7 @@ use std::{
 use carnet_core::{
     flow::{LEG_ADOPTED, LEG_ONWARD, LEG_REDIRECTED, LegState},
     object::Protocol,
-    record::{AppIdentity, FileId, Hop, RECORD_IDENTITY_GUESSED},
+    record::{AppIdentity, FileId, Hop, RECORD_IDENTITY_GUESSED, RECORD_IMPORTED},
 };
 use zerocopy::FromBytes as _;
 
@@ -74,6 +74,8 @@ pub struct Flow {
     /// Whether `flow` and `app` are those of one of several flows to which the leg may belong, or of the
     /// service that connected.
     pub identity_guessed: bool,
+    /// Whether the flow began on another host: `app` and some of `hops` are what that one says.
+    pub imported: bool,
     /// The redirect context that the service gets to read; empty if there is none.
     pub context: Vec<u8>,
 }
@@ -82,12 +84,16 @@ pub struct Flow {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FlowHop {
-    /// The service's redirect handle.
+    /// The service's redirect handle; 0 if it is another host's.
     pub handle: u64,
-    /// The service's name; `None` if it was removed.
+    /// The service's name; `None` if it was removed, or is another host's.
     pub service: Option<String>,
-    /// The filter that redirected; 0 where that is not known.
+    /// The filter that redirected; 0 where that is not known, or was on another host.
     pub filter: u64,
+    /// Of another host's service what it is on every host ([`identity`]); 0 where that is not known.
+    ///
+    /// [`identity`]: carnet_core::portable::identity
+    pub identity: u64,
     /// Whether it is a guess that the flow was redirected there.
     pub guessed: bool,
 }
@@ -177,7 +183,8 @@ impl Flow {
         let hop = |(index, &Hop { handle, filter }): (u32, &Hop)| FlowHop {
             handle,
             service: name(handle),
-            filter,
+            filter: if handle == 0 { 0 } else { filter },
+            identity: if handle == 0 { filter } else { 0 },
             guessed: record.is_guessed(index),
         };
         let context = leg.context.get(..leg.context_length as usize).unwrap_or(&leg.context);
@@ -200,6 +207,7 @@ impl Flow {
             app: FlowApp::new(&record.app),
             adopted: leg.flags & LEG_ADOPTED != 0,
             identity_guessed: record.flags & RECORD_IDENTITY_GUESSED != 0,
+            imported: record.flags & RECORD_IMPORTED != 0,
             context: context.to_vec(),
         }
     }
@@ -257,15 +265,19 @@ mod tests {
         let hop = |hop: &FlowHop| (hop.handle, hop.service.clone(), hop.guessed);
         let hops: Vec<_> = flow.hops.iter().map(hop).collect();
         assert_eq!(hops, [(4, None, true), (5, Some("scan".to_owned()), false)]);
-        assert!(flow.adopted && !flow.identity_guessed);
+        assert!(flow.adopted && !flow.identity_guessed && !flow.imported);
         assert_eq!(flow.app.path.as_deref(), Some(std::path::Path::new("/bin/true")));
         assert_eq!(flow.app.command, "true");
 
         leg.kind = LEG_ONWARD;
         leg.handle = 0;
+        leg.record.hops[0] = Hop { handle: 0, filter: 77 };
+        leg.record.flags |= RECORD_IMPORTED;
         leg.record.app.path_length = 0;
         let onward = Flow::new(&leg, name);
         assert_eq!((onward.kind, onward.service), (LegKind::Onward, None));
         assert_eq!(onward.app.path, None);
+        let hop = &onward.hops[0];
+        assert_eq!((hop.handle, hop.filter, hop.identity, onward.imported), (0, 0, 77, true));
     }
 }

@@ -49,6 +49,14 @@ struct SlotKey {
     bank: u64,
 }
 
+/// A key of `IDENTITIES`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+#[repr(C)]
+struct IdentityKey {
+    identity: u64,
+    bank: u64,
+}
+
 /// An element of `CONTEXTS`.
 #[derive(Clone, Copy, FromBytes, Immutable, IntoBytes)]
 #[repr(C)]
@@ -483,11 +491,17 @@ impl Tables {
             page
         });
         self.write_rows("DOCUMENT", bank, &pages.collect::<Vec<_>>())?;
-        self.clear_slots(bank)?;
+        self.clear_services(bank)?;
         let mut slots = self.hash::<SlotKey, u32>("SLOTS")?;
         for (slot, service) in (0_u32..).zip(compiled.services()) {
             let key = SlotKey { handle: service.handle, bank: bank.into() };
             slots.insert(Wire(key), Wire(slot), 0).map_err(Error::map("SLOTS"))?;
+        }
+        let mut identities = self.hash::<IdentityKey, u64>("IDENTITIES")?;
+        for service in compiled.services() {
+            let key = IdentityKey { identity: service.identity, bank: bank.into() };
+            let added = identities.insert(Wire(key), Wire(service.handle), 0);
+            added.map_err(Error::map("IDENTITIES"))?;
         }
         let header = HeaderRow { document_length: document.len() as u32, ..*compiled.header() };
         self.array("HEADERS")?.set(bank, Wire(header), 0).map_err(Error::map("HEADERS"))
@@ -518,9 +532,10 @@ impl Tables {
         self.first::<u64>("ACTIVE").is_ok_and(|active| active & CLOSED != 0)
     }
 
-    /// Removes the slots of a bank that is not in force.
-    pub(crate) fn clear_slots(&self, bank: u32) -> Result<(), Error> {
-        self.retain::<SlotKey, u32>("SLOTS", |key| key.bank != u64::from(bank))
+    /// Removes by what services are found in a bank that is not in force.
+    pub(crate) fn clear_services(&self, bank: u32) -> Result<(), Error> {
+        self.retain::<SlotKey, u32>("SLOTS", |key| key.bank != u64::from(bank))?;
+        self.retain::<IdentityKey, u64>("IDENTITIES", |key| key.bank != u64::from(bank))
     }
 
     /// Writes the contexts that `before` does not have. Those of its own never change: a filter's

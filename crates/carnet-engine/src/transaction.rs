@@ -157,7 +157,7 @@ impl Engine {
     /// Removes what neither `policy`, which is in force, nor anybody else needs. `bank` is not in
     /// force.
     fn tidy(&self, policy: &Policy, bank: u32) -> Result<(), Error> {
-        self.tables().clear_slots(bank)?;
+        self.tables().clear_services(bank)?;
         self.tables().retain_contexts(policy)?;
         self.tables().retain_cgroups(policy)?;
         self.tables().retain_listeners(policy)?;

@@ -57,7 +57,7 @@ pub struct Arguments {
     /// Hand connections on to a service at this address that expects the PROXY protocol (version 2)
     ///
     /// It is told the application's address and the original destination, to which it is to connect by
-    /// itself. No UDP flows are taken then.
+    /// itself. No UDP flows are taken then. Another host's gateway gets the records with --chain-key.
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub send_proxy: Option<SocketAddr>,
 

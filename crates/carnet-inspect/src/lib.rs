@@ -16,6 +16,7 @@
 //! | `datagrams`, `gate` | UDP flows; which of their datagrams pass; the latter without I/O |
 //! | [`origin`] | where a connection comes from and goes to, and the trait to test without an engine |
 //! | [`proxy_protocol`] | headers that say where a connection goes, both ways |
+//! | [`chain`] | the records in them, for chains that go on at another host |
 //! | [`inspect`] | what a client's bytes and datagrams tell; no I/O |
 //! | [`relay`] | bytes from socket to socket |
 //! | [`log`] | the log |
@@ -44,6 +45,7 @@
 //! A flow ends when nothing has come for a while, and soon when all questions of DNS that it asked
 //! are answered. Then, as at any time, its next datagram may begin another one.
 
+pub mod chain;
 pub mod cli;
 pub mod config;
 mod datagrams;
@@ -59,6 +61,7 @@ pub mod service;
 pub mod sys;
 
 use anyhow::{Context as _, Result, bail};
+use chain::Chain;
 use cli::Arguments;
 use log::{Log, Writer};
 use origin::FlowSource;
@@ -89,8 +92,9 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 /// goes wrong later is said on the standard error, and the service goes on.
 pub fn run(arguments: Arguments) -> Result<()> {
     let rules = arguments.rules.as_deref().map(config::load).transpose()?.unwrap_or_default();
-    let sockets = listen(&arguments)?;
     // What only the present user may open, is opened now.
+    let chain = arguments.system.chain(arguments.send_proxy.is_some())?;
+    let sockets = listen(&arguments)?;
     let target: Box<dyn Write + Send> = match &arguments.log_file {
         Some(path) => Box::new(append_to(path)?),
         None => Box::new(io::stdout()),
@@ -106,13 +110,17 @@ pub fn run(arguments: Arguments) -> Result<()> {
         .enable_all()
         .build()
         .context("starting the worker threads")?
-        .block_on(serve(&arguments, sockets, rules, log, ready))?;
+        .block_on(serve(&arguments, &chain, sockets, rules, log, ready))?;
     Writer::finish(writer);
+    if let Some(gate) = &chain.gate {
+        say(format_args!("{gate}"));
+    }
     Ok(())
 }
 
 async fn serve(
     arguments: &Arguments,
+    chain: &Chain,
     sockets: Sockets,
     rules: Rules,
     log: Log,
@@ -131,7 +139,7 @@ async fn serve(
         .iter()
         .map(|listener| listener.local_addr().map(|address| address.to_string()))
         .collect::<io::Result<_>>()?;
-    let service = Service::new(options, source(arguments), rules, log);
+    let service = Service::new(options, source(arguments, chain), rules, log);
     let signals = Signals::install()?;
     let (control, rules) = (service.control(), arguments.rules.clone());
     let ending = control.clone();
@@ -153,10 +161,10 @@ async fn serve(
 }
 
 /// Who tells where flows come from and go to, and how to get there.
-fn source(arguments: &Arguments) -> Arc<dyn FlowSource> {
-    let source = arguments.system.source();
+fn source(arguments: &Arguments, chain: &Chain) -> Arc<dyn FlowSource> {
+    let source = arguments.system.source(chain);
     match arguments.send_proxy {
-        Some(service) => Arc::new(Announcing { source, service }),
+        Some(service) => Arc::new(Announcing { source, service, chain: chain.keys.clone() }),
         None => source,
     }
 }

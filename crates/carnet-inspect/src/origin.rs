@@ -1,6 +1,7 @@
 //! Where a connection comes from and goes to: the only module that asks Carnet.
 
-use carnet::{AsSocket, DatagramFlow, Error, Onwards, Operation};
+use crate::proxy_protocol::Announcement;
+use carnet::{AsSocket, DatagramFlow, Error, Onwards, Operation, OriginalApp};
 use std::future::{Future, ready};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket as StdUdpSocket};
 use std::path::PathBuf;
@@ -75,6 +76,17 @@ pub struct App {
     pub command: String,
 }
 
+impl From<OriginalApp> for App {
+    fn from(app: OriginalApp) -> Self {
+        Self {
+            pid: app.pid,
+            uid: app.uid,
+            executable: app.executable,
+            command: app.command.to_string_lossy().into_owned(),
+        }
+    }
+}
+
 /// A flow, as Carnet counts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowId {
@@ -87,7 +99,7 @@ pub struct FlowId {
 /// How to connect onwards.
 #[derive(Clone, Debug)]
 pub enum Route {
-    /// With the redirect record.
+    /// With the redirect record, be it this host's or one of another host.
     Recorded(Box<Onwards>),
     /// Without one.
     Plain(SocketAddr),
@@ -103,14 +115,16 @@ pub struct Announced {
     /// Where it listens.
     pub service: SocketAddr,
     /// What it is told.
-    pub header: Vec<u8>,
+    pub announcement: Announcement,
 }
 
 impl Announced {
     async fn connect(self, limit: Duration) -> Result<TcpStream, Error> {
         let mut stream = Box::pin(self.route.connect(limit)).await?;
         let failed = |source| Error::from_connect(self.service, source);
-        stream.write_all(&self.header).await.map_err(failed)?;
+        // Only now, since it may be good for a short time.
+        let header = self.announcement.header(self.service).map_err(failed)?;
+        stream.write_all(&header).await.map_err(failed)?;
         Ok(stream)
     }
 }
@@ -233,12 +247,7 @@ impl CarnetSource {
         let destination = onwards.destination();
         Ok(Origin {
             destination,
-            app: app.map(|app| App {
-                pid: app.pid,
-                uid: app.uid,
-                executable: app.executable,
-                command: app.command.to_string_lossy().into_owned(),
-            }),
+            app: app.map(App::from),
             flow: flow.map(|flow| FlowId { id: flow.id, hops: flow.hops }),
             route: if self.forget_records {
                 Route::Plain(destination)

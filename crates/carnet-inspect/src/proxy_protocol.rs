@@ -3,12 +3,19 @@
 //! Towards a service that expects it ([`Announcing`]): the kernel cannot put bytes into a stream, so this
 //! program accepts the redirected connection and hands it on to that service, with the application's
 //! address as the source and the original destination. From a proxy that sends it ([`HeaderSource`]): the
-//! destination that it names is where the connection goes.
+//! destination that it names is where the connection goes. Between hosts that both have Carnet the header
+//! carries the flow's record too ([`chain`](crate::chain)).
 
+use crate::chain::gate::{self, Gate};
+use crate::chain::keys::Keys;
+use crate::chain::tlv::{self, Envelope, Letter, Refusal};
 use crate::origin::{Announced, FlowSource, Origin, OriginFuture, Route};
-use carnet::{Error, Operation};
+use crate::sys;
+use carnet::{Error, Onwards, Operation, PortableRecord};
 use ipnet::IpNet;
 use proxy_header::{ParseConfig, Protocol, ProxiedAddress, ProxyHeader, Tlv};
+use ring::rand::{SecureRandom as _, SystemRandom};
+use std::borrow::Cow;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -29,6 +36,8 @@ pub struct Announcing {
     pub source: Arc<dyn FlowSource>,
     /// Where that service listens.
     pub service: SocketAddr,
+    /// If the service is another host's gateway: the keys under which it gets the flows' records.
+    pub chain: Option<Arc<Keys>>,
 }
 
 impl FlowSource for Announcing {
@@ -45,28 +54,81 @@ impl FlowSource for Announcing {
 
 impl Announcing {
     fn hand_on(&self, accepted: &TcpStream, origin: Origin) -> Result<Origin, Error> {
-        let client = accepted.peer_addr().map_err(unreadable)?;
+        let source = accepted.peer_addr().map_err(unreadable)?;
+        let chain = match &self.chain {
+            Some(keys) => Some((Arc::clone(keys), carnet::export_redirect_records(accepted)?)),
+            None => None,
+        };
         let flow = origin.flow.map(|flow| flow.id);
-        let header = header(client, origin.destination, flow).map_err(unreadable)?;
+        let announcement = Announcement { source, destination: origin.destination, flow, chain };
         let service = self.service;
         let route = Box::new(origin.route.to(service));
-        Ok(Origin { route: Route::Announced(Announced { route, service, header }), ..origin })
+        Ok(Origin { route: Route::Announced(Announced { route, service, announcement }), ..origin })
     }
 }
 
-/// A header of version 2. The flow's number, if it has one, is its unique id, in decimal.
+/// What a service is told of a connection before its first byte.
+#[derive(Clone, Debug)]
+pub struct Announcement {
+    /// Where it comes from.
+    pub source: SocketAddr,
+    /// Where it goes.
+    pub destination: SocketAddr,
+    /// The flow's number, if it has one.
+    pub flow: Option<u64>,
+    /// The flow's record, and the keys under which it is sealed.
+    pub chain: Option<(Arc<Keys>, PortableRecord)>,
+}
+
+impl Announcement {
+    /// The header for a service at this address. It is to be sent soon: what is sealed expires.
+    ///
+    /// # Errors
+    /// If the system has no random bytes for a seal. Others cannot occur: the header would be too long.
+    pub fn header(&self, service: SocketAddr) -> io::Result<Vec<u8>> {
+        let flow = self.flow.map(|flow| flow.to_string());
+        let mut tlvs: Vec<(u8, &[u8])> = Vec::new();
+        tlvs.extend(flow.as_ref().map(|flow| (UNIQUE_ID, flow.as_bytes())));
+        let sealed = match &self.chain {
+            Some((keys, record)) => Some(self.sealed(keys, record, service)?),
+            None => None,
+        };
+        tlvs.extend(sealed.as_ref().map(|value| (tlv::TYPE, &value[..])));
+        header_with(self.source, self.destination, &tlvs)
+    }
+
+    fn sealed(
+        &self,
+        keys: &Keys,
+        record: &PortableRecord,
+        service: SocketAddr,
+    ) -> io::Result<Vec<u8>> {
+        let (source, destination) = in_one_family(self.source, self.destination);
+        let audience = SocketAddr::new(service.ip().to_canonical(), service.port());
+        let mut nonce = [0; tlv::NONCE];
+        let random = SystemRandom::new().fill(&mut nonce);
+        random.map_err(|_| io::Error::other("the system has no random bytes"))?;
+        let letter = Letter { issued_ms: gate::now_ms(), nonce, record: record.clone() };
+        Ok(tlv::seal(keys, &Envelope { source, destination, audience }, &letter))
+    }
+}
+
+/// `PP2_TYPE_UNIQUE_ID`.
+const UNIQUE_ID: u8 = 5;
+
+/// A header of version 2 with these TLVs, each a type and a value.
 ///
 /// # Errors
-/// Only such as cannot occur: the header would be too long.
-pub fn header(
+/// If it would be too long.
+pub fn header_with(
     source: SocketAddr,
     destination: SocketAddr,
-    flow: Option<u64>,
+    tlvs: &[(u8, &[u8])],
 ) -> io::Result<Vec<u8>> {
     let (source, destination) = in_one_family(source, destination);
     let mut header = ProxyHeader::with_address(ProxiedAddress::stream(source, destination));
-    if let Some(flow) = flow {
-        header.append_tlv(Tlv::UniqueId(flow.to_string().into_bytes().into()));
+    for &(kind, value) in tlvs {
+        header.append_tlv(Tlv::Custom(kind, value.into()));
     }
     let mut bytes = Vec::new();
     let too_long = |_| io::Error::new(ErrorKind::InvalidInput, "too much for a PROXY header");
@@ -93,6 +155,8 @@ fn in_one_family(one: SocketAddr, other: SocketAddr) -> (SocketAddr, SocketAddr)
 pub struct HeaderSource {
     /// From where connections are taken.
     pub from: Vec<IpNet>,
+    /// What takes the records of flows that began on another host, if there is a key for them.
+    pub gate: Option<Arc<Gate>>,
 }
 
 impl FlowSource for HeaderSource {
@@ -109,13 +173,30 @@ impl FlowSource for HeaderSource {
             let late = |_| io::Error::new(ErrorKind::TimedOut, "no PROXY header came in time");
             let bytes = timeout(limit, read(accepted)).await.map_err(late);
             let bytes = bytes.and_then(|bytes| bytes).map_err(unreadable)?;
-            let destination = destination_in(&bytes).map_err(unreadable)?;
+            let header = read_header(&bytes).map_err(unreadable)?;
+            let local = accepted.local_addr().map_err(unreadable)?;
+            let destination = header.destination;
             // It would come here again, for ever.
-            if accepted.local_addr().map_err(unreadable)? == destination {
+            if local == destination {
                 return Err(Error::NotRedirected { operation: Operation::OriginalDestination });
             }
-            let route = Route::Plain(destination);
-            Ok(Origin { destination, app: None, flow: None, route })
+            let record = match &self.gate {
+                Some(gate) => gate.take(&header, local),
+                None => Ok(None),
+            };
+            let refused =
+                |refusal| unreadable(io::Error::new(ErrorKind::PermissionDenied, refusal));
+            Ok(match record.map_err(refused)? {
+                Some(record) => {
+                    let app = sys::app_of(&record);
+                    let route = Route::Recorded(Box::new(Onwards::import(record, destination)));
+                    Origin { destination, app, flow: None, route }
+                }
+                None => {
+                    let route = Route::Plain(destination);
+                    Origin { destination, app: None, flow: None, route }
+                }
+            })
         })
     }
 }
@@ -158,18 +239,47 @@ async fn read_exactly(stream: &TcpStream, mut into: &mut [u8]) -> io::Result<()>
     Ok(())
 }
 
-/// The destination that a header names.
+/// What a header says.
+#[derive(Clone, Debug)]
+pub struct Header<'a> {
+    /// Where the connection comes from, as the sender says.
+    pub source: SocketAddr,
+    /// Where it goes.
+    pub destination: SocketAddr,
+    rest: ProxyHeader<'a>,
+}
+
+impl Header<'_> {
+    /// The value of the TLV with the record of a chain, if there is one.
+    ///
+    /// # Errors
+    /// [`Refusal::Malformed`] if there are two, or what is there cannot be read.
+    pub fn chain(&self) -> Result<Option<Cow<'_, [u8]>>, Refusal> {
+        let mut found = None;
+        for part in self.rest.tlvs() {
+            if let Tlv::Custom(tlv::TYPE, value) = part.map_err(|_| Refusal::Malformed)?
+                && found.replace(value).is_some()
+            {
+                return Err(Refusal::Malformed);
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Reads a header.
 ///
 /// # Errors
 /// `InvalidData` if it is none of a TCP connection: a proxy says of its own checks of health that they go
 /// nowhere.
-pub fn destination_in(header: &[u8]) -> io::Result<SocketAddr> {
+pub fn read_header(bytes: &[u8]) -> io::Result<Header<'_>> {
     let invalid = |what| io::Error::new(ErrorKind::InvalidData, what);
-    let config = ParseConfig { include_tlvs: false, allow_v1: false, allow_v2: true };
-    let (header, _) =
-        ProxyHeader::parse(header, config).map_err(|_| invalid("a bad PROXY header"))?;
-    match header.proxied_address() {
-        Some(addresses) if addresses.protocol == Protocol::Stream => Ok(addresses.destination),
+    let config = ParseConfig { include_tlvs: true, allow_v1: false, allow_v2: true };
+    let (rest, _) = ProxyHeader::parse(bytes, config).map_err(|_| invalid("a bad PROXY header"))?;
+    match rest.proxied_address().cloned() {
+        Some(ProxiedAddress { protocol: Protocol::Stream, source, destination }) => {
+            Ok(Header { source, destination, rest })
+        }
         _ => Err(invalid("a PROXY header of no TCP connection")),
     }
 }
@@ -177,10 +287,25 @@ pub fn destination_in(header: &[u8]) -> io::Result<SocketAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chain::testing::{keys, record};
     use proptest::prelude::*;
 
     fn address(text: &str) -> SocketAddr {
         text.parse().unwrap()
+    }
+
+    /// A header without a record.
+    fn header(
+        source: SocketAddr,
+        destination: SocketAddr,
+        flow: Option<u64>,
+    ) -> io::Result<Vec<u8>> {
+        let announcement = Announcement { source, destination, flow, chain: None };
+        announcement.header(address("127.0.0.1:9"))
+    }
+
+    fn destination_in(bytes: &[u8]) -> io::Result<SocketAddr> {
+        read_header(bytes).map(|header| header.destination)
     }
 
     #[test]
@@ -230,6 +355,28 @@ mod tests {
         assert!(rest_after(&long).unwrap_err().to_string().contains("too long"));
     }
 
+    #[test]
+    fn a_record_goes_from_an_announcement_through_a_gate() {
+        for (source, destination, service) in [
+            ("127.0.0.1:1", "192.0.2.2:2", "192.0.2.9:3"),
+            ("[::1]:1", "192.0.2.2:2", "[::ffff:192.0.2.9]:3"),
+            ("127.0.0.1:1", "[2001:db8::2]:2", "[2001:db8::9]:3"),
+        ] {
+            let [source, destination, service] = [source, destination, service].map(address);
+            let chain = Some((Arc::new(keys(1)), record(3)));
+            let gate = Gate::new(keys(1), false);
+            let announcement = Announcement { source, destination, flow: Some(17), chain };
+            let bytes = announcement.header(service).unwrap();
+            assert!(bytes.len() < LONGEST);
+            let told = read_header(&bytes).unwrap();
+            assert_eq!(gate.take(&told, service), Ok(Some(record(3))));
+            assert_eq!(gate.take(&told, service), Err(Refusal::Replayed));
+            // Each is sealed anew.
+            let again = announcement.header(service).unwrap();
+            assert_eq!(gate.take(&read_header(&again).unwrap(), service), Ok(Some(record(3))));
+        }
+    }
+
     proptest! {
         #[test]
         fn what_is_written_is_read(
@@ -246,7 +393,7 @@ mod tests {
 
         #[test]
         fn arbitrary_bytes_are_taken_with_care(bytes: Vec<u8>) {
-            let _any = (rest_after(&bytes), destination_in(&bytes));
+            let _any = (rest_after(&bytes), read_header(&bytes).map(|header| header.chain().is_ok()));
         }
     }
 }

@@ -227,3 +227,43 @@ fn what_it_cannot_do_is_refused_in_words() {
         assert!(message.contains(reason), "{arguments:?}: {message}");
     }
 }
+
+#[test]
+fn chains_are_refused_in_words_where_they_cannot_be() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let keys = Scratch::new("keys");
+    fs::write(&keys.0, "07".repeat(32)).unwrap();
+    let mode = |mode| fs::set_permissions(&keys.0, fs::Permissions::from_mode(mode)).unwrap();
+    mode(0o600);
+    let from = ["--original-destination", "proxy"];
+    let to = ["--send-proxy", "192.0.2.1:1"];
+    let key = ["--chain-key", keys.path()];
+    for (arguments, words) in [
+        (&[&from[..], &to, &key].concat(), "not both"),
+        (&key.to_vec(), "--chain-key is for --send-proxy, or for --original-destination proxy"),
+        (&[&["--original-destination", "conntrack"][..], &to, &key].concat(), "needs records"),
+        (&[&to[..], &key, &["--chain-optional"]].concat(), "--chain-optional says what comes"),
+        (&[&from[..], &["--chain-optional"]].concat(), "--chain-key"),
+        // It has no engine here.
+        (&[&from[..], &key].concat(), "start the engine with `carnet up`"),
+    ] {
+        let message = failure(arguments);
+        assert!(message.contains(words), "{arguments:?}: {message}");
+    }
+    mode(0o644);
+    for way in [&from, &to] {
+        let message = failure(&[&way[..], &key].concat());
+        assert!(message.contains("mode 0644") && message.contains("chmod 600"), "{message}");
+    }
+    mode(0o600);
+    fs::write(&keys.0, "not a key").unwrap();
+    let message = failure(&[&to[..], &key].concat());
+    assert!(
+        message.contains("line 1 of the chain keys") && !message.contains("not a key"),
+        "{message}"
+    );
+    let message = failure(&[&to[..], &["--chain-key", "/nowhere"]].concat());
+    assert!(message.contains("reading the chain keys"), "{message}");
+    let message = failure(&[&to[..], &["--chain-key", "/dev/null"]].concat());
+    assert!(message.contains("no regular file"), "{message}");
+}

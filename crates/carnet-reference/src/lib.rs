@@ -94,7 +94,7 @@ pub fn answer(
             _ => break answer,
         }
     };
-    if answer.redirected_to.is_some() && legs(history) as usize >= hop_limit(policy) {
+    if answer.redirected_to.is_some() && legs(history) as usize >= hop_limit(policy, history) {
         answer.redirected_to = None;
         answer.verdict = Verdict::HardBlock;
         answer.reason = Reason::Loop;
@@ -108,8 +108,11 @@ pub fn legs(history: &History) -> u32 {
     history.legs.max(forgotten)
 }
 
-fn hop_limit(policy: &Policy) -> usize {
-    (policy.services().len() + 8).min(32)
+/// Every service may have a flow once: those of the policy, and those of the record that it does not have.
+fn hop_limit(policy: &Policy, history: &History) -> usize {
+    let is_stranger = |handle: &&u64| policy.services().iter().all(|s| s.handle != **handle);
+    let strangers = history.handles.iter().filter(is_stranger).count();
+    (policy.services().len() + strangers + 8).min(32)
 }
 
 /// What the sublayers say together if just the services in `dead` have no listener.

@@ -69,6 +69,23 @@ pub enum Error {
     )]
     InvalidRecord,
 
+    /// The calling process may not take over flows of other hosts.
+    ///
+    /// Whoever may decides which services a flow passes by: it has to be of a service that the policy calls
+    /// a gateway.
+    #[error(
+        "taking over a flow of another host: access denied; the process must be of a service that was \
+         added with `carnet service add --gateway`, and in its cgroup"
+    )]
+    NotAGateway,
+
+    /// A flow of another host has made as many legs as it may (contract C11). Usually hosts send it to each
+    /// other in a circle.
+    #[error(
+        "taking over a flow of another host: the hop guard ended a loop; hosts send the flow in a circle"
+    )]
+    Endless,
+
     /// A record was to be set on a socket that is connecting, connected or listening.
     ///
     /// The record must be there before `connect` is called (contract S58): afterwards the
@@ -205,6 +222,10 @@ pub enum Operation {
     Flow,
     /// [`DatagramFlow::of`](crate::DatagramFlow::of).
     FindDatagramFlow,
+    /// [`export_redirect_records`](crate::export_redirect_records).
+    ExportRedirectRecords,
+    /// [`import_redirect_records`](crate::import_redirect_records).
+    ImportRedirectRecords,
     /// Making, preparing or binding the socket of a connection onwards.
     PrepareSocket,
 }
@@ -220,6 +241,8 @@ impl fmt::Display for Operation {
             Self::RegisterListener => "registering the listener",
             Self::Flow => "asking for the flow",
             Self::FindDatagramFlow => "finding the flow of a datagram's source",
+            Self::ExportRedirectRecords => "exporting the redirect records",
+            Self::ImportRedirectRecords => "importing redirect records",
             Self::PrepareSocket => "preparing the socket of the connection onwards",
         })
     }

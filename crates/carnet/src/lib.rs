@@ -33,6 +33,7 @@
 //! | an accepted socket | [`query_redirect_records`], [`query_redirect_context`], [`original_destination`], [`original_app`], [`flow`] |
 //! | a new socket, before `connect` | [`set_redirect_records`] |
 //! | an accepted socket, all in one | [`connect_onwards`], [`connect_onwards_to`], [`Onwards`] |
+//! | a flow that goes on at another host | [`export_redirect_records`] here, [`import_redirect_records`] there |
 //! | UDP: a registered socket's datagram | [`DatagramFlow::of`] its source, which stands for an accepted socket; [`connect_onwards_datagram`] |
 //!
 //! All of them take any socket that can be borrowed ([`AsSocket`]): those of std, socket2, tokio,
@@ -54,6 +55,7 @@ mod datagram;
 mod error;
 mod growth;
 mod onwards;
+mod portable;
 mod sys;
 #[cfg(feature = "tokio")]
 pub mod tokio;
@@ -63,6 +65,9 @@ mod winsock;
 pub use datagram::{DatagramFlow, connect_onwards_datagram};
 pub use error::{Error, Operation};
 pub use onwards::{Onwards, connect_onwards, connect_onwards_to};
+pub use portable::{
+    PortableRecord, export_redirect_records, import_redirect_records, may_import_redirect_records,
+};
 #[doc(no_inline)]
 pub use sys::AsSocket;
 #[cfg(fuzzing)]

@@ -1,8 +1,9 @@
 //! Connecting onwards: from an accepted connection to where it was going.
 
 use crate::{
-    AsSocket, Error, Operation, OriginalDestination, RedirectRecords, original_destination,
-    query_redirect_records, set_redirect_records, sys,
+    AsSocket, Error, Operation, OriginalDestination, PortableRecord, RedirectRecords,
+    import_redirect_records, original_destination, query_redirect_records, set_redirect_records,
+    sys,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io;
@@ -57,6 +58,8 @@ enum Carried {
     Records(RedirectRecords),
     /// The kernel has it, with the accepted connection of this ticket.
     Ticket(u64),
+    /// It is another host's, of which the kernel makes one of this host.
+    Imported(PortableRecord),
 }
 
 impl Onwards {
@@ -86,6 +89,12 @@ impl Onwards {
     /// A connection to `destination` with records that were queried before.
     pub fn new(records: RedirectRecords, destination: SocketAddr) -> Self {
         Self::with(Carried::Records(records), destination)
+    }
+
+    /// A connection to `destination` that goes on with a flow of another host, whose record this is: see
+    /// [`import_redirect_records`]. TCP only.
+    pub fn import(record: PortableRecord, destination: SocketAddr) -> Self {
+        Self::with(Carried::Imported(record), destination)
     }
 
     fn with(flow: Carried, destination: SocketAddr) -> Self {
@@ -121,7 +130,7 @@ impl Onwards {
     /// Makes the connection; blocks until it is there.
     ///
     /// # Errors
-    /// Those of [`set_redirect_records`]; [`Error::Connect`], of kind
+    /// Those of [`set_redirect_records`], or [`import_redirect_records`]; [`Error::Connect`], of kind
     /// [`TimedOut`](io::ErrorKind::TimedOut) when the limit has passed; [`Error::Blocked`];
     /// [`Error::Loop`]; [`Error::Os`] when no socket could be made or bound.
     pub fn connect(&self) -> Result<TcpStream, Error> {
@@ -142,6 +151,7 @@ impl Onwards {
         match &self.flow {
             Carried::Records(records) => set_redirect_records(&socket, records)?,
             Carried::Ticket(ticket) => sys::carry_on(&socket, *ticket)?,
+            Carried::Imported(record) => import_redirect_records(&socket, record)?,
         }
         if let Some(source) = self.source {
             socket.bind(&source.into()).map_err(not_prepared)?;

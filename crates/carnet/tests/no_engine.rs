@@ -3,7 +3,7 @@
 #![cfg(target_os = "linux")]
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use carnet::{Error, Operation, RedirectRecords};
+use carnet::{Error, Operation, PortableRecord, RedirectRecords};
 use socket2::{Domain, Socket, Type};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 
@@ -47,6 +47,10 @@ fn queries_say_that_there_is_no_engine() {
             carnet::register_listener(&listener),
             Error::NoEngine { operation: Operation::RegisterListener }
         );
+        refused!(
+            carnet::export_redirect_records(&accepted),
+            Error::NoEngine { operation: Operation::ExportRedirectRecords }
+        );
         refused!(carnet::connect_onwards(&accepted), Error::NoEngine { .. });
         let elsewhere = "127.0.0.1:1".parse().unwrap();
         refused!(carnet::connect_onwards_to(&accepted, elsewhere), Error::NoEngine { .. });
@@ -68,6 +72,47 @@ fn a_record_cannot_be_set_and_nothing_is_connected_without_it() {
     refused!(onwards.connect(), Error::NoEngine { operation } if *operation == set);
     listener.set_nonblocking(true).unwrap();
     assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+}
+
+#[test]
+fn a_flow_of_another_host_is_not_taken_over_and_nothing_is_connected_without_it() {
+    let (listener, _client, _accepted) = connected("127.0.0.1:0");
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let import = Operation::ImportRedirectRecords;
+    refused!(
+        carnet::may_import_redirect_records(&socket),
+        Error::NoEngine { operation } if *operation == import
+    );
+    let record = portable();
+    assert_eq!((record.flow(), record.legs(), record.as_bytes().len()), (17, 1, 424));
+    let application = record.original_app();
+    assert_eq!((application.pid, application.executable), (4321, None));
+    assert_eq!(record.original_destination().0, "198.51.100.2:443".parse().unwrap());
+    refused!(
+        carnet::import_redirect_records(&socket, &record),
+        Error::NoEngine { operation } if *operation == import
+    );
+    let onwards = carnet::Onwards::import(record, listener.local_addr().unwrap());
+    refused!(onwards.connect(), Error::NoEngine { operation } if *operation == import);
+    listener.set_nonblocking(true).unwrap();
+    assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    let bytes = portable().as_bytes().to_vec();
+    for bad in [&bytes[1..], &bytes[..423], &[]] {
+        refused!(PortableRecord::try_from(bad), Error::InvalidRecord);
+    }
+}
+
+/// The portable record of a flow to 198.51.100.2:443 that one service has had.
+fn portable() -> PortableRecord {
+    let mut bytes = vec![0; 424];
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    put(0, b"CRNP\x01\0\xa8\x01");
+    put(24, &[17]);
+    put(40, &[1, 0, 0, 0, 1]);
+    put(58, &[0xff, 0xff, 198, 51, 100, 2, 0xbb, 1, 2]);
+    put(72, &4321_u32.to_le_bytes());
+    put(408, &[1]);
+    PortableRecord::try_from(&bytes[..]).unwrap()
 }
 
 #[test]

@@ -106,4 +106,9 @@ impl Tables for Rows<'_> {
     fn slot_of(&self, handle: u64) -> u32 {
         self.of(Table::Slots).map_or(NO_SLOT, |policy| policy.slot_of(handle))
     }
+
+    /// Nothing that runs at a connect asks for it.
+    fn handle_of(&self, identity: u64) -> u64 {
+        self.of(Table::Slots).map_or(0, |policy| policy.handle_of(identity))
+    }
 }

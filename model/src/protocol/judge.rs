@@ -63,8 +63,8 @@ pub(super) fn judge(
     let generation = connect.generation();
     let fate = &generation.fates[connect.destination];
     let honest = !flow.lied && !flow.forgot && !flow.doubted;
-    let limit = generation.services.len() + MARGIN;
     let view = View { connect, flow, generation };
+    let limit = generation.services.len() + view.strangers() + MARGIN;
     if honest {
         state.note(Fault::Confused, view.is_confused());
     }
@@ -124,6 +124,13 @@ impl View<'_> {
             None if self.flow.forgot => 0,
             _ => self.flow.seen,
         }
+    }
+
+    /// How many of those the administrator has removed.
+    fn strangers(&self) -> usize {
+        let before = self.before();
+        let had = (0..u8::BITS as usize).filter(|handle| before & 1 << handle != 0);
+        had.filter(|handle| self.generation.service(*handle).is_none()).count()
     }
 
     fn trusts_all(&self, service: &ServiceFact) -> bool {

@@ -7,12 +7,13 @@ use carnet_core::{
     abi::{self, FlowInfo, OnwardsInfo},
     address::Endpoint,
     object::{Conditions, FilterAction, NewFilter, Weight},
-    record::{AppIdentity, FileId, MAX_RECORD},
+    portable::{PORTABLE_MAGIC, PORTABLE_VERSION},
+    record::{AppIdentity, FileId, HEADER_LENGTH, MAX_RECORD, Record},
 };
 use carnet_testbed::Topology;
 use carnet_tests::{
     Lab, Must as _, Plan,
-    puppet::{Errno, Family, Kind},
+    puppet::{Errno, Family, Hand, Kind},
 };
 
 fn document() -> String {
@@ -55,8 +56,10 @@ fn the_level_and_the_options() {
         abi::ORIGINAL_APP,
         abi::FLOW,
         abi::ONWARDS,
+        abi::EXPORT_RECORD,
     ];
-    let set = [abi::SET_REDIRECT_RECORDS, abi::REGISTER_LISTENER, abi::CARRY_ON];
+    let set =
+        [abi::SET_REDIRECT_RECORDS, abi::REGISTER_LISTENER, abi::CARRY_ON, abi::IMPORT_RECORD];
     let mut expected: Vec<(String, &str)> = get.map(|option| (option.to_string(), "get")).into();
     expected.extend(set.map(|option| (option.to_string(), "set")));
     expected.sort();
@@ -73,6 +76,7 @@ fn the_level_and_the_options() {
         (abi::ORIGINAL_APP, size_of::<AppIdentity>()),
         (abi::FLOW, size_of::<FlowInfo>()),
         (abi::ONWARDS, size_of::<OnwardsInfo>()),
+        (abi::EXPORT_RECORD, MAX_RECORD),
     ] {
         let row = rows.iter().find(|row| row[0] == option.to_string()).must_be("the option's row");
         assert!(row[3].contains(&format!("{bytes} bytes")), "{row:?}");
@@ -105,7 +109,13 @@ macro_rules! fields {
 
 #[track_caller]
 fn layout(name: &str, size: usize, fields: &[(usize, usize)]) {
-    let rows = table(&document(), &format!("### {name} ({size} bytes)"));
+    layout_of(name, &size.to_string(), size, fields);
+}
+
+/// The same of what has more than its fields: so many bytes, as it is written.
+#[track_caller]
+fn layout_of(name: &str, bytes: &str, size: usize, fields: &[(usize, usize)]) {
+    let rows = table(&document(), &format!("### {name} ({bytes} bytes)"));
     let number = |cell: &str| cell.parse::<usize>().must("read a number");
     let found: Vec<_> = rows.iter().map(|row| (number(&row[0]), number(&row[1]))).collect();
     assert_eq!(found, fields, "{name}");
@@ -132,6 +142,17 @@ fn the_layouts() {
         &fields!(FlowInfo: flow, handle, filter, began_ns, hops, legs),
     );
     layout("Onwards", size_of::<OnwardsInfo>(), &fields!(OnwardsInfo: destination, ticket));
+    let portable = fields!(
+        Record: magic, version, length, mac, epoch, flow, issued_ns, hop_count, legs, destination,
+        app, guessed, flags
+    );
+    layout_of("Portable record", "408 + 16 × hops", HEADER_LENGTH, &portable);
+    let text = document();
+    let words = |word: &str| assert!(text.contains(&format!("`{word}`")), "{word}");
+    words(str::from_utf8(&PORTABLE_MAGIC.to_le_bytes()).must("read"));
+    words("carnet-identity1");
+    let mut fields = table(&text, "### Portable record").into_iter();
+    assert!(fields.any(|row| row[2] == format!("version, {PORTABLE_VERSION}")));
 }
 
 /// The names of the errors that were seen.
@@ -197,7 +218,7 @@ fn the_errors_of_the_options() {
     errors.expect(no_engine, "no service's socket", connection.set_record(&record));
     let local = service.open(Family::Unix, Kind::Tcp).must("open");
     errors.expect(&["EOPNOTSUPP"], "a local socket", local.query(abi::FLOW));
-    errors.expect(&["EOPNOTSUPP"], "an unknown option", accepted.query(abi::CARRY_ON + 1));
+    errors.expect(&["EOPNOTSUPP"], "an unknown option", accepted.query(abi::IMPORT_RECORD + 1));
     let udp = service.open(Family::V4, Kind::Udp).must("open");
     errors.expect(&["ENOTCONN"], "a UDP socket that is not connected", udp.query(abi::FLOW));
     errors.expect(&["EINVAL"], "a UDP socket that is not bound", udp.register(&[]));
@@ -225,6 +246,19 @@ fn the_errors_of_the_options() {
     errors.expect(&["ERANGE"], "a small buffer", small);
     let theirs = other.accept().must("accept").query(abi::QUERY_REDIRECT_RECORDS).must("query");
     errors.expect(&["EACCES"], "a record of another service", idle.set_record(&theirs));
+
+    let exported = accepted.get(abi::LEVEL, abi::EXPORT_RECORD, MAX_RECORD).must("export");
+    let import =
+        |socket: &Hand<'_>, record: &[u8]| socket.set(abi::LEVEL, abi::IMPORT_RECORD, record);
+    errors.expect(&["EACCES"], "a service that is no gateway", import(&idle, &exported));
+    lab.change(|policy| Ok(policy.set_gateway("alpha", true).map(drop)?));
+    import(&idle, &[]).must("ask");
+    errors.expect(&["EINVAL"], "no portable record", import(&idle, &record));
+    errors.expect(&["EINVAL"], "a UDP socket", import(&udp, &exported));
+    errors.expect(&["EINVAL"], "a connected socket", import(&accepted, &exported));
+    let mut endless = exported;
+    endless[offset_of!(Record, legs)] = 32;
+    errors.expect(&["ELOOP"], "an endless flow", import(&idle, &endless));
 
     let more: Vec<_> = (1..abi::LISTENER_SLOTS).map(|_| service.serve(loopback)).collect();
     let ninth = service.listen(loopback);

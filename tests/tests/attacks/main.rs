@@ -6,8 +6,10 @@
 
 mod authority;
 mod cgroups;
+mod chains;
 mod context;
 mod forgery;
+mod portable;
 mod replay;
 mod secrets;
 

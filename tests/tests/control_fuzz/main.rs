@@ -37,7 +37,7 @@ fn nothing_shakes_the_control_interface() {
     let mut log = kernel_log();
     let lab = Lab::new();
     let context = Some(b"context".to_vec());
-    lab.service_with("alpha", Plan { context, ..Plan::default() });
+    lab.service_with("alpha", Plan { context, gateway: true, ..Plan::default() });
     let outside = carnet_testbed::Cgroup::create("carnet-e2e-outside").must("make a cgroup");
     let inside = lab.cgroup_of("alpha");
     let places = [("a service", &*inside), ("an application", lab.apps()), ("outside", &outside)];

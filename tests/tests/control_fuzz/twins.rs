@@ -116,7 +116,7 @@ fn option(random: &mut fastrand::Rng) -> (i32, i32) {
         if random.u8(..16) == 0 { random.i32(..) } else { *random.choice(&LEVELS).expect("one") };
     let name = match random.u8(..8) {
         0 => random.i32(..),
-        1 => random.i32(215..232),
+        1 => random.i32(215..235),
         _ => random.i32(0..90),
     };
     (level, name)

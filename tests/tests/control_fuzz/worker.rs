@@ -42,24 +42,26 @@ const PAIRS: u64 = 1;
 
 /// What `docs/abi.md` says that getting can end with, and what the system call itself has: bad
 /// descriptor, no socket, bad pointer.
-const OF_GET: [i32; 10] = [
+const OF_GET: [i32; 11] = [
     libc::ENOPROTOOPT,
     libc::EOPNOTSUPP,
     libc::EINVAL,
     libc::ENOTCONN,
     libc::ENODATA,
     libc::ERANGE,
+    libc::EACCES,
     libc::ENOMEM,
     libc::EBADF,
     libc::ENOTSOCK,
     libc::EFAULT,
 ];
 /// The same of setting.
-const OF_SET: [i32; 9] = [
+const OF_SET: [i32; 10] = [
     libc::ENOPROTOOPT,
     libc::EOPNOTSUPP,
     libc::EINVAL,
     libc::EACCES,
+    libc::ELOOP,
     libc::ENOSPC,
     libc::ENOMEM,
     libc::EBADF,
@@ -262,7 +264,7 @@ impl<'a> Hammer<'a> {
     }
 
     fn name(&mut self) -> i32 {
-        if self.random.u8(..16) == 0 { self.random.i32(..) } else { self.random.i32(218..231) }
+        if self.random.u8(..16) == 0 { self.random.i32(..) } else { self.random.i32(218..234) }
     }
 
     fn get(&mut self) {
@@ -285,7 +287,7 @@ impl<'a> Hammer<'a> {
                 assert_eq!(result, 0, "a positive result: {say}");
                 if own {
                     assert!((0..=length).contains(&written), "{say}: {written}");
-                    if name == abi::QUERY_REDIRECT_RECORDS
+                    if (name == abi::QUERY_REDIRECT_RECORDS || name == abi::EXPORT_RECORD)
                         && let Place::BeforeEnd(from) = value
                         && from <= SIZE
                     {
@@ -340,7 +342,7 @@ impl<'a> Hammer<'a> {
         match result {
             Ok(result) => {
                 assert_eq!(result, 0, "a positive result: {say}");
-                let known = [abi::SET_REDIRECT_RECORDS, abi::REGISTER_LISTENER];
+                let known = [abi::SET_REDIRECT_RECORDS, abi::REGISTER_LISTENER, abi::IMPORT_RECORD];
                 assert!(known.contains(&name), "{say}");
             }
             Err(errno) => assert!(OF_SET.contains(&errno), "an errno of nobody's: {say}"),

@@ -17,7 +17,7 @@ use carnet_tests::{
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
 /// Options that are got, with the length of the answer of a first hop.
-const GET: [(i32, usize); 8] = [
+const GET: [(i32, usize); 9] = [
     (abi::QUERY_REDIRECT_RECORDS, HEADER_LENGTH + 16),
     (abi::QUERY_REDIRECT_CONTEXT, 5),
     (abi::REDIRECT_RECORDS_LENGTH, 4),
@@ -26,6 +26,7 @@ const GET: [(i32, usize); 8] = [
     (abi::ORIGINAL_APP, 328),
     (abi::FLOW, 40),
     (abi::ONWARDS, 32),
+    (abi::EXPORT_RECORD, HEADER_LENGTH + 16),
 ];
 
 fn loopback() -> SocketAddr {
@@ -189,12 +190,13 @@ fn asking_the_wrong_socket() {
         assert!([libc::ENOPROTOOPT, libc::EOPNOTSUPP].contains(&errno), "{errno}");
     }
     // What cannot be got.
-    let set = [abi::SET_REDIRECT_RECORDS, abi::REGISTER_LISTENER, abi::CARRY_ON];
-    for option in [0, 80, 219, 231, i32::MAX, -1].into_iter().chain(set) {
+    let set =
+        [abi::SET_REDIRECT_RECORDS, abi::REGISTER_LISTENER, abi::CARRY_ON, abi::IMPORT_RECORD];
+    for option in [0, 80, 219, 233, i32::MAX, -1].into_iter().chain(set) {
         assert_eq!(accepted.query(option), fails(libc::EOPNOTSUPP), "option {option}");
     }
     // What cannot be set.
-    for option in GET.map(|(option, _)| option).into_iter().chain([0, 219, 231, -1]) {
+    for option in GET.map(|(option, _)| option).into_iter().chain([0, 219, 233, -1]) {
         let answer = idle.set(abi::LEVEL, option, &[0; 8]);
         assert_eq!(answer, fails(libc::EOPNOTSUPP), "option {option}");
     }

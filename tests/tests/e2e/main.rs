@@ -13,6 +13,7 @@ mod datagrams;
 mod failures;
 mod families;
 mod filters;
+mod hosts;
 mod instances;
 mod keys;
 mod listeners;

@@ -1,13 +1,17 @@
 //! The PROXY protocol both ways, with HAProxy at the other end.
 
 use std::{
-    fs,
+    fs::{self, Permissions},
     net::{SocketAddr, TcpStream},
+    os::unix::fs::PermissionsExt as _,
     path::Path,
     process::{Command, Stdio},
 };
 
-use carnet_core::object::{CgroupCondition, Conditions};
+use carnet_core::{
+    event::Counter,
+    object::{CgroupCondition, Conditions},
+};
 use carnet_engine::Engine;
 use carnet_testbed::{NetworkNamespace, Process, Topology};
 use carnet_tests::{Lab, Must as _, PATIENCE, Plan, program, until};
@@ -71,6 +75,7 @@ fn haproxy_behind_a_front(
     service: &str,
     directory: &Directory,
     log: &Path,
+    more: &[&str],
 ) -> [Process; 2] {
     let client = &lab.network().topology.client;
     let place = free_port(client, "127.0.0.1:0");
@@ -79,7 +84,7 @@ fn haproxy_behind_a_front(
     let haproxy = haproxy(lab, service, directory, [line, &frontend, "server original 0.0.0.0"]);
     listens(client, place);
     let to = place.to_string();
-    [haproxy, inspect_with(lab, service, log, &["--send-proxy", &to])]
+    [haproxy, inspect_with(lab, service, log, &[&["--send-proxy", &to], more].concat())]
 }
 
 #[test]
@@ -98,7 +103,7 @@ fn a_front_and_its_proxy_are_one_service_of_a_chain() {
     let directory = Directory::new("chain");
     let log = directory.0.join("front.log");
     let alpha = lab.start("alpha");
-    let [_haproxy, front] = haproxy_behind_a_front(&lab, "front", &directory, &log);
+    let [_haproxy, front] = haproxy_behind_a_front(&lab, "front", &directory, &log, &[]);
     let bravo = lab.start("bravo");
     for to in [lab.v4(), lab.v6()] {
         lab.exchange(to);
@@ -121,7 +126,7 @@ fn a_service_that_expects_the_header_gets_it() {
     let lab = lab_for_clients("front");
     let directory = Directory::new("send-proxy");
     let own_log = directory.0.join("front.log");
-    let [haproxy, front] = haproxy_behind_a_front(&lab, "front", &directory, &own_log);
+    let [haproxy, front] = haproxy_behind_a_front(&lab, "front", &directory, &own_log, &[]);
     let mapped = match lab.v4() {
         SocketAddr::V4(v4) => SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()),
         SocketAddr::V6(_) => unreachable!("an IPv4 address"),
@@ -152,6 +157,31 @@ fn a_service_that_expects_the_header_gets_it() {
     }
     // And it has reached the destinations, which are none of its configuration.
     assert_eq!(lab.network().echo().connections().len(), 3);
+}
+
+#[test]
+fn a_service_that_knows_nothing_of_chains_takes_the_header_with_a_record() {
+    let lab = lab_for_clients("front");
+    let directory = Directory::new("chain-to-haproxy");
+    let (log, keys) = (directory.0.join("front.log"), directory.0.join("keys"));
+    fs::write(&keys, "01".repeat(32)).must("write keys");
+    fs::set_permissions(&keys, Permissions::from_mode(0o600)).must("set permissions");
+    let more = ["--chain-key", &keys.display().to_string()];
+    let [haproxy, front] = haproxy_behind_a_front(&lab, "front", &directory, &log, &more);
+    for destination in [lab.v4(), lab.v6()] {
+        lab.exchange(destination);
+    }
+    lab.settle();
+    let lines = end(front, &log);
+    assert_eq!(lines.len(), 2, "{lines:#?}");
+    for (line, destination) in lines.iter().zip([lab.v4(), lab.v6()]) {
+        // The record, and the flow's number beside it.
+        let expected = format!("{} {} {}", destination.ip(), destination.port(), line["flow"]);
+        let told = |told: &str| told.trim_matches('"').ends_with(&expected);
+        haproxy.wait_for_line(&expected, PATIENCE, told).must("wait for HAProxy's line");
+    }
+    assert_eq!(lab.counter(Counter::RecordsExported), 2);
+    assert_eq!(lab.network().echo().connections().len(), 2);
 }
 
 /// Carnet's service on another host, which takes what proxies at these addresses say.

@@ -14,6 +14,7 @@ mod pages;
 mod pools;
 mod product;
 mod products;
+mod proxy_header;
 mod proxy_protocol;
 mod scene;
 mod systemd;

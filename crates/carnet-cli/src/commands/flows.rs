@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
-use carnet_engine::{Flow, LegKind};
+use carnet_engine::{Flow, FlowHop, LegKind};
 use serde::Serialize;
 
 use super::DONE;
@@ -15,6 +15,9 @@ use crate::{console::plain, failure::Failure, moment, session::Session, table::T
 ///
 /// What an unmodified service connects belongs to one of the flows that it holds: where it is a guess to
 /// which, or which services that one has passed, there is a question mark.
+///
+/// A flow that began on another host has an @ behind its application, which is what that host says. A
+/// service that this host does not have is "elsewhere-" and the number by which all hosts know it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {}
 
@@ -35,8 +38,11 @@ struct Listed {
     /// destination, or none.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     application_guessed: bool,
+    /// Whether the flow began on another host, which says which application it was.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    imported: bool,
     /// The services that it has been redirected to, oldest first. One that was removed meanwhile
-    /// is `removed-` and its handle.
+    /// is `removed-` and its handle, one of another host `elsewhere-` and its identity in hexadecimal.
     services: Vec<String>,
     /// Those of them of which that is a guess.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -90,7 +96,12 @@ pub(super) fn run(_arguments: Arguments, session: &mut Session<'_>) -> Result<u8
         table.row([
             flow.flow.to_string(),
             moment::short(flow.age),
-            format!("{}[{pid}]{}", plain(command), mark(flow.application_guessed)),
+            format!(
+                "{}[{pid}]{}{}",
+                plain(command),
+                if flow.imported { "@" } else { "" },
+                mark(flow.application_guessed)
+            ),
             flow.protocol.clone(),
             flow.destination.to_string(),
             through(flow),
@@ -142,8 +153,12 @@ fn one(legs: &[Flow]) -> Option<Listed> {
         }
     };
     // One that is certain as well is no guess.
-    let is_certain = |handle| furthest.hops.iter().any(|hop| hop.handle == handle && !hop.guessed);
-    let guessed = furthest.hops.iter().filter(|hop| !is_certain(hop.handle));
+    let same = |one: &FlowHop, other: &FlowHop| {
+        (one.handle, one.identity) == (other.handle, other.identity)
+    };
+    let is_certain = |hop| furthest.hops.iter().any(|other| same(other, hop) && !other.guessed);
+    let guessed = furthest.hops.iter().filter(|hop| !is_certain(hop));
+    let name_of = |hop: &FlowHop| hop_name(hop.handle, hop.service.as_deref(), hop.identity);
     Some(Listed {
         flow: oldest.flow,
         began: moment::rfc3339(moment::time_of_day(began)),
@@ -157,15 +172,38 @@ fn one(legs: &[Flow]) -> Option<Listed> {
             command: oldest.app.command.to_string_lossy().into_owned(),
         },
         application_guessed: legs.iter().all(|leg| leg.identity_guessed),
-        services: furthest.hops.iter().map(|hop| name(&hop.service, hop.handle)).collect(),
-        services_guessed: guessed.map(|hop| name(&hop.service, hop.handle)).collect(),
+        imported: oldest.imported,
+        services: furthest.hops.iter().map(name_of).collect(),
+        services_guessed: guessed.map(name_of).collect(),
         onward: furthest.kind == LegKind::Onward,
         legs: legs.iter().map(leg).collect(),
         age: moment::age(began),
     })
 }
 
+/// The name of a service that a flow has had, or what can be said of one that this host does not have.
+fn hop_name(handle: u64, name: Option<&str>, identity: u64) -> String {
+    match name {
+        Some(name) => name.to_owned(),
+        None if handle == 0 => format!("elsewhere-{identity:016x}"),
+        None => removed(handle),
+    }
+}
+
 /// What can be said of a service that was removed.
 pub(super) fn removed(handle: u64) -> String {
     format!("removed-{handle}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_that_this_host_does_not_have_is_named_by_its_identity() {
+        let elsewhere = hop_name(0, None, 0x1f);
+        assert_eq!(elsewhere, "elsewhere-000000000000001f");
+        assert_eq!(hop_name(7, None, 0), "removed-7");
+        assert_eq!(hop_name(7, Some("tls"), 0), "tls");
+    }
 }

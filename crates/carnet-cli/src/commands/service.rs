@@ -334,6 +334,7 @@ fn list(engine: &Engine, session: &mut Session<'_>) -> Result<(), Failure> {
         "ON FAILURE",
         "TRUST",
         "UNMODIFIED",
+        "GATEWAY",
         "LISTENERS",
         "CGROUP",
     ]);
@@ -347,13 +348,14 @@ fn list(engine: &Engine, session: &mut Session<'_>) -> Result<(), Failure> {
             service.provider.clone(),
             service.on_failure.to_string(),
             trust(&service.trust),
-            if service.unmodified { "yes" } else { "no" }.into(),
+            yes_or_no(service.unmodified),
+            yes_or_no(service.gateway),
             words.next().unwrap_or_else(|| "none".into()),
             plain(&service.cgroup.path),
         ]);
         for listener in words {
-            let mut more = [const { String::new() }; 8];
-            more[6] = listener;
+            let mut more = [const { String::new() }; 9];
+            more[7] = listener;
             table.row(more);
         }
         let listeners = live.into_iter().map(Listening::new).collect();
@@ -379,6 +381,10 @@ pub(super) fn live_listeners<'a>(
         };
         one.home == one.netns || listeners.iter().filter(own).any(is_it)
     })
+}
+
+fn yes_or_no(is: bool) -> String {
+    if is { "yes" } else { "no" }.into()
 }
 
 fn trust(trust: &Trust) -> String {

@@ -4,7 +4,8 @@ use std::num::NonZeroU16;
 
 use carnet_core::object::{NewService, Policy, PolicyError};
 
-/// What the program of a service does not do itself. A program that co-operates needs none of it.
+/// What the program of a service does not do itself, or does beyond the others. A program that co-operates
+/// needs none of it.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub(crate) struct Kind {
     /// Its program knows nothing of redirect records: a transparent proxy as it is. Its connections are
@@ -20,13 +21,18 @@ pub(crate) struct Kind {
     /// Its program asks getsockname() for the destination, as behind netfilter's TPROXY
     #[arg(long)]
     tproxy: bool,
+
+    /// It may take over flows of other hosts, and so decides which services they pass by: for `carnet
+    /// inspect --original-destination proxy --chain-key`
+    #[arg(long)]
+    gateway: bool,
 }
 
 impl Kind {
     /// The same of a service that is to be added.
     pub(super) fn of(self, new: NewService) -> NewService {
-        let Self { unmodified, listen_port, tproxy } = self;
-        NewService { unmodified, listen_port, tproxy, ..new }
+        let Self { unmodified, listen_port, tproxy, gateway } = self;
+        NewService { unmodified, listen_port, tproxy, gateway, ..new }
     }
 
     /// Says it of a service that there is; what is not said stays.
@@ -39,6 +45,9 @@ impl Kind {
         }
         if self.tproxy {
             policy.set_tproxy(service, true)?;
+        }
+        if self.gateway {
+            policy.set_gateway(service, true)?;
         }
         Ok(())
     }

@@ -11,7 +11,9 @@ use carnet_core::{
     event::{Event, EventKind},
     object::{Policy, Protocol, Service},
     outcome::Outcome,
-    record::{RECORD_ADOPTED, RECORD_HOPS_GUESSED, RECORD_IDENTITY_GUESSED, RecordError},
+    record::{
+        RECORD_ADOPTED, RECORD_HOPS_GUESSED, RECORD_IDENTITY_GUESSED, RECORD_IMPORTED, RecordError,
+    },
     socket::SocketKind,
 };
 use carnet_engine::{Engine, Listener};
@@ -98,6 +100,9 @@ struct Traced {
     /// Whether it has a record that was adopted, since not all services set it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     adopted: bool,
+    /// Whether the flow began on another host.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    imported: bool,
     /// What of the record is a guess: `application` (and the flow's number), `services`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     guessed: Vec<&'static str>,
@@ -237,6 +242,7 @@ impl Traced {
             legs: event.legs,
             hops: event.hops,
             adopted: event.flags & RECORD_ADOPTED != 0,
+            imported: event.flags & RECORD_IMPORTED != 0,
             guessed: [(RECORD_IDENTITY_GUESSED, "application"), (RECORD_HOPS_GUESSED, "services")]
                 .into_iter()
                 .filter_map(|(flag, what)| (event.flags & flag != 0).then_some(what))
@@ -265,7 +271,8 @@ impl Traced {
             }
         };
         let what = styled(style, what);
-        format!("{} {flow}{process}{what}{skipped}{}", styled(FAINT, time), self.adopted())
+        let from = if self.imported { ", from another host" } else { "" };
+        format!("{} {flow}{process}{what}{skipped}{from}{}", styled(FAINT, time), self.adopted())
     }
 
     /// That the record was adopted, and what of it is a guess.
@@ -376,12 +383,13 @@ fn reason(reason: Reason) -> &'static str {
 }
 
 fn refusal(number: u32) -> &'static str {
-    const NAMES: [(RecordError, &str); 5] = [
+    const NAMES: [(RecordError, &str); 6] = [
         (RecordError::Malformed, "malformed"),
         (RecordError::Forged, "forged"),
         (RecordError::Foreign, "foreign"),
         (RecordError::Expired, "expired"),
         (RecordError::NotDelivered, "not_delivered"),
+        (RecordError::Endless, "endless"),
     ];
     let known = NAMES.into_iter().find(|(error, _)| *error as u32 == number);
     known.map_or("unknown", |(_, name)| name)
@@ -479,6 +487,15 @@ mod tests {
             told(&Event { flags, hops: 2, ..event(EventKind::Onward) }),
             "flow 7 curl[42]: onwards to 192.0.2.1:443 after 2 services, record adopted \
              (application and services guessed)"
+        );
+        assert_eq!(
+            told(&Event { flags: RECORD_IMPORTED, ..event(EventKind::Onward) }),
+            "flow 7 curl[42]: onwards to 192.0.2.1:443 after 1 service, from another host"
+        );
+        let endless = RecordError::Endless as u32;
+        assert_eq!(
+            told(&Event { reason: endless, flow: 0, ..event(EventKind::RecordRefused) }),
+            "curl[42]: record refused, which tls set: endless"
         );
         let unavailable = Reason::ServiceUnavailable as u32;
         assert_eq!(

@@ -116,9 +116,10 @@ impl Policy {
                 continue;
             }
             let Service { name, provider, cgroup, .. } = service.clone();
-            let &Service { on_failure, unmodified, listen_port, tproxy, .. } = service;
+            let &Service { on_failure, unmodified, listen_port, tproxy, gateway, .. } = service;
             let new = NewService::new(name, provider, cgroup);
-            next.add_service(NewService { on_failure, unmodified, listen_port, tproxy, ..new })?;
+            let new = NewService { on_failure, unmodified, listen_port, tproxy, gateway, ..new };
+            next.add_service(new)?;
         }
         // Only now is everybody there who may be trusted.
         for service in &wanted.services {

@@ -5,6 +5,7 @@
 mod chain;
 mod explain;
 mod objects;
+mod portable;
 mod reference;
 mod support;
 mod tree;

@@ -249,6 +249,7 @@ fn the_document_is_the_one_that_is_promised() {
             "id": 3, "handle": 4, "name": "a", "provider": "p",
             "cgroup": {"path": "/services/a", "id": 0x161},
             "on_failure": "block", "trust": "none", "unmodified": false, "tproxy": false,
+            "gateway": false,
         }],
         "filters": [{
             "id": 5, "sublayer": "s", "weight": "auto",
@@ -268,26 +269,28 @@ fn the_document_is_the_one_that_is_promised() {
 fn services_of_documents_of_before_co_operate() {
     let policy = read_changed(|document| {
         let service = document["services"][0].as_object_mut().unwrap();
-        for key in ["unmodified", "tproxy"] {
+        for key in ["unmodified", "tproxy", "gateway"] {
             assert_eq!(service.remove(key), Some(false.into()));
         }
     });
     let policy = policy.unwrap();
     let service = &policy.services()[0];
     assert_eq!((service.unmodified, service.listen_port, service.tproxy), (false, None, false));
+    assert!(!service.gateway);
 }
 
 #[test]
 fn what_a_service_s_program_does_not_do_itself_is_in_the_document_and_in_its_row() {
-    const PLAIN: (u32, u16, u16) = (0, 0, 0);
-    const PROXY: (u32, u16, u16) = (1, 15001, 1);
+    const PLAIN: (u32, u16, u16, u32) = (0, 0, 0, 0);
+    const PROXY: (u32, u16, u16, u32) = (1, 15001, 1, 1);
     let mut policy = policy(&[], &["a"]);
     let new = new_service("b", FailurePolicy::Block);
     let listen_port = NonZeroU16::new(PROXY.1);
-    policy.add_service(NewService { unmodified: true, listen_port, tproxy: true, ..new }).unwrap();
+    let proxy = NewService { unmodified: true, listen_port, tproxy: true, gateway: true, ..new };
+    policy.add_service(proxy).unwrap();
     let rows = |policy: &Policy| -> Vec<_> {
         let compiled = compile(policy, 1).unwrap();
-        let row = |row: &ServiceRow| (row.unmodified, row.listen_port, row.tproxy);
+        let row = |row: &ServiceRow| (row.unmodified, row.listen_port, row.tproxy, row.gateway);
         compiled.services().iter().map(row).collect()
     };
     assert_eq!(rows(&policy), [PLAIN, PROXY]);
@@ -295,6 +298,7 @@ fn what_a_service_s_program_does_not_do_itself_is_in_the_document_and_in_its_row
         policy.set_unmodified(name, is_proxy).unwrap();
         policy.set_listen_port(name, listen_port.filter(|_| is_proxy)).unwrap();
         policy.set_tproxy(name, is_proxy).unwrap();
+        policy.set_gateway(name, is_proxy).unwrap();
     }
     let mut read = Policy::from_bytes(&policy.to_bytes()).unwrap();
     assert_eq!(rows(&read), [PROXY, PLAIN]);

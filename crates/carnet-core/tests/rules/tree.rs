@@ -91,6 +91,10 @@ impl Tables for Bank<'_> {
     fn slot_of(&self, handle: u64) -> u32 {
         self.compiled.slot_of(handle)
     }
+
+    fn handle_of(&self, identity: u64) -> u64 {
+        self.compiled.handle_of(identity)
+    }
 }
 
 /// A sequence of numbers that look random: SplitMix64.

@@ -1,11 +1,12 @@
 //! Windows: a callout driver of the filtering platform redirects, the console tells what to do.
 
-use crate::origin::{CarnetSource, FlowSource, Origin};
+use crate::chain::Chain;
+use crate::origin::{App, CarnetSource, FlowSource, Origin};
 use crate::relay::{Fault, Leg};
 use crate::say;
 use crate::service::DatagramLimits;
 use anyhow::Result;
-use carnet::Error;
+use carnet::{Error, PortableRecord};
 use socket2::Socket;
 use std::fs::File;
 use std::io;
@@ -40,8 +41,13 @@ impl Options {
         None
     }
 
+    /// Flows stay on their host: this system gives no records out for others.
+    pub(crate) fn chain(&self, _sends_proxy: bool) -> Result<Chain> {
+        Ok(Chain::default())
+    }
+
     /// Who tells where connections come from and go to.
-    pub(crate) fn source(&self) -> Arc<dyn FlowSource> {
+    pub(crate) fn source(&self, _chain: &Chain) -> Arc<dyn FlowSource> {
         Arc::new(CalloutSource::default())
     }
 }
@@ -101,6 +107,11 @@ impl Signals {
     }
 }
 
+/// No such record comes here.
+pub(crate) fn app_of(_record: &PortableRecord) -> Option<App> {
+    None
+}
+
 /// There are no datagrams.
 pub(crate) fn enlarge_receive_buffer(_socket: &Socket, _bytes: usize) {}
 
@@ -121,7 +132,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_direct_connection_is_not_taken_for_a_redirected_one() {
-        let source = Options {}.source();
+        let source = Options {}.source(&Chain::default());
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let listener = TcpListener::bind(address).await.unwrap();
             let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();

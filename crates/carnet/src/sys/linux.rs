@@ -32,6 +32,16 @@ pub(crate) fn set_redirect_records(socket: &impl AsSocket, record: &[u8]) -> Res
     set(socket.as_fd(), Operation::SetRedirectRecords, abi::SET_REDIRECT_RECORDS, record)
 }
 
+pub(crate) fn export_redirect_records(socket: &impl AsSocket) -> Result<Vec<u8>, Error> {
+    let (option, length) = (abi::EXPORT_RECORD, abi::REDIRECT_RECORDS_LENGTH);
+    query_blob(socket.as_fd(), Operation::ExportRedirectRecords, option, length)
+}
+
+/// With an empty record: asks whether the caller may.
+pub(crate) fn import_redirect_records(socket: &impl AsSocket, record: &[u8]) -> Result<(), Error> {
+    set(socket.as_fd(), Operation::ImportRedirectRecords, abi::IMPORT_RECORD, record)
+}
+
 pub(crate) fn register_listener(socket: &impl AsSocket) -> Result<(), Error> {
     set(socket.as_fd(), Operation::RegisterListener, abi::REGISTER_LISTENER, &[])
 }
@@ -75,7 +85,7 @@ fn flow_of(info: FlowInfo) -> Flow {
 }
 
 /// An endpoint in the family of its socket: a mapped address stays mapped.
-fn socket_address(endpoint: &Endpoint) -> SocketAddr {
+pub(crate) fn socket_address(endpoint: &Endpoint) -> SocketAddr {
     let mut octets = [0; 16];
     octets.copy_from_slice(endpoint.address.as_bytes());
     let address = Ipv6Addr::from(octets);
@@ -85,7 +95,7 @@ fn socket_address(endpoint: &Endpoint) -> SocketAddr {
     }
 }
 
-fn application(app: AppIdentity) -> OriginalApp {
+pub(crate) fn application(app: AppIdentity) -> OriginalApp {
     let until_zero = |bytes: &[u8]| {
         let text = bytes.split(|&byte| byte == 0).next().unwrap_or_default();
         OsString::from_vec(text.to_vec())
@@ -156,8 +166,10 @@ fn set(
 enum Kind {
     /// Not TCP (or MPTCP) or UDP over IPv4 or IPv6.
     Other,
-    /// Neither listening nor connected nor on the way to it; of UDP: not bound either.
+    /// TCP, neither listening nor connected nor on the way to it.
     Idle,
+    /// UDP, neither bound nor connected.
+    Datagram,
     /// UDP, bound to a port and not connected.
     Bound,
     /// Listening.
@@ -178,7 +190,7 @@ impl Kind {
                 let port = view.local_addr().ok().and_then(|own| own.as_socket()).map(|a| a.port());
                 return match (view.peer_addr().is_ok(), port) {
                     (true, _) => Self::Busy,
-                    (false, None | Some(0)) => Self::Idle,
+                    (false, None | Some(0)) => Self::Datagram,
                     (false, Some(_)) => Self::Bound,
                 };
             }
@@ -202,7 +214,9 @@ const TCP_CLOSE: i32 = 7;
 /// The error that an errno stands for: the table of [`carnet_core::abi`], with the help of what
 /// the socket is where one errno has several causes.
 fn explain(operation: Operation, error: io::Error, kind: impl FnOnce() -> Kind) -> Error {
-    use Operation::{RegisterListener, SetRedirectRecords};
+    use Operation::{
+        ExportRedirectRecords, ImportRedirectRecords, RegisterListener, SetRedirectRecords,
+    };
     match error.raw_os_error() {
         Some(libc::ENOPROTOOPT | abi::errno::EOPNOTSUPP) => match kind() {
             Kind::Other => Error::WrongSocket { operation },
@@ -210,15 +224,21 @@ fn explain(operation: Operation, error: io::Error, kind: impl FnOnce() -> Kind) 
         },
         Some(abi::errno::EINVAL) => match (operation, kind()) {
             (_, Kind::Other) => Error::WrongSocket { operation },
-            (SetRedirectRecords, Kind::Idle | Kind::Bound) => Error::InvalidRecord,
-            (SetRedirectRecords, _) => Error::AlreadyConnected,
+            (ExportRedirectRecords, _) | (ImportRedirectRecords, Kind::Bound | Kind::Datagram) => {
+                Error::Unsupported { operation }
+            }
+            (SetRedirectRecords, Kind::Idle | Kind::Datagram | Kind::Bound)
+            | (ImportRedirectRecords, Kind::Idle) => Error::InvalidRecord,
+            (SetRedirectRecords | ImportRedirectRecords, _) => Error::AlreadyConnected,
             (RegisterListener, Kind::Listening | Kind::Bound) => Error::BoundToDevice,
             (RegisterListener, _) => Error::NotListening,
             _ => Error::Os { operation, source: error },
         },
         Some(abi::errno::ENOTCONN) => Error::NotConnected { operation },
         Some(abi::errno::ENODATA) => Error::NotRedirected { operation },
+        Some(abi::errno::EACCES) if operation == ImportRedirectRecords => Error::NotAGateway,
         Some(abi::errno::EACCES) => Error::AccessDenied { operation },
+        Some(abi::errno::ELOOP) if operation == ImportRedirectRecords => Error::Endless,
         Some(abi::errno::ENOSPC) if operation == RegisterListener => Error::TooManyListeners,
         _ => Error::Os { operation, source: error },
     }
@@ -307,7 +327,7 @@ mod tests {
         let idle = socket2::Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         assert_eq!(kind(&idle), Kind::Idle);
         let idle = socket2::Socket::new(Domain::IPV6, Type::DGRAM, None).unwrap();
-        assert_eq!(kind(&idle), Kind::Idle);
+        assert_eq!(kind(&idle), Kind::Datagram);
         let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
         assert_eq!(kind(&datagrams), Kind::Bound);
         datagrams.connect(datagrams.local_addr().unwrap()).unwrap();
@@ -329,6 +349,16 @@ mod tests {
             (libc::EINVAL, SetRedirectRecords, Other, "WrongSocket"),
             (libc::EINVAL, SetRedirectRecords, Idle, "InvalidRecord"),
             (libc::EINVAL, SetRedirectRecords, Bound, "InvalidRecord"),
+            (libc::EINVAL, SetRedirectRecords, Datagram, "InvalidRecord"),
+            (libc::EINVAL, ImportRedirectRecords, Idle, "InvalidRecord"),
+            (libc::EINVAL, ImportRedirectRecords, Busy, "AlreadyConnected"),
+            (libc::EINVAL, ImportRedirectRecords, Bound, "Unsupported"),
+            (libc::EINVAL, ImportRedirectRecords, Datagram, "Unsupported"),
+            (libc::EINVAL, ExportRedirectRecords, Busy, "Unsupported"),
+            (libc::EACCES, ImportRedirectRecords, Idle, "NotAGateway"),
+            (libc::EACCES, ExportRedirectRecords, Busy, "AccessDenied"),
+            (libc::ELOOP, ImportRedirectRecords, Idle, "Endless"),
+            (libc::ELOOP, SetRedirectRecords, Idle, "Os"),
             (libc::EINVAL, SetRedirectRecords, Busy, "AlreadyConnected"),
             (libc::EINVAL, SetRedirectRecords, Listening, "AlreadyConnected"),
             (libc::EINVAL, RegisterListener, Idle, "NotListening"),

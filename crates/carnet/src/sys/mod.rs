@@ -4,6 +4,7 @@
 //! - `query_redirect_records`, `query_redirect_context`: the opaque bytes;
 //!   [`NotRedirected`](crate::Error::NotRedirected) also when there merely is no context;
 //! - `set_redirect_records`: the opaque bytes as they were queried;
+//! - `export_redirect_records`, `import_redirect_records`: a portable record;
 //! - `original_destination`, `original_app`, `flow`, `register_listener`.
 //!
 //! All unsafe code of the crate is below this module.

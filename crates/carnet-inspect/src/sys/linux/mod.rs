@@ -8,20 +8,25 @@ pub use self::conntrack::ConntrackSource;
 pub use self::privileges::{Identity, PrivilegeError};
 pub(crate) use self::splice::carry;
 
-use crate::origin::{CarnetSource, FlowSource};
+use crate::chain::Chain;
+use crate::chain::gate::Gate;
+use crate::chain::keys::Keys;
+use crate::origin::{App, CarnetSource, FlowSource};
 use crate::proxy_protocol::HeaderSource;
 use crate::rules::prefix;
 use crate::say;
 use crate::service::DatagramLimits;
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
+use carnet::PortableRecord;
 use ipnet::IpNet;
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use socket2::Socket;
+use socket2::{Domain, Protocol, Socket, Type};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::{TcpListener, UdpSocket};
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{self, SignalKind, signal};
@@ -55,6 +60,19 @@ pub struct Options {
     #[arg(long, value_name = "PREFIX", value_parser = prefix, default_values = ["127.0.0.0/8", "::1"])]
     pub proxy_from: Vec<IpNet>,
 
+    /// Carry on chains between hosts: the keys under which hosts seal the records of flows for each other
+    ///
+    /// With --send-proxy records go out to a gateway on another host. With --original-destination proxy
+    /// this is such a gateway (carnet service add --gateway): a connection goes on here past the services
+    /// that it has had there, and one without a good record is refused. The file has a key a line, 32 random
+    /// bytes in hexadecimal, and is for its owner alone: the first one seals, all of them open.
+    #[arg(long, value_name = "FILE")]
+    pub chain_key: Option<PathBuf>,
+
+    /// With --original-destination proxy and --chain-key: a connection without a record is a new flow
+    #[arg(long, requires = "chain_key")]
+    pub chain_optional: bool,
+
     /// Do not register the listeners and UDP sockets: somebody else does, for example `carnet service register`
     #[arg(long)]
     pub no_register: bool,
@@ -79,8 +97,8 @@ pub enum Source {
     /// The connection tracker of a NAT (`nft … redirect to`): plain SO_ORIGINAL_DST, no records,
     /// no UDP.
     Conntrack,
-    /// The PROXY protocol (version 2), which another proxy sends: no records, no UDP, and the listeners
-    /// are not registered.
+    /// The PROXY protocol (version 2), which another proxy sends: no records unless there is a
+    /// --chain-key, no UDP, and the listeners are not registered.
     Proxy,
 }
 
@@ -113,6 +131,40 @@ impl Options {
         Ok(ready)
     }
 
+    /// What is said of flows that go on at another host. Reads the keys, and asks whether this process
+    /// may take such flows over, if it is to.
+    pub(crate) fn chain(&self, sends_proxy: bool) -> Result<Chain> {
+        let takes = self.original_destination == Source::Proxy;
+        if self.chain_optional && !takes {
+            bail!("--chain-optional says what comes with --original-destination proxy");
+        }
+        let Some(path) = &self.chain_key else {
+            return Ok(Chain::default());
+        };
+        match (takes, sends_proxy) {
+            (true, true) => bail!(
+                "--chain-key takes records with --original-destination proxy, or gives them out \
+                 with --send-proxy, not both: the services of this host come between"
+            ),
+            (false, false) => bail!(
+                "--chain-key is for --send-proxy, or for --original-destination proxy: nothing else \
+                 goes to another host or comes from one"
+            ),
+            (false, true) if self.original_destination != Source::Carnet => {
+                bail!("--chain-key needs records: leave --original-destination away")
+            }
+            _ => {}
+        }
+        let keys = Keys::load(path)?;
+        if !takes {
+            return Ok(Chain { keys: Some(Arc::new(keys)), gate: None });
+        }
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+        carnet::may_import_redirect_records(&socket)
+            .context("--original-destination proxy with --chain-key")?;
+        Ok(Chain { keys: None, gate: Some(Arc::new(Gate::new(keys, self.chain_optional))) })
+    }
+
     /// The limits of UDP flows. A NAT tells nothing of them: then there are none.
     pub(crate) fn datagrams(&self) -> Option<DatagramLimits> {
         let wanted = !self.no_udp && self.original_destination == Source::Carnet;
@@ -120,11 +172,14 @@ impl Options {
     }
 
     /// Who tells where flows come from and go to.
-    pub(crate) fn source(&self) -> Arc<dyn FlowSource> {
+    pub(crate) fn source(&self, chain: &Chain) -> Arc<dyn FlowSource> {
         match self.original_destination {
             Source::Carnet => Arc::new(CarnetSource { forget_records: self.forget_records }),
             Source::Conntrack => Arc::new(ConntrackSource),
-            Source::Proxy => Arc::new(HeaderSource { from: self.proxy_from.clone() }),
+            Source::Proxy => {
+                let (from, gate) = (self.proxy_from.clone(), chain.gate.clone());
+                Arc::new(HeaderSource { from, gate })
+            }
         }
     }
 }
@@ -173,6 +228,11 @@ impl Signals {
             }
         }
     }
+}
+
+/// The application that a record of another host names. All of it is what that host says.
+pub(crate) fn app_of(record: &PortableRecord) -> Option<App> {
+    Some(record.original_app().into())
 }
 
 /// More than the system allows by default is allowed to root alone; less does no harm.

@@ -38,6 +38,17 @@ pub(crate) fn set_redirect_records(socket: &impl AsSocket, record: &[u8]) -> Res
         .map_err(|code| explain(Operation::SetRedirectRecords, code))
 }
 
+pub(crate) fn export_redirect_records(_socket: &impl AsSocket) -> Result<Vec<u8>, Error> {
+    Err(Error::Unsupported { operation: Operation::ExportRedirectRecords })
+}
+
+pub(crate) fn import_redirect_records(
+    _socket: &impl AsSocket,
+    _record: &[u8],
+) -> Result<(), Error> {
+    Err(Error::Unsupported { operation: Operation::ImportRedirectRecords })
+}
+
 pub(crate) fn register_listener(_socket: &impl AsSocket) -> Result<(), Error> {
     Err(Error::Unsupported { operation: Operation::RegisterListener })
 }
