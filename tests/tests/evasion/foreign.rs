@@ -15,6 +15,7 @@ use carnet_tests::{
     puppet::{Errno, Family, Kind, Puppet, Ring},
 };
 
+use rustix::net::netdevice::name_to_index;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{Scene, block, canonical, destinations, echoes, udp};
@@ -293,6 +294,29 @@ fn an_ordinary_users_socket_that_is_bound_to_a_device() {
 }
 
 #[test]
+fn a_program_that_binds_new_sockets_to_a_device() {
+    let scene = Scene::new();
+    let lab = &scene.lab;
+    let number = || {
+        let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
+        Ok::<_, std::io::Error>(name_to_index(&socket, Topology::LINK)?)
+    };
+    let device = lab.network().topology.client.run(number).must("enter the namespace");
+    let device = device.must("ask for a device's number");
+    let _foreign = Foreign::attach_to_new_sockets(lab.apps(), device, "cgroup_sock_create");
+    // It is let go of, and the service connects with a socket of its own,
+    scene.redirects(|client, to| client.connect(to).must("connect"));
+    // but not for who may not; then nobody is reached.
+    scene.client.become_user(65534);
+    let so_far = lab.network().echo().connections().len();
+    for to in scene.destinations() {
+        assert_eq!(scene.client.connect(to).map(drop), Err(Errno(libc::EHOSTUNREACH)), "{to}");
+    }
+    assert_eq!(lab.counter(Counter::BoundToDevice), 3);
+    assert_eq!(lab.network().echo().connections().len(), so_far);
+}
+
+#[test]
 fn the_doctor_names_them() {
     let scene = Scene::new();
     let lab = &scene.lab;
@@ -300,18 +324,26 @@ fn the_doctor_names_them() {
         let findings = doctor::examine(Some(lab.scope().path()));
         findings.into_iter().find(|finding| finding.name == name).expect("the finding")
     };
-    let names = ["programs before Carnet's", "programs after Carnet's", "programs on packets"];
+    let names = [
+        "programs before Carnet's",
+        "programs after Carnet's",
+        "programs on packets",
+        "programs on new sockets",
+    ];
     for name in names {
         assert_eq!(found(name).state, State::Ok, "{:?}", found(name));
     }
     let _first = Foreign::attach(Hook::Connect4, lab.apps(), Deed::default());
     let _last = Foreign::attach(Hook::Sendmsg6, lab.scope(), Deed::default());
     let _packets = Foreign::attach_to_packets(lab.apps(), "sd_fw_egress");
-    let [before, after, packets] = names.map(found);
+    let sockets = Foreign::attach_to_new_sockets(lab.apps(), 0, "cgroup_sock_create");
+    let [before, after, packets, new] = names.map(found);
+    drop(sockets);
     for (finding, program, hook, cgroup) in [
         (&before, "foreign", "connect4", lab.apps()),
         (&after, "foreign", "sendmsg6", lab.scope()),
         (&packets, "sd_fw_egress of systemd", "egress", lab.apps()),
+        (&new, "cgroup_sock_cre named as that of mitmproxy's", "sock_create", lab.apps()),
     ] {
         let detail = &finding.detail;
         let place = format!("{hook} at {})", cgroup.path().display());

@@ -5,12 +5,18 @@
 
 mod chains;
 mod deaths;
+mod far_side;
 mod load;
+mod local_capture;
 mod matrix;
+mod opensnitch;
 mod pages;
 mod pools;
 mod product;
 mod products;
 mod proxy_header;
+mod proxy_protocol;
 mod scene;
+mod systemd;
+mod tor_network;
 mod weak;

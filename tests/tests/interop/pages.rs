@@ -10,7 +10,10 @@ use std::{
 use carnet_testbed::{Cgroup, Process, Topology};
 use carnet_tests::{Must as _, PATIENCE, contract::Scratch, program, web::WebServer};
 
-use crate::{product::from_pypi, scene::socks_server};
+use crate::{
+    product::{Product, from_pypi},
+    products,
+};
 
 /// What a page has to paste.
 #[track_caller]
@@ -21,23 +24,32 @@ fn block_of(page: &str) -> String {
     rest.split_once("```").expect("the block's end").0.to_owned()
 }
 
-/// Pastes a page's block into a shell, in which `/apps` is a cgroup of the test's own; the flow has to
-/// arrive.
+/// Pastes the block of a product's page into a shell, in which `/apps` is a cgroup of the test's own; the
+/// flow has to arrive.
 #[track_caller]
-fn paste(page: &str) {
+fn paste(product: &Product) {
+    let page = format!("{}.md", product.name);
     let topology = Topology::client_and_destination().must("make a network");
     let server = WebServer::start(&topology.destination, &[Topology::DESTINATION_V4.into()]);
-    let _socks = socks_server(&topology.destination);
+    let far_side = product.far_side.map(|start| start(&topology.destination));
     let apps = Cgroup::create("carnet-interop-page").must("make a cgroup");
     let root = carnet_engine::cgroup::mount_point().must("find the cgroup2 hierarchy");
     let below = apps.path().strip_prefix(root).must("name a cgroup");
     let scratch = Scratch::new();
     let open = fs::Permissions::from_mode(0o777);
     fs::set_permissions(scratch.path(), open).must("open a directory to all users");
-    let block = block_of(page).replace("/apps", &format!("/{}", below.display()));
+    let block = block_of(&page).replace("/apps", &format!("/{}", below.display()));
+    // Tor reads what is not in its own configuration, here which network it is in, from a file beside
+    // the system's.
+    let defaults = scratch.path().join("torrc-defaults");
+    let configuration = far_side.as_ref().map_or("", |far_side| &far_side.configuration);
+    fs::write(&defaults, configuration).must("write a configuration");
     // The instance is to be the only one, and to be gone with the shell's mounts.
     let script = format!(
-        "mount -t bpf bpf /sys/fs/bpf\ntrap 'carnet down >/dev/null; kill $(jobs -p); wait' EXIT\n{block}"
+        "mount -t bpf bpf /sys/fs/bpf\nmount --bind {} /etc/tor\n\
+         trap 'carnet down >/dev/null; echo 1 > {}/cgroup.kill; wait' EXIT\n{block}",
+        scratch.path().display(),
+        apps.path().display()
     );
     let mut command = Command::new("unshare");
     command.args(["--mount", "bash", "-euc", &script]).current_dir(scratch.path());
@@ -63,9 +75,9 @@ fn paste(page: &str) {
 #[test]
 #[ignore = "needs the products: cargo xtask interop"]
 fn each_page_is_pasted() {
-    for page in ["mitmproxy", "squid", "haproxy", "envoy", "redsocks", "pproxy"] {
-        paste(&format!("{page}.md"));
-        println!("docs/interop/{page}.md: pasted, and the flow arrived");
+    for product in products::ALL {
+        paste(product);
+        println!("docs/interop/{}.md: pasted, and the flow arrived", product.name);
     }
 }
 

@@ -8,8 +8,10 @@ use std::{
     process::{Command, Stdio},
 };
 
-use carnet_testbed::Process;
+use carnet_testbed::{NetworkNamespace, Process};
 use carnet_tests::{Lab, Must as _, PATIENCE, contract::Scratch, until};
+
+use crate::far_side::FarSide;
 
 /// A program that can be a service.
 pub(crate) struct Product {
@@ -20,14 +22,29 @@ pub(crate) struct Product {
     pub(crate) tproxy: bool,
     /// Whether it knows nothing of Carnet.
     pub(crate) unmodified: bool,
-    /// Where it connects instead of to the destination.
-    pub(crate) upstream: Option<SocketAddr>,
+    /// Where flows go that it passes on.
+    pub(crate) onwards: Onwards,
+    /// What it needs on the other side of the cable.
+    pub(crate) far_side: Option<fn(&NetworkNamespace) -> FarSide>,
+    /// What it says on its standard error when it can pass flows on, if it listens before that.
+    pub(crate) ready: Option<&'static str>,
     /// Writes its configuration and gives the command.
     pub(crate) command: fn(&Site) -> Command,
     /// The file of its log, in its directory; else what it prints.
     pub(crate) log: Option<&'static str>,
     /// What a line of the log says of a flow, if it tells of one.
     pub(crate) read: fn(&str) -> Option<Logged>,
+}
+
+/// Where the flows go that a product passes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Onwards {
+    /// Each to its destination.
+    ToDestination,
+    /// Each to this address.
+    Through(SocketAddr),
+    /// Into connections of the product's own, which many of them share: no service after it gets flows.
+    Shared,
 }
 
 /// Where one runs.
@@ -38,6 +55,8 @@ pub(crate) struct Site<'a> {
     pub(crate) directory: &'a Path,
     /// The port at which it takes flows.
     pub(crate) port: u16,
+    /// What its configuration says of the other side of the cable.
+    pub(crate) far_side: &'a str,
 }
 
 impl Site<'_> {
@@ -74,11 +93,18 @@ pub(crate) struct AtWork {
 impl AtWork {
     /// Starts a product as the service of this name, which has been added. It listens on return.
     #[track_caller]
-    pub(crate) fn start(lab: &Lab, name: &str, product: &'static Product, port: u16) -> Self {
+    pub(crate) fn start(
+        lab: &Lab,
+        name: &str,
+        product: &'static Product,
+        port: u16,
+        far_side: &str,
+    ) -> Self {
         let scratch = Scratch::new();
         let open = fs::Permissions::from_mode(0o777);
         fs::set_permissions(scratch.path(), open).must("open a directory to all users");
-        let mut command = (product.command)(&Site { name, directory: scratch.path(), port });
+        let mut command =
+            (product.command)(&Site { name, directory: scratch.path(), port, far_side });
         command.stdin(Stdio::null());
         let errors = fs::File::create(scratch.path().join("stderr")).must("make a file");
         command.stderr(errors).current_dir(scratch.path());
@@ -87,8 +113,10 @@ impl AtWork {
         let process = Process::spawn(&mut command).must("start a product");
         let this = Self { product, process, scratch };
         let families = if product.ipv6 { 2 } else { 1 };
-        let listening = || (listeners(lab, port), this.errors());
-        until(product.name, listening, |(count, _)| *count == families);
+        let state = || (listeners(lab, port), this.errors());
+        until(product.name, state, |(count, said)| {
+            *count == families && product.ready.is_none_or(|word| said.contains(word))
+        });
         this
     }
 
@@ -128,9 +156,9 @@ impl AtWork {
     }
 }
 
-/// How many of the clients' sockets, those for IPv4 and those for IPv6, listen at a port.
+/// Of how many families, IPv4 and IPv6, sockets of the clients' namespace listen at a port.
 #[track_caller]
-fn listeners(lab: &Lab, port: u16) -> usize {
+pub(crate) fn listeners(lab: &Lab, port: u16) -> usize {
     let read = || {
         ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/thread-self/net/{table}")))
     };
@@ -162,8 +190,13 @@ pub(crate) fn installed(name: &str) -> PathBuf {
 /// A program that it installs from PyPI, into an environment of its own below the target directory.
 #[track_caller]
 pub(crate) fn from_pypi(name: &str) -> PathBuf {
-    let executable = env::current_exe().must("find the running executable");
-    let places = executable.ancestors().map(|place| place.join("tools/interop/bin").join(name));
-    let found = places.into_iter().find(|path| path.is_file());
+    let found = tool(&format!("tools/interop/bin/{name}"));
     found.unwrap_or_else(|| panic!("{name} is not installed: `cargo xtask interop` does that"))
+}
+
+/// A file below the target directory, if it is there.
+#[track_caller]
+pub(crate) fn tool(path: &str) -> Option<PathBuf> {
+    let executable = env::current_exe().must("find the running executable");
+    executable.ancestors().map(|place| place.join(path)).find(|path| path.is_file())
 }

@@ -59,7 +59,7 @@ fn envoy_takes_a_header_with_a_record() {
     let destinations = destinations.map(|prefix| prefix.parse().must("parse a prefix")).to_vec();
     let conditions = Conditions { destinations, ..Conditions::default() };
     lab.service_with("front", Plan { unmodified: true, conditions, ..Plan::default() });
-    let envoy = AtWork::start(&lab, "front", &ENVOY_BEHIND_A_FRONT, PORT);
+    let envoy = AtWork::start(&lab, "front", &ENVOY_BEHIND_A_FRONT, PORT, "");
     let directory = Scratch::new();
     let _front = front(&lab, "front", &directory);
     // Envoy gives connections up whose other side has sent all that it will before the header was read.

@@ -11,15 +11,15 @@ use carnet_core::{
     event::Counter,
     object::{Conditions, PortRange},
 };
-use carnet_testbed::{NetworkNamespace, Process, Topology};
+use carnet_testbed::{NetworkNamespace, Topology};
 use carnet_tests::{
-    Lab, Must as _, Plan, Running, until,
+    Lab, Plan, Running,
     web::{self, Fetched, WebServer, path_of},
 };
 
 use crate::{
-    product::{AtWork, Logged, Product, from_pypi},
-    products::SOCKS,
+    far_side::FarSide,
+    product::{AtWork, Logged, Onwards, Product},
 };
 
 /// How long a program may take to write its log.
@@ -44,9 +44,25 @@ impl Member {
     }
 
     /// Where the flows go that it passes on.
-    fn upstream(self) -> Option<SocketAddr> {
+    fn onwards(self) -> Onwards {
         match self {
-            Self::Product(product) => product.upstream,
+            Self::Product(product) => product.onwards,
+            Self::Honest => Onwards::ToDestination,
+        }
+    }
+
+    /// The proxy through which it passes them on.
+    fn upstream(self) -> Option<SocketAddr> {
+        match self.onwards() {
+            Onwards::Through(upstream) => Some(upstream),
+            Onwards::ToDestination | Onwards::Shared => None,
+        }
+    }
+
+    /// What it needs on the other side of the cable.
+    fn far_side(self) -> Option<fn(&NetworkNamespace) -> FarSide> {
+        match self {
+            Self::Product(product) => product.far_side,
             Self::Honest => None,
         }
     }
@@ -103,7 +119,8 @@ impl Link {
 pub(crate) struct Scene {
     // In the order in which they are to go.
     pub(crate) links: Vec<Link>,
-    _socks: Option<Process>,
+    /// What one of them needs there.
+    far_side: Option<FarSide>,
     pub(crate) server: WebServer,
     pub(crate) lab: Lab,
 }
@@ -122,9 +139,9 @@ impl Scene {
         let destination = &lab.network().topology.destination;
         let addresses = [Topology::DESTINATION_V4.into(), Topology::DESTINATION_V6.into()];
         let server = WebServer::start(destination, &addresses);
-        let upstream = members.iter().any(|member| member.upstream().is_some());
-        let socks = upstream.then(|| socks_server(destination));
-        let mut scene = Self { links: Vec::new(), _socks: socks, server, lab };
+        let far_side = members.iter().find_map(|member| member.far_side());
+        let far_side = far_side.map(|start| start(destination));
+        let mut scene = Self { links: Vec::new(), far_side, server, lab };
         for (place, member) in members.iter().enumerate() {
             let name = format!("{}-{}", member.name(), place + 1);
             let weight = 100 - place as u16;
@@ -160,7 +177,9 @@ impl Scene {
         let Link { name, member, .. } = &self.links[place];
         let program = match member {
             Member::Product(product) => {
-                Program::Product(AtWork::start(&self.lab, name, product, port_of(place)))
+                let far_side = self.far_side.as_ref();
+                let far_side = far_side.map_or("", |far_side| &far_side.configuration);
+                Program::Product(AtWork::start(&self.lab, name, product, port_of(place), far_side))
             }
             Member::Honest => Program::Honest(self.lab.start(name)),
         };
@@ -252,8 +271,10 @@ impl Scene {
             let found = tally(logged.iter().map(|one| canonical(&one.to).to_string()));
             let turns = (0..plan.count as usize).map(|flow| to[flow % to.len()].to_string());
             compare(&link.name, &found, &tally(turns))?;
-            if let Some(upstream) = link.member.upstream() {
-                to = vec![upstream];
+            match link.member.onwards() {
+                Onwards::ToDestination => {}
+                Onwards::Through(upstream) => to = vec![upstream],
+                Onwards::Shared => break,
             }
         }
         let never = [Counter::Loops, Counter::OutOfMemory, Counter::HandoverFailed];
@@ -268,20 +289,8 @@ impl Scene {
 }
 
 /// The port of a product at this place of a chain.
-fn port_of(place: usize) -> u16 {
+pub(crate) fn port_of(place: usize) -> u16 {
     FIRST_PORT + place as u16
-}
-
-/// A SOCKS server on the far side, out of every scope.
-#[track_caller]
-pub(crate) fn socks_server(destination: &NetworkNamespace) -> Process {
-    let mut command = std::process::Command::new(from_pypi("pproxy"));
-    command.args(["-l", &format!("socks5://{SOCKS}")]).env("PYTHONUNBUFFERED", "1");
-    destination.enter_command(&mut command).must("enter the namespace");
-    let process = Process::spawn(&mut command).must("start a SOCKS server");
-    let reach = || destination.run(|| std::net::TcpStream::connect(SOCKS));
-    until("the SOCKS server", || reach().must("enter the namespace").is_ok(), |reached| *reached);
-    process
 }
 
 fn canonical(address: &SocketAddr) -> SocketAddr {

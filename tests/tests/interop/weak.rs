@@ -1,5 +1,6 @@
 //! SSLsplit 0.5.5, which by itself leaves some connections hanging: behind netfilter's redirect, without
-//! Carnet, 4 and 8 of 30. So not every flow has to arrive; but none may come twice, go elsewhere, or loop.
+//! Carnet, 4 and 8 of 30 (why: docs/interop/sslsplit.md). So not every flow has to arrive; but none may come
+//! twice, go elsewhere, or loop.
 
 use std::{collections::BTreeSet, time::Duration};
 

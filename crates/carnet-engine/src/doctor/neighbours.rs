@@ -22,11 +22,14 @@ use crate::{
 
 /// Begins the names of Carnet's programs, those of other instances included.
 const OWN_PREFIX: &str = "carnet_";
-/// Begins the names of systemd's.
-const SYSTEMD_PREFIX: &str = "sd_";
+/// How the names of others' programs begin, and whose they are then. The kernel keeps fifteen bytes of a name.
+const KNOWN: [(&str, &str); 2] =
+    [("sd_", "of systemd"), ("cgroup_sock_cre", "named as that of mitmproxy's local capture")];
 /// Most cgroups below that are looked at.
 const EXAMINED: usize = 4096;
 
+/// Where programs see new sockets.
+const SOCKETS: bpf_attach_type = bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE;
 /// Where programs see the packets of a cgroup's sockets.
 const PACKETS: [(bpf_attach_type, &str); 2] = [
     (bpf_attach_type::BPF_CGROUP_INET_INGRESS, "ingress"),
@@ -52,6 +55,8 @@ pub(super) fn examine(path: &Path) -> Vec<Finding> {
 /// Programs, as they are shown, by when they run.
 #[derive(Debug, Default)]
 struct Neighbours {
+    /// When a socket is made. It is not decided about then.
+    sockets: Vec<String>,
     before: Vec<String>,
     after: Vec<String>,
     packets: Vec<String>,
@@ -70,7 +75,11 @@ impl Neighbours {
                     carnet_has_run = true;
                     continue;
                 }
-                let list = if carnet_has_run { &mut found.after } else { &mut found.before };
+                let list = match *attach_type {
+                    SOCKETS => &mut found.sockets,
+                    _ if carnet_has_run => &mut found.after,
+                    _ => &mut found.before,
+                };
                 list.push(program.shown(name, attached_at(&above, *attach_type, program.id)));
             }
         }
@@ -91,9 +100,12 @@ impl Neighbours {
     fn add_below(&mut self, directory: &Path) {
         for Hook { name, attach_type, .. } in hooks() {
             for program in attached_to(directory, *attach_type) {
-                if !program.is_own() {
-                    self.before.push(program.shown(name, Some(directory)));
+                if program.is_own() {
+                    continue;
                 }
+                let list =
+                    if *attach_type == SOCKETS { &mut self.sockets } else { &mut self.before };
+                list.push(program.shown(name, Some(directory)));
             }
         }
         for (attach_type, name) in PACKETS {
@@ -111,6 +123,13 @@ impl Neighbours {
             Finding::new(State::Warning, name, programs.join(", "), advice)
         };
         vec![
+            finding(
+                "programs on new sockets",
+                &self.sockets,
+                "they can bind a socket to a device, from which no service is reached. Carnet lets go \
+                 of it for processes with CAP_NET_RAW, and refuses what others connect (carnet \
+                 status: bound to a device): have them leave alone what filters redirect",
+            ),
             finding(
                 "programs before Carnet's",
                 &self.before,
@@ -159,7 +178,8 @@ impl Program {
 
     fn shown(&self, hook: &str, at: Option<&Path>) -> String {
         let name = if self.name.is_empty() { "a program without a name" } else { &self.name };
-        let whose = if name.starts_with(SYSTEMD_PREFIX) { " of systemd" } else { "" };
+        let whose = KNOWN.iter().find(|(prefix, _)| name.starts_with(prefix));
+        let whose = whose.map(|(_, whose)| format!(" {whose}")).unwrap_or_default();
         let at = at.map(|at| format!(" at {}", at.display())).unwrap_or_default();
         format!("{name}{whose} (program {}, {hook}{at})", self.id)
     }

@@ -256,7 +256,12 @@ fn the_doctor_finds_nothing_missing_here() {
     let missing: Vec<_> =
         findings.iter().filter(|finding| finding.state == doctor::State::Missing).collect();
     assert_eq!(missing, [] as [&doctor::Finding; 0]);
-    for name in ["programs before Carnet's", "programs after Carnet's", "programs on packets"] {
+    for name in [
+        "programs on new sockets",
+        "programs before Carnet's",
+        "programs after Carnet's",
+        "programs on packets",
+    ] {
         let neighbours = findings.iter().find(|finding| finding.name == name).unwrap();
         assert!(!neighbours.detail.contains("carnet_"), "{}", neighbours.detail);
     }

@@ -4,14 +4,16 @@ use std::process::Command;
 
 use carnet_tests::program;
 
-use crate::product::{Logged, Product, Site};
+use crate::product::{Logged, Onwards, Product, Site};
 
 pub(crate) const CARNET_INSPECT: Product = Product {
     name: "carnet-inspect",
     ipv6: true,
     tproxy: false,
     unmodified: false,
-    upstream: None,
+    onwards: Onwards::ToDestination,
+    far_side: None,
+    ready: None,
     command,
     log: Some("inspect.log"),
     read,

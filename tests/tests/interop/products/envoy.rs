@@ -3,14 +3,16 @@
 
 use std::process::Command;
 
-use crate::product::{Logged, Product, Site, from_pypi};
+use crate::product::{Logged, Onwards, Product, Site, from_pypi};
 
 pub(crate) const ENVOY: Product = Product {
     name: "envoy",
     ipv6: true,
     tproxy: false,
     unmodified: true,
-    upstream: None,
+    onwards: Onwards::ToDestination,
+    far_side: None,
+    ready: None,
     command,
     log: Some("access.log"),
     read,

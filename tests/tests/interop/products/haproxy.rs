@@ -2,16 +2,19 @@
 
 use std::process::Command;
 
-use crate::product::{Logged, Product, Site, installed};
+use crate::product::{Logged, Onwards, Product, Site, installed};
 
 pub(crate) const HAPROXY: Product = Product {
     name: "haproxy",
     ipv6: true,
     tproxy: true,
     unmodified: true,
-    upstream: None,
+    onwards: Onwards::ToDestination,
+    far_side: None,
+    ready: None,
     command,
-    // It does not wait for a pipe that is full, and loses lines.
+    // It does not wait for a pipe that is full, nor for another of its threads, and loses lines: so it has
+    // a file and one thread.
     log: Some("stderr"),
     read,
 };
@@ -21,6 +24,7 @@ fn command(site: &Site) -> Command {
     let text = format!(
         "global\n    \
            maxconn 2000\n    \
+           nbthread 1\n    \
            log stderr format raw local0\n\
          defaults\n    \
            mode tcp\n    \

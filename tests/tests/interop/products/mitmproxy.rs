@@ -4,14 +4,16 @@
 use std::process::Command;
 
 use super::of_url;
-use crate::product::{Logged, Product, Site, from_pypi};
+use crate::product::{Logged, Onwards, Product, Site, from_pypi};
 
 pub(crate) const MITMPROXY: Product = Product {
     name: "mitmproxy",
     ipv6: true,
     tproxy: false,
     unmodified: true,
-    upstream: None,
+    onwards: Onwards::ToDestination,
+    far_side: None,
+    ready: None,
     command,
     log: None,
     read,

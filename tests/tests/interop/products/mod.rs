@@ -1,6 +1,7 @@
 //! The products, one file each.
 
 mod carnet_inspect;
+mod e2guardian;
 mod envoy;
 mod haproxy;
 mod mitmproxy;
@@ -8,6 +9,7 @@ mod pproxy;
 mod redsocks;
 mod squid;
 mod sslsplit;
+mod tor;
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -15,6 +17,7 @@ use carnet_tests::web::PORT;
 
 pub(crate) use self::{
     carnet_inspect::CARNET_INSPECT,
+    e2guardian::E2GUARDIAN,
     envoy::ENVOY,
     haproxy::HAPROXY,
     mitmproxy::MITMPROXY,
@@ -22,11 +25,13 @@ pub(crate) use self::{
     redsocks::{REDSOCKS, SOCKS},
     squid::{SQUID, SQUID_WITH_POOL},
     sslsplit::SSLSPLIT,
+    tor::TOR,
 };
 use crate::product::Product;
 
 /// All that know nothing of Carnet, and lose no flow by themselves.
-pub(crate) const ALL: [&Product; 6] = [&MITMPROXY, &SQUID, &HAPROXY, &ENVOY, &REDSOCKS, &PPROXY];
+pub(crate) const ALL: [&Product; 8] =
+    [&MITMPROXY, &SQUID, &HAPROXY, &ENVOY, &REDSOCKS, &PPROXY, &E2GUARDIAN, &TOR];
 
 /// The address, with HTTP's port, and the path of a URL that names the address.
 fn of_url(url: &str) -> Option<(SocketAddr, String)> {

@@ -2,14 +2,16 @@
 
 use std::process::Command;
 
-use crate::product::{Logged, Product, Site, from_pypi};
+use crate::product::{Logged, Onwards, Product, Site, from_pypi};
 
 pub(crate) const PPROXY: Product = Product {
     name: "pproxy",
     ipv6: true,
     tproxy: false,
     unmodified: true,
-    upstream: None,
+    onwards: Onwards::ToDestination,
+    far_side: None,
+    ready: None,
     command,
     log: None,
     read,

@@ -8,7 +8,10 @@ use std::{
 
 use carnet_testbed::Topology;
 
-use crate::product::{Logged, Product, Site, installed};
+use crate::{
+    far_side::socks_server,
+    product::{Logged, Onwards, Product, Site, installed},
+};
 
 /// Where the SOCKS server is.
 pub(crate) const SOCKS: SocketAddr = SocketAddr::new(IpAddr::V4(Topology::DESTINATION_V4), 1080);
@@ -18,7 +21,9 @@ pub(crate) const REDSOCKS: Product = Product {
     ipv6: false,
     tproxy: false,
     unmodified: true,
-    upstream: Some(SOCKS),
+    onwards: Onwards::Through(SOCKS),
+    far_side: Some(socks_server),
+    ready: None,
     command,
     log: Some("redsocks.log"),
     read,

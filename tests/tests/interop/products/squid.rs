@@ -3,14 +3,16 @@
 use std::process::Command;
 
 use super::of_url;
-use crate::product::{Logged, Product, Site, installed};
+use crate::product::{Logged, Onwards, Product, Site, installed};
 
 pub(crate) const SQUID: Product = Product {
     name: "squid",
     ipv6: true,
     tproxy: false,
     unmodified: true,
-    upstream: None,
+    onwards: Onwards::ToDestination,
+    far_side: None,
+    ready: None,
     command,
     log: Some("access.log"),
     read,

@@ -2,14 +2,16 @@
 
 use std::process::Command;
 
-use crate::product::{Logged, Product, Site, installed};
+use crate::product::{Logged, Onwards, Product, Site, installed};
 
 pub(crate) const SSLSPLIT: Product = Product {
     name: "sslsplit",
     ipv6: true,
     tproxy: false,
     unmodified: true,
-    upstream: None,
+    onwards: Onwards::ToDestination,
+    far_side: None,
+    ready: None,
     command,
     log: Some("connections.log"),
     read,
