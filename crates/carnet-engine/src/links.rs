@@ -309,15 +309,15 @@ mod tests {
     #[test]
     fn every_socket_passes_each_hook_once() {
         let inside = planned("a", &[(1, "/a/x"), (2, "/a/y")]).unwrap();
-        assert_eq!(inside, [(1, 0, 2), (2, 0, 2), (SCOPE, 10, 0)]);
+        assert_eq!(inside, [(1, 0, 3), (2, 0, 3), (SCOPE, 10, 0)]);
         let outside = planned("a", &[(1, "/b"), (2, "/ab")]).unwrap();
-        assert_eq!(outside, [(1, 10, 2), (2, 10, 2), (SCOPE, 10, 0)]);
+        assert_eq!(outside, [(1, 10, 3), (2, 10, 3), (SCOPE, 10, 0)]);
         let nested = planned("a", &[(1, "/a/x/y"), (2, "/a/x"), (3, "/b/c"), (4, "/b")]).unwrap();
-        assert_eq!(nested, [(2, 0, 2), (4, 10, 2), (SCOPE, 10, 0)]);
+        assert_eq!(nested, [(2, 0, 3), (4, 10, 3), (SCOPE, 10, 0)]);
         let scope_itself = planned("a", &[(SCOPE, "/a"), (1, "/a/x")]).unwrap();
-        assert_eq!(scope_itself, [(SCOPE, 10, 2)]);
+        assert_eq!(scope_itself, [(SCOPE, 10, 3)]);
         let everything = planned("", &[(1, "/a"), (2, "/b")]).unwrap();
-        assert_eq!(everything, [(1, 0, 2), (2, 0, 2), (SCOPE, 10, 0)]);
+        assert_eq!(everything, [(1, 0, 3), (2, 0, 3), (SCOPE, 10, 0)]);
     }
 
     #[test]

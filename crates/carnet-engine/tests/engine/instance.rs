@@ -10,6 +10,8 @@ use crate::world::{Failure, World, fill, filter, links, mode, redirect, referenc
 
 /// Hooks of the scope.
 const SCOPE_HOOKS: usize = 10;
+/// What a service has besides.
+const SERVICE_HOOKS: usize = 3;
 
 #[test]
 fn up_and_down_leave_nothing() {
@@ -45,7 +47,7 @@ fn the_policy_reads_back_from_the_kernel() {
     assert_eq!(seen, engine.policy().unwrap());
     assert_eq!(seen.services()[0].name, "scan");
     assert_eq!(seen.filters()[0].action, redirect("scan", b"hello"));
-    assert_eq!(links(engine.location()).len(), SCOPE_HOOKS + 2);
+    assert_eq!(links(engine.location()).len(), SCOPE_HOOKS + SERVICE_HOOKS);
     // Many transactions in a row use both banks in turn.
     for port in 1..20 {
         let added: Result<_, Failure> =
@@ -151,7 +153,7 @@ fn an_upgrade_replaces_the_programs_and_keeps_the_rest() {
     let policy = engine.policy().unwrap();
     let report = engine.upgrade().unwrap();
     assert_eq!((report.from, report.to), (BuildId::own(), BuildId::own()));
-    assert_eq!((report.replaced, report.defunct), (SCOPE_HOOKS + 2, 0));
+    assert_eq!((report.replaced, report.defunct), (SCOPE_HOOKS + SERVICE_HOOKS, 0));
     let after = engine.status().unwrap();
     assert_eq!(engine.policy().unwrap(), policy);
     assert_eq!((after.epoch, after.generation), (before.epoch, before.generation));
@@ -201,12 +203,12 @@ fn the_hooks_follow_the_services_cgroups() {
         links(engine.location()).iter().filter(|link| link.starts_with(&of(id))).count()
     };
     // Outside the scope, a service needs all hooks.
-    assert_eq!(count(&engine, outside.id()), SCOPE_HOOKS + 2);
+    assert_eq!(count(&engine, outside.id()), SCOPE_HOOKS + SERVICE_HOOKS);
     let inside = world.scope.child("scan").unwrap();
     let moved: Result<(), Failure> =
         engine.transact(|policy| Ok(policy.set_cgroup("scan", reference(&inside)).map(drop)?));
     moved.unwrap();
-    assert_eq!((count(&engine, outside.id()), count(&engine, inside.id())), (0, 2));
+    assert_eq!((count(&engine, outside.id()), count(&engine, inside.id())), (0, SERVICE_HOOKS));
 
     // A cgroup that goes takes nothing along but its own links.
     let id = inside.id();
@@ -214,10 +216,10 @@ fn the_hooks_follow_the_services_cgroups() {
     let status = engine.status().unwrap();
     let dead: Vec<_> = status.links.iter().filter(|link| !link.alive).collect();
     assert!(dead.iter().all(|link| link.cgroup == id), "{dead:?}");
-    assert_eq!(dead.len(), 2);
+    assert_eq!(dead.len(), SERVICE_HOOKS);
     fill_more(&mut engine);
     let report = engine.upgrade().unwrap();
-    assert_eq!(report.replaced + report.defunct, SCOPE_HOOKS + 2);
+    assert_eq!(report.replaced + report.defunct, SCOPE_HOOKS + SERVICE_HOOKS);
     let around = world.scope.path().parent().unwrap();
     let root = carnet_engine::cgroup::mount_point().unwrap();
     if around != root {
