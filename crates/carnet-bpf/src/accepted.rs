@@ -30,7 +30,10 @@ pub(crate) fn deliver(
         // SAFETY: the helper takes this context.
         let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
         if insert(cookie, leg) {
-            return find(cookie);
+            let delivered = find(cookie)?;
+            // Those of the connecting socket are not this one's.
+            delivered.ends = 0;
+            return Some(delivered);
         }
     }
     if socket.put(&DELIVERED, leg) { socket.get(&DELIVERED) } else { None }

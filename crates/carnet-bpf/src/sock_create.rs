@@ -8,7 +8,8 @@
 //! hooks: raw ones, those of `ping`, UDP-Lite, SCTP, and whatever else a module may bring.
 //!
 //! **Why this hook.** It runs inside `socket(2)`, for internet sockets of every protocol, when type
-//! and protocol are settled. The second half is attached only with `carnet up --refuse-unseen`. It does not run for other families: a packet socket takes `CAP_NET_RAW`.
+//! and protocol are settled. The second half is attached only with `carnet up
+//! --refuse-unseen`. It does not run for other families: a packet socket takes `CAP_NET_RAW`.
 //!
 //! **Returns** 1: the socket is made. 0: `socket(2)` fails with `EPERM`.
 

@@ -197,8 +197,8 @@ pub trait Pending: Listeners {
 /// service more dead.
 ///
 /// `recorded` is whether there is a record, `legs` the legs that it counts, `services` the number of
-/// services in the policy, and of strangers in the record. The kernel calls the halves apart, so that the verifier can look at each
-/// on its own.
+/// services in the policy, and of strangers in the record. The kernel calls the halves apart, so that the
+/// verifier can look at each on its own.
 #[inline(always)]
 pub fn settle<P: Pending>(recorded: bool, legs: u32, services: u32, pending: &mut P) {
     let mut dead = 0;

@@ -67,8 +67,8 @@ pub struct LegState {
     pub protocol: u32,
     /// [`LEG_TO_UNMODIFIED`], [`LEG_ADOPTED`].
     pub flags: u32,
-    /// Of a leg that was delivered: how many of its two ends, that of the connection and that of the
-    /// accepted socket, are over.
+    /// Of a leg that was delivered, or whose record was set by its ticket: how many of its two ends, that of
+    /// the connection and that of the socket, are over.
     pub ends: i64,
     /// The destination that the connect asked for.
     pub requested: Endpoint,

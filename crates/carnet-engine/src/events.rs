@@ -14,8 +14,6 @@ use crate::{Engine, Error, clock::boot_time_ns, location::Lock};
 
 const EVENTS: &str = "EVENTS";
 const EVENTS_READ: &str = "EVENTS_READ";
-/// Size of the ring buffer.
-const EVENTS_BYTES: usize = 524_288;
 
 /// The reader of an instance's events. There is one at a time, since events are gone when they are
 /// read.
@@ -46,13 +44,14 @@ impl Engine {
     pub fn events(&self) -> Result<EventReader, Error> {
         let lock = self.location().lock_reader()?;
         let map = self.reading(|tables| tables.open(EVENTS))?;
+        let bytes = map.info().map_err(Error::map(EVENTS))?.max_entries();
         let mut ring: RingBuf<_> =
             Map::RingBuf(map).try_into().map_err(Error::map::<MapError>(EVENTS))?;
         let map = self.reading(|tables| tables.open(EVENTS_READ))?;
         let read = Map::Array(map).try_into().map_err(Error::map::<MapError>(EVENTS_READ))?;
         // What an earlier reader has left would take the room of what is to come. One that was killed has the
         // hooks still report, so that there may be no end to it.
-        let mut most = EVENTS_BYTES / size_of::<Event>();
+        let mut most = bytes as usize / size_of::<Event>();
         while most > 0 && ring.next().is_some() {
             most -= 1;
         }

@@ -6,6 +6,7 @@ use carnet_core::{
     abi::{self, FlowInfo, OnwardsInfo},
     address::Endpoint,
     event::{Counter, Event, EventKind},
+    object::{Conditions, FilterAction, NewFilter, Weight},
     record::{AppIdentity, HEADER_LENGTH, RecordError},
 };
 use carnet_tests::{
@@ -460,6 +461,45 @@ fn a_flow_that_a_socket_carries_on_is_its_own_until_it_is_closed() {
     closed.connect(lab.v4()).must("connect onwards");
     drop(closed);
     drop((socket, accepted, another_accepted, connection, another));
+    lab.settle_sockets();
+}
+
+#[test]
+fn nothing_is_left_of_a_flow_that_was_carried_on_to_a_refusal() {
+    let (lab, service, client) = scene();
+    let listener = service.serve(loopback());
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let ticket = ticket(&accepted);
+    lab.change(|policy| {
+        policy.add_provider("refusing", "")?;
+        policy.add_sublayer("refusing", "refusing", 5000)?;
+        policy.add_filter(NewFilter {
+            name: None,
+            sublayer: "refusing".into(),
+            weight: Weight::Auto,
+            conditions: Conditions {
+                destinations: vec!["2001:db8::/32".parse().expect("a prefix")],
+                ..Conditions::default()
+            },
+            action: FilterAction::BLOCK,
+        })?;
+        Ok(())
+    });
+    let refused = || {
+        let socket = service.tcp(lab.v6());
+        socket.set(abi::LEVEL, abi::CARRY_ON, &ticket).must("carry the flow on");
+        assert_eq!(socket.connect(lab.v6()), fails(libc::EPERM));
+        socket
+    };
+    drop(refused());
+    let again = refused();
+    again.set(abi::LEVEL, abi::CARRY_ON, &ticket).must("carry the flow on again");
+    drop(again);
+    // To where nothing is redirected, so that the connection has no leg.
+    let nearby = service.listen("[::1]:0".parse().expect("an address"));
+    let elsewhere = refused();
+    elsewhere.connect(nearby.local().must("ask for the address")).must("connect nearby");
+    drop((elsewhere, nearby, accepted, connection));
     lab.settle_sockets();
 }
 
