@@ -13,7 +13,7 @@ use aya::maps::{Array, HashMap, Map, MapData};
 use carnet_core::{
     adoption::HeldFlows,
     event::{Counter, Event, EventKind},
-    flow::{Handover, HeldKey, LegState, Tuple},
+    flow::{Accepted, Handover, HeldKey, LegState, Tuple},
     object::{
         CgroupRef, Conditions, Context, FailurePolicy, FilterAction, NewFilter, NewService, Policy,
         Trust, Weight,
@@ -447,8 +447,8 @@ impl Default for Lab {
 #[track_caller]
 fn kept(engine: &Engine) -> usize {
     entries::<{ size_of::<Tuple>() }, { size_of::<Handover>() }>(engine, "HANDOVER")
-        + entries::<{ size_of::<u64>() }, LEG>(engine, "WAITING")
-        + entries::<{ size_of::<u64>() }, LEG>(engine, "ACCEPTED")
+        + entries::<{ size_of::<u64>() }, LEG>(engine, "COPIES")
+        + entries::<{ size_of::<u64>() }, { size_of::<Accepted>() }>(engine, "ACCEPTED")
         + entries::<{ size_of::<HeldKey>() }, { size_of::<HeldFlows>() }>(engine, "HELD")
 }
 

@@ -1,73 +1,111 @@
 //! The legs of accepted sockets, for the questions of their services.
 //!
-//! A leg is kept until the connection is over and the socket is closed, whichever comes last: a
-//! service may ask about a connection that was reset before it came to that.
+//! Under the socket's cookie is kept which leg it has: the connecting socket's, of which it is an owner as well,
+//! or a copy where that hangs on its socket. So it is until the connection is over and the socket is closed,
+//! whichever comes last: a service may ask about a connection that was reset before it came to that.
 
 use aya_ebpf::{
     bindings::{BPF_ANY, bpf_sock_ops, bpf_sockopt},
-    helpers::generated::{bpf_get_socket_cookie, bpf_map_update_elem},
+    helpers::generated::bpf_get_socket_cookie,
 };
-use carnet_core::flow::LegState;
+use carnet_core::flow::{Accepted, Handover, LegState};
 
 use crate::{
+    connecting,
     ctx::fetch_add,
     end::guard_ends,
+    handover,
     maps::{ACCEPTED, DELIVERED},
     process::{offset, read},
     socket::{Socket, is_marked},
 };
 
-/// Gives the socket that has just been established on the accepting side its leg, which lies in a map.
-/// `None`: out of memory.
+/// The leg with which a socket was accepted.
+pub(crate) struct Delivered {
+    pub(crate) leg: &'static mut LegState,
+    /// Whether the connection is not over.
+    pub(crate) is_there: bool,
+}
+
+impl Delivered {
+    /// What hangs on the socket itself.
+    #[inline(always)]
+    fn on_socket(leg: &'static mut LegState) -> Self {
+        Self { is_there: leg.kind != 0, leg }
+    }
+}
+
+/// Gives the socket that has just been established on the accepting side the leg that is kept under the cookie
+/// of the connecting one; the caller owns it, and passes that on. `None`: out of memory.
 #[inline(always)]
-pub(crate) fn deliver(
-    ctx: *mut bpf_sock_ops,
+pub(crate) fn share(
+    cookie: u64,
     socket: Socket,
-    leg: *mut LegState,
+    connecting_socket: u64,
 ) -> Option<&'static mut LegState> {
+    let leg = connecting::find(connecting_socket)?;
+    leg.delivered = 1;
+    if insert(cookie, connecting_socket, 0) {
+        return Some(leg);
+    }
+    let on_socket = socket.put_on_socket(&DELIVERED, leg);
+    connecting::let_go(leg);
+    if on_socket { socket.get(&DELIVERED).filter(|leg| leg.kind != 0) } else { None }
+}
+
+/// Gives it a copy of the leg, which may be another one in the same memory until the way is over. `None`: out of
+/// memory.
+#[inline(always)]
+pub(crate) fn copy(
+    cookie: u64,
+    socket: Socket,
+    handover: &Handover,
+) -> Option<&'static mut LegState> {
+    let leg = if handover.copied == 0 {
+        connecting::find(handover.cookie)?
+    } else {
+        handover::find_copy(handover.cookie)?
+    };
     // A service asks on the Multipath TCP connection, not on its subflow.
-    if socket.multipath().is_none() {
-        // SAFETY: the helper takes this context.
-        let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
-        if insert(cookie, leg) {
-            let delivered = find(cookie)?;
-            // Those of the connecting socket are not this one's.
-            delivered.ends = 0;
-            return Some(delivered);
+    if socket.multipath().is_none() && handover::copy(cookie, leg) {
+        if insert(cookie, cookie, 1) {
+            return handover::find_copy(cookie);
         }
+        handover::remove_copy(cookie);
     }
     if socket.put(&DELIVERED, leg) { socket.get(&DELIVERED) } else { None }
 }
 
-/// Takes it back.
+/// The original of what was copied is not needed any more.
 #[inline(always)]
-pub(crate) fn withdraw(ctx: *mut bpf_sock_ops, socket: Socket) {
-    // SAFETY: the helper takes this context.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+pub(crate) fn has_copied(handover: &Handover) {
+    if handover.copied != 0 {
+        handover::remove_copy(handover.cookie);
+    } else if let Some(leg) = connecting::find(handover.cookie) {
+        leg.delivered = 1;
+        connecting::let_go(leg);
+    }
+}
+
+/// Takes a copy back.
+#[inline(always)]
+pub(crate) fn withdraw(cookie: u64, socket: Socket) {
     let _absent = ACCEPTED.remove(&cookie);
+    handover::remove_copy(cookie);
     socket.delete(&DELIVERED);
 }
 
 #[inline(always)]
-fn insert(cookie: u64, leg: *mut LegState) -> bool {
-    // SAFETY: key and value are whole and of the map's types; the value lies in another map, from
-    // which the kernel copies it.
-    let failed = unsafe {
-        bpf_map_update_elem(
-            (&raw const ACCEPTED).cast_mut().cast(),
-            (&raw const cookie).cast(),
-            leg.cast(),
-            BPF_ANY.into(),
-        )
-    };
-    failed == 0
+fn insert(cookie: u64, leg: u64, copied: u32) -> bool {
+    let accepted = Accepted { leg, copied, is_there: 1, ends: 0 };
+    ACCEPTED.insert(&cookie, &accepted, BPF_ANY.into()).is_ok()
 }
 
 /// The leg with which the socket of a socket-option hook was accepted.
 #[inline(always)]
-pub(crate) fn delivered_to(ctx: *mut bpf_sockopt, socket: Socket) -> Option<&'static mut LegState> {
+pub(crate) fn delivered_to(ctx: *mut bpf_sockopt, socket: Socket) -> Option<Delivered> {
     match socket.get(&DELIVERED) {
-        Some(leg) => Some(leg),
+        Some(leg) => Some(Delivered::on_socket(leg)),
         None => find(cookie_of(ctx)),
     }
 }
@@ -96,62 +134,91 @@ pub(crate) fn is_accepted(ctx: *mut bpf_sockopt) -> bool {
     is_marked(read(sk, offset!(tcp_sockops)))
 }
 
-/// The leg of the accepted socket with this cookie.
+/// The leg of the accepted socket with this cookie. Only as long as the socket is there is it sure to be this
+/// one: who does not have the socket asks [`is_kept`] afterwards.
 #[inline(always)]
-pub(crate) fn find(cookie: u64) -> Option<&'static mut LegState> {
+pub(crate) fn find(cookie: u64) -> Option<Delivered> {
+    let accepted = entry(cookie)?;
+    let place = accepted.leg;
+    let leg =
+        if accepted.copied == 0 { connecting::find(place) } else { handover::find_copy(place) }?;
+    Some(Delivered { leg, is_there: accepted.is_there != 0 })
+}
+
+/// Whether the leg of the accepted socket with this cookie is still kept. A cookie is never used again, so it was
+/// all the time since it was found.
+#[inline(always)]
+pub(crate) fn is_kept(cookie: u64) -> bool {
+    ACCEPTED.get_ptr(&cookie).is_some()
+}
+
+#[inline(always)]
+fn entry(cookie: u64) -> Option<&'static mut Accepted> {
     // SAFETY: the entry stays allocated until the program ends; what lies in maps is shared, and
     // written only as its fields allow.
-    ACCEPTED.get_ptr_mut(&cookie).map(|leg| unsafe { &mut *leg })
+    ACCEPTED.get_ptr_mut(&cookie).map(|accepted| unsafe { &mut *accepted })
 }
 
 /// A connection has ended.
 #[inline(always)]
 pub(crate) fn connection_ends(ctx: *mut bpf_sock_ops, socket: Socket) {
     if let Some(leg) = socket.get(&DELIVERED) {
-        leg_ends(leg);
+        if leg.kind != 0 {
+            leg.kind = 0;
+            guard_ends(leg);
+        }
         return;
     }
     // SAFETY: the helper takes this context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
-    let Some(leg) = find(cookie) else {
+    let Some(Delivered { leg, is_there: true }) = find(cookie) else {
         return;
     };
-    if !leg_ends(leg) {
+    let Some(accepted) = entry(cookie) else {
         return;
-    }
+    };
+    accepted.is_there = 0;
+    guard_ends(leg);
     // Nothing will tell the end of a socket that nobody has accepted yet, and perhaps nobody will.
-    if !socket.has_owner() && leg.ends == 0 {
-        let _without_memory = socket.put_on_socket(&DELIVERED, leg);
-        let _absent = ACCEPTED.remove(&cookie);
+    if !socket.has_owner() && accepted.ends == 0 {
+        if socket.put_on_socket(&DELIVERED, leg)
+            && let Some(copy) = socket.get(&DELIVERED)
+        {
+            copy.kind = 0;
+        }
+        forget(cookie, accepted);
     } else {
-        end(cookie, leg);
+        end(cookie, accepted);
     }
-}
-
-/// Gives `false` if the leg was over already.
-#[inline(always)]
-fn leg_ends(leg: &mut LegState) -> bool {
-    let was_there = leg.kind != 0;
-    if was_there {
-        leg.kind = 0;
-        guard_ends(leg);
-    }
-    was_there
 }
 
 /// The socket with this cookie has been closed, for good; its connection may go on for a while.
 #[inline(always)]
 pub(crate) fn socket_ends(cookie: u64) {
-    if let Some(leg) = find(cookie) {
-        end(cookie, leg);
+    if let Some(accepted) = entry(cookie) {
+        end(cookie, accepted);
     }
 }
 
-/// One of the two ends of a leg is over; with the second one it goes.
+/// One of the two ends of an accepted socket is over; with the second one what is kept of it goes.
 #[inline(always)]
-fn end(cookie: u64, leg: &mut LegState) {
+fn end(cookie: u64, accepted: &mut Accepted) {
     // SAFETY: the entry stays allocated until the program ends; the number is touched atomically alone.
-    if unsafe { fetch_add(&raw mut leg.ends, 1) } != 0 {
-        let _absent = ACCEPTED.remove(&cookie);
+    if unsafe { fetch_add(&raw mut accepted.ends, 1) } != 0 {
+        forget(cookie, accepted);
+    }
+}
+
+#[inline(always)]
+fn forget(cookie: u64, accepted: &Accepted) {
+    let (place, copied) = (accepted.leg, accepted.copied);
+    // Who removes the entry, and nobody else, has what it stood for.
+    if ACCEPTED.remove(&cookie).is_err() {
+        return;
+    }
+    if copied != 0 {
+        handover::remove_copy(place);
+    } else if let Some(leg) = connecting::find(place) {
+        connecting::let_go(leg);
     }
 }

@@ -98,10 +98,13 @@ extern "C" fn carnet_likeliest(leg: *mut LegState) -> i32 {
     let Some(held) = held::find(&leg.held_key()) else {
         return 0;
     };
-    match accepted::find(held.ticket) {
-        Some(likeliest) if likeliest.is_candidate(leg.handle, &leg.requested) => {
-            copy_record(leg, &likeliest.record);
-            1
+    let ticket = held.ticket;
+    match accepted::find(ticket) {
+        Some(likeliest)
+            if likeliest.leg.is_candidate(likeliest.is_there, leg.handle, &leg.requested) =>
+        {
+            copy_record(leg, &likeliest.leg.record);
+            accepted::is_kept(ticket).into()
         }
         _ => 0,
     }

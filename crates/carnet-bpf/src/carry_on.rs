@@ -12,7 +12,7 @@ use carnet_core::{
 };
 
 use crate::{
-    accepted::{cookie_of, find, is_accepted},
+    accepted::{Delivered, cookie_of, find, is_accepted, is_kept},
     connecting::{give_back, place_for_record},
     ctx::{load32, load64, opaque},
     end::abandon,
@@ -37,10 +37,10 @@ pub(crate) fn carry_on(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -
     unsafe {
         bpf_probe_read_kernel((&raw mut ticket).cast(), size_of::<u64>() as u32, buffer);
     }
-    let Some(delivered) = find(ticket) else {
+    let Some(Delivered { leg: delivered, is_there }) = find(ticket) else {
         return Err(errno::EINVAL);
     };
-    if let Err(error) = delivered.carry_on(caller, now()) {
+    if let Err(error) = delivered.carry_on(is_there, caller, now()) {
         return Err(refused(error, caller));
     }
     let cookie = cookie_of(ctx);
@@ -78,9 +78,8 @@ fn put(leg: &mut LegState, delivered: &LegState, ticket: u64) -> Result<(), i32>
             (&raw const delivered.record).cast(),
         );
     }
-    // The accepted socket may have been closed meanwhile, and another's leg be in its place. A cookie is
-    // never used again, so what is still found under it is what was copied.
-    if find(ticket).is_none() {
+    // The accepted socket may have been closed meanwhile, and another's leg be in the place of its own.
+    if !is_kept(ticket) {
         leg.set_hops = 0;
         return Err(errno::EINVAL);
     }

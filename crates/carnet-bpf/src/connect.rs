@@ -232,6 +232,7 @@ fn redirect(attempt: &Attempt<'_>) -> bool {
     if !noted || !attempt.socket.put_on_multipath(&LEGS, leg) {
         if leg.kind & LEG_STARTING != 0 {
             carnet_unsettled(-1);
+            leg.disown();
         }
         leg.kind = 0;
         return false;

@@ -1,8 +1,10 @@
 //! The legs that sockets make.
 //!
-//! Most are kept apart from the socket, under its cookie, until the connection is over; if it never comes to
-//! one, until the socket is closed or connects anew. One whose record a service has set by its ticket is the
-//! socket's until both are over. The record that [`LEGS`] has on a socket, if it has one, goes before.
+//! Most are kept apart from the socket, under its cookie, for all who own them: the connection until it is
+//! over; the accepted socket, which shares it; the socket itself, if a service has set the record by its ticket.
+//! The last owner to go removes it. One of a connect that came to nothing has no owner: it is removed when the
+//! socket is closed or connects anew. What [`LEGS`] has on a socket goes before; that is also where the
+//! next leg of a socket is whose earlier one an accepted socket still owns.
 
 use core::ffi::c_void;
 
@@ -23,14 +25,23 @@ use crate::{
 /// kernel tells the socket's cookie.
 #[inline(always)]
 pub(crate) fn leg_of(ctx: *mut c_void, socket: Socket) -> Option<&'static mut LegState> {
+    leg_and_place_of(ctx, socket).map(|(leg, _)| leg)
+}
+
+/// The same, and whether it is kept apart from the socket.
+#[inline(always)]
+pub(crate) fn leg_and_place_of(
+    ctx: *mut c_void,
+    socket: Socket,
+) -> Option<(&'static mut LegState, bool)> {
     if let Some(leg) = socket.get(&LEGS) {
-        return Some(leg);
+        return Some((leg, false));
     }
     if socket.is_accepted() {
         return None;
     }
     // SAFETY: by the caller, the helper takes this context.
-    find(unsafe { bpf_get_socket_cookie(ctx) })
+    find(unsafe { bpf_get_socket_cookie(ctx) }).map(|leg| (leg, true))
 }
 
 /// The leg of the socket with this cookie, if it is kept apart from it.
@@ -59,21 +70,27 @@ pub(crate) fn place_for(
         }
         return Some(leg);
     }
+    let mut is_free = true;
     if let Some(earlier) = earlier {
         abandon_connect(earlier);
-        if earlier.set_hops != 0 {
-            earlier.ends = 0;
+        if earlier.set_hops != 0 && earlier.owners == 1 {
+            // The socket, and now the connection.
+            earlier.owners = 2;
             return Some(earlier);
         }
+        is_free = earlier.owners == 0;
     }
     // Socket options and addresses of Multipath TCP are asked of the connection, not of this subflow.
-    if is_tcp && socket.multipath().is_none() && !socket.is_accepted() && begin(cookie) {
-        return find(cookie);
+    if is_tcp && is_free && socket.multipath().is_none() && !socket.is_accepted() {
+        if let Some(leg) = begin(cookie) {
+            return Some(leg);
+        }
     }
     socket.get_or_create(&LEGS)
 }
 
-/// The leg of a TCP socket that is to be connected, if the record that was set on it is there.
+/// The leg of a TCP socket that is to be connected, if the record that was set on it is there, and not
+/// [`LEGS`]'s.
 #[inline(never)]
 pub(crate) fn with_record(
     ctx: *mut bpf_sock_addr,
@@ -84,26 +101,45 @@ pub(crate) fn with_record(
     }
     // SAFETY: the helper takes this context.
     let leg = find(unsafe { bpf_get_socket_cookie(ctx.cast()) })?;
-    if leg.set_hops == 0 { None } else { Some(leg) }
+    if leg.set_hops == 0 {
+        return None;
+    }
+    abandon_connect(leg);
+    if leg.owners == 1 { Some(leg) } else { part(socket, leg) }
+}
+
+/// The accepted socket of an earlier connection still owns the leg: the connecting socket takes its record along,
+/// to where the next leg will be. `None`: out of memory; the record is lost then.
+#[inline(always)]
+fn part(socket: Socket, leg: &mut LegState) -> Option<&'static mut LegState> {
+    if socket.get(&LEGS).is_some() {
+        return None;
+    }
+    let put = socket.put_on_socket(&LEGS, leg);
+    leg.set_hops = 0;
+    let_go(leg);
+    if !put {
+        return None;
+    }
+    let own = socket.get(&LEGS)?;
+    own.owners = 0;
+    Some(own)
 }
 
 /// The place for a record that is set by its ticket on the socket with this cookie, which is not connected;
-/// with an earlier record, or all zero. `None`: out of memory.
+/// with an earlier record, or all zero. `None`: out of memory, or an accepted socket still owns what is there.
 #[inline(always)]
 pub(crate) fn place_for_record(cookie: u64) -> Option<&'static mut LegState> {
     if let Some(earlier) = find(cookie) {
         abandon_connect(earlier);
-        if earlier.set_hops != 0 {
+        if earlier.set_hops != 0 && earlier.owners == 1 {
             return Some(earlier);
         }
+        if earlier.owners != 0 {
+            return None;
+        }
     }
-    if !begin(cookie) {
-        return None;
-    }
-    let leg = find(cookie)?;
-    // There is no connection yet.
-    leg.ends = 1;
-    Some(leg)
+    begin(cookie)
 }
 
 /// Takes back the place for a record that came to nothing.
@@ -112,11 +148,10 @@ pub(crate) fn give_back(cookie: u64) {
     let _absent = CONNECTING.remove(&cookie);
 }
 
+/// A leg with one owner, else all zero.
 #[inline(always)]
-fn begin(cookie: u64) -> bool {
-    let Some(blank) = BLANK_LEG.get(0) else {
-        return false;
-    };
+fn begin(cookie: u64) -> Option<&'static mut LegState> {
+    let blank = BLANK_LEG.get(0)?;
     // SAFETY: key and value are whole and at least of the map's sizes; the value lies in another map,
     // from which the kernel copies it.
     let failed = unsafe {
@@ -127,25 +162,24 @@ fn begin(cookie: u64) -> bool {
             BPF_ANY.into(),
         )
     };
-    failed == 0
+    if failed != 0 {
+        return None;
+    }
+    let leg = find(cookie)?;
+    leg.cookie = cookie;
+    leg.owners = 1;
+    Some(leg)
 }
 
-/// The connection of the socket with this cookie is over.
+/// One of the owners of a leg that is kept apart, who has nothing to do with it from here on, goes.
 #[inline(always)]
-pub(crate) fn connection_ends(cookie: u64) {
-    if let Some(leg) = find(cookie)
-        && (leg.set_hops == 0 || is_second(leg))
-    {
+pub(crate) fn let_go(leg: &mut LegState) {
+    let cookie = leg.cookie;
+    // SAFETY: the entry stays allocated until the program ends; from its second owner on the number is touched
+    // atomically alone.
+    if unsafe { fetch_add(&raw mut leg.owners, -1) } == 1 {
         let _absent = CONNECTING.remove(&cookie);
     }
-}
-
-/// Of a socket with a record one of two is over, the connection or the socket: gives whether the other is too.
-/// The first one to say so has nothing to do with the leg any more.
-#[inline(always)]
-fn is_second(leg: &mut LegState) -> bool {
-    // SAFETY: the entry stays allocated until the program ends; the number is touched atomically alone.
-    unsafe { fetch_add(&raw mut leg.ends, 1) != 0 }
 }
 
 /// A socket has been closed, for good: the same as [`socket_ends`] for a leg that hangs on it.
@@ -165,12 +199,12 @@ pub(crate) fn socket_ends(cookie: u64) -> bool {
     let Some(leg) = find(cookie) else {
         return false;
     };
-    let starts = leg.kind & LEG_STARTING != 0;
-    if starts {
+    if leg.kind & LEG_STARTING != 0 {
         abandon_connect(leg);
     }
-    let is_over = if leg.set_hops == 0 { leg.kind == 0 } else { is_second(leg) };
-    if starts || is_over {
+    if leg.set_hops != 0 {
+        let_go(leg);
+    } else if leg.owners == 0 {
         let _absent = CONNECTING.remove(&cookie);
     }
     true

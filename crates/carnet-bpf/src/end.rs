@@ -117,8 +117,7 @@ pub(crate) fn abandon(leg: &mut LegState) {
 pub(crate) fn abandon_connect(leg: &mut LegState) {
     if leg.kind & LEG_STARTING != 0 {
         carnet_unsettled(-1);
-        // No hook will tell the end of a connection that there never was.
-        leg.ends = 1;
+        leg.disown();
     }
     if leg.kind == LEG_REDIRECTED | LEG_STARTING {
         count(Counter::Unsent);

@@ -57,7 +57,7 @@ fn delivered(ctx: *mut bpf_sock_addr, own: &Endpoint) -> Option<&'static LegStat
         None => {
             // SAFETY: the helper takes this context.
             let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
-            (accepted::find(cookie)?, cookie)
+            (accepted::find(cookie)?.leg, cookie)
         }
     };
     let bank = Bank::in_force();

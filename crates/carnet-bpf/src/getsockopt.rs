@@ -26,7 +26,7 @@ use carnet_core::{
 };
 
 use crate::{
-    accepted::{delivered_to, ticket},
+    accepted::{Delivered, delivered_to, ticket},
     ctx::{load32, load64, store32},
     held::asked,
     mac::issue,
@@ -59,7 +59,7 @@ pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
     let mut length = 0;
     if name == abi::SO_ORIGINAL_DST
         && (level == abi::SOL_IP || level == abi::SOL_IPV6)
-        && let Some(leg) = delivered(ctx, socket)
+        && let Some(Delivered { leg, .. }) = delivered(ctx, socket)
         && let Some(answered) = original_destination(ctx, level, &leg.requested)
     {
         let error = match answered {
@@ -84,9 +84,9 @@ pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
 /// The leg with which the socket was accepted. It can still be asked for when the connection is
 /// over, but not when the socket has been connected elsewhere since.
 #[inline(always)]
-fn delivered(ctx: *mut bpf_sockopt, socket: Socket) -> Option<&'static mut LegState> {
-    let leg = delivered_to(ctx, socket)?;
-    if leg.kind != 0 || socket.state() == CLOSE { Some(leg) } else { None }
+fn delivered(ctx: *mut bpf_sockopt, socket: Socket) -> Option<Delivered> {
+    let delivered = delivered_to(ctx, socket)?;
+    if delivered.is_there || socket.state() == CLOSE { Some(delivered) } else { None }
 }
 
 /// Answers an option of the control interface: the number of bytes, or an errno.
@@ -106,7 +106,7 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
     {
         return Err(errno::EOPNOTSUPP);
     }
-    let Some(leg) = delivered(ctx, socket) else {
+    let Some(Delivered { leg, is_there }) = delivered(ctx, socket) else {
         let state = socket.state();
         return Err(if state == CLOSE || state == LISTEN || state == SYN_SENT {
             errno::ENOTCONN
@@ -117,7 +117,7 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
     match name {
         abi::QUERY_REDIRECT_RECORDS => {
             let length = u32::from(leg.record.length);
-            leg.ask(now());
+            leg.ask(is_there, now());
             // Not done at every redirect: a service that only looks at the destination does not
             // need it.
             issue(&mut leg.record);

@@ -13,8 +13,8 @@ use carnet_core::{
     adoption::HeldFlows,
     event::{Counter, Event},
     flow::{
-        Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, Handover, HeldKey, LegState,
-        ListenerEntry, ListenerKey, LocalSourceKey, PeerKey, Registration, Tuple,
+        Accepted, Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, Handover, HeldKey,
+        LegState, ListenerEntry, ListenerKey, LocalSourceKey, PeerKey, Registration, Tuple,
     },
     key::KeyRow,
     record::{FileId, MAX_PATH, Record},
@@ -146,9 +146,9 @@ pub(crate) static LISTENERS: HashMap<ListenerKey, ListenerEntry, 4096, NO_PREALL
 pub(crate) static REGISTERED: SkStorage<Registration> = SkStorage::new();
 
 /// The legs that TCP sockets make, by the cookies of those. Apart from the sockets, since their storage
-/// costs several times as much to make and to free. Writer: connect; sockops, which removes them at the
-/// connection's end. Reader: sockops, getpeername, the flow listing. See
-/// [`connecting`](crate::connecting).
+/// costs several times as much to make and to free. Writer: connect, setsockopt; sockops and sock_release,
+/// which remove them with their last owner. Reader: sockops, getpeername, the flow listing; for accepted
+/// sockets getsockopt, setsockopt, getsockname. See [`connecting`](crate::connecting).
 #[btf_map]
 pub(crate) static CONNECTING: HashMap<u64, LegState, 65536, NO_PREALLOC> = HashMap::new();
 
@@ -159,13 +159,13 @@ pub(crate) static CONNECTING: HashMap<u64, LegState, 65536, NO_PREALLOC> = HashM
 #[btf_map]
 pub(crate) static LEGS: SkStorage<LegState> = SkStorage::new();
 
-/// The legs that ended at accepted sockets, by the cookies of those. Apart from the sockets, since their
-/// storage costs several times as much to make and to free. Writer: sockops, which at the connection's
-/// end sets its kind to 0. Reader: getsockopt. See [`accepted`](crate::accepted).
+/// Which legs accepted sockets have, by the cookies of those. Apart from the sockets, since their
+/// storage costs several times as much to make and to free. Writer: sockops, sock_release. Reader: getsockopt,
+/// setsockopt, getsockname. See [`accepted`](crate::accepted).
 #[btf_map]
-pub(crate) static ACCEPTED: HashMap<u64, LegState, 65536, NO_PREALLOC> = HashMap::new();
+pub(crate) static ACCEPTED: HashMap<u64, Accepted, 65536, NO_PREALLOC> = HashMap::new();
 
-/// The same on the socket itself, where that cannot be: the socket by which a service asks about a UDP
+/// The leg on the accepted socket itself, where that cannot be: the socket by which a service asks about a UDP
 /// flow, Multipath TCP, more accepted sockets than [`ACCEPTED`] has room for. Writer: sockops, connect.
 /// Reader: getsockopt.
 #[btf_map]
@@ -183,10 +183,11 @@ pub(crate) static SECOND_RECORDS: SkStorage<Record> = SkStorage::new();
 #[btf_map]
 pub(crate) static HANDOVER: HashMap<Tuple, Handover, 65536, NO_PREALLOC> = HashMap::new();
 
-/// Copies of the legs among them that are not in [`CONNECTING`], by the cookies of the connecting sockets:
-/// what hangs on a socket only that one's hooks reach. Writer, reader: as of [`HANDOVER`].
+/// Copies of legs that are not in [`CONNECTING`]: what hangs on a socket only that one's hooks reach. Those
+/// under way by the cookies of the connecting sockets, then by those of the accepted ones. Writer, reader: as of
+/// [`HANDOVER`] and [`ACCEPTED`].
 #[btf_map]
-pub(crate) static WAITING: HashMap<u64, LegState, 65536, NO_PREALLOC> = HashMap::new();
+pub(crate) static COPIES: HashMap<u64, LegState, 65536, NO_PREALLOC> = HashMap::new();
 
 /// How many legs of connecting TCP sockets have neither come to their SYN nor been taken away. Apart from
 /// what else is counted, since every connect looks. Writer: connect, sockops, sock_release, setsockopt.

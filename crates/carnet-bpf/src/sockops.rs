@@ -31,7 +31,7 @@ use carnet_core::{
 
 use crate::{
     accepted,
-    connecting::{self, leg_of},
+    connecting::{self, leg_and_place_of},
     ctx::{load32, load64},
     end::{abandon_connect, guard_begins, report_end},
     enforce::{carnet_unsettled, hold_back},
@@ -78,7 +78,7 @@ pub fn carnet_sockops(ctx: SockOpsContext) -> u32 {
 /// The SYN is about to be sent.
 #[inline(always)]
 fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
-    let Some(leg) = leg_of(ctx.cast(), socket) else {
+    let Some((leg, is_apart)) = leg_and_place_of(ctx.cast(), socket) else {
         return;
     };
     let (local, remote) = ends(ctx);
@@ -106,7 +106,7 @@ fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
         return;
     }
     let key = tuple(leg.home, &local, &remote);
-    if !handover::begin(&key, leg) {
+    if !handover::begin(&key, leg, is_apart) {
         count(Counter::HandoverFailed);
     }
 }
@@ -121,19 +121,29 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
     let Some(handover) = handover::between(&key) else {
         return;
     };
-    let delivered = handover::leg(&handover).and_then(|leg| accepted::deliver(ctx, socket, leg));
-    if !handover::end(&key) {
-        // The connecting side has just ended, and has removed it and counted. What was copied may have been
-        // another leg's already.
-        accepted::withdraw(ctx, socket);
-        return;
-    }
+    // SAFETY: the helper takes this context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+    let delivered = if handover.copied == 0 && socket.multipath().is_none() {
+        // If it was over, the connecting side has just ended, and has counted.
+        if !handover::end(&key) {
+            return;
+        }
+        accepted::share(cookie, socket, handover.cookie)
+    } else {
+        let delivered = accepted::copy(cookie, socket, &handover);
+        if !handover::end(&key) {
+            // What was copied may have been another leg's already.
+            accepted::withdraw(cookie, socket);
+            return;
+        }
+        accepted::has_copied(&handover);
+        delivered
+    };
     match delivered {
         Some(leg) => {
             watch_state(ctx, MARK_OF_ACCEPTED);
             count(Counter::Delivered);
-            // SAFETY: the helper takes this context.
-            guard_begins(leg, unsafe { bpf_get_socket_cookie(ctx.cast()) });
+            guard_begins(leg, cookie);
         }
         None => count(Counter::HandoverFailed),
     }
@@ -142,7 +152,7 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
 /// A connection, or an attempt at one, has ended; `before` is the state that it was in.
 #[inline(always)]
 fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
-    let Some(leg) = leg_of(ctx.cast(), socket) else {
+    let Some((leg, is_apart)) = leg_and_place_of(ctx.cast(), socket) else {
         accepted::connection_ends(ctx, socket);
         return;
     };
@@ -154,10 +164,11 @@ fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
         abandon_connect(leg);
         return;
     }
-    if leg.kind == LEG_REDIRECTED {
+    if leg.kind == LEG_REDIRECTED && leg.delivered == 0 {
         // Only a connection that was never established has still got an entry.
         let (local, remote) = ends(ctx);
         if handover::end(&tuple(leg.home, &local, &remote)) {
+            handover::come_to_nothing(leg, is_apart);
             count(Counter::Unanswered);
         }
     }
@@ -167,8 +178,9 @@ fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
     let sent = load64!(ctx, 176).saturating_sub(1 + u64::from(fin_acknowledged));
     let received = load64!(ctx, 168).saturating_sub(u64::from(socket.has_received_fin()));
     report_end(leg, sent, received);
-    // SAFETY: the helper takes this context.
-    connecting::connection_ends(unsafe { bpf_get_socket_cookie(ctx.cast()) });
+    if is_apart {
+        connecting::let_go(leg);
+    }
 }
 
 /// Asks to be told of this socket's changes of state, and puts a mark on it.

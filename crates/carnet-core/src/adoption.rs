@@ -31,7 +31,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::{
     address::Endpoint,
     chain::slot_bit,
-    flow::{LEG_REDIRECTED, LegState},
+    flow::LegState,
     record::{Hop, MAX_HOPS, RECORD_ADOPTED, RECORD_IDENTITY_GUESSED, Record},
     table::{MAX_SERVICES, NO_SLOT, Repeat, Step, Tables},
 };
@@ -142,11 +142,12 @@ pub struct Candidates<'a> {
 }
 
 impl LegState {
-    /// Whether the leg is one to whose flow a connection may belong that the service with the redirect
-    /// handle `own` makes to `destination`.
+    /// Whether the leg, which was delivered, is one to whose flow a connection may belong that the service
+    /// with the redirect handle `own` makes to `destination`. `is_there`: the delivered connection is not
+    /// over.
     #[inline(always)]
-    pub fn is_candidate(&self, own: u64, destination: &Endpoint) -> bool {
-        self.kind == LEG_REDIRECTED && self.handle == own && self.requested.is_same(destination)
+    pub fn is_candidate(&self, is_there: bool, own: u64, destination: &Endpoint) -> bool {
+        is_there && self.handle == own && self.requested.is_same(destination)
     }
 }
 

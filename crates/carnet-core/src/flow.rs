@@ -29,14 +29,14 @@ pub const LEG_TO_UNMODIFIED: u32 = 1;
 /// the next connect's.
 pub const LEG_ADOPTED: u32 = 2;
 
-/// One leg of a flow: the state of the socket that connects, copied to the socket that the service
-/// accepts.
+/// One leg of a flow: the state of the socket that connects, and of the socket that the service
+/// accepts, which share it or have a copy each.
 ///
 /// It begins when a service sets a record on the socket, or when a connect is redirected; `kind` is
-/// 0 until the connect and after the connection's end. On the connecting socket it answers
-/// `getpeername` and the flow listing; on the accepted one the control interface. A UDP flow of an
-/// unconnected socket has its leg in a [`DatagramLeg`]. Its record's MAC is computed when a service
-/// asks for the record.
+/// 0 until the connect and after the connection's end on the connecting side ([`Accepted`] has that of
+/// the other side). For the connecting socket it answers `getpeername` and the flow listing; for the
+/// accepted one the control interface. A UDP flow of an unconnected socket has its leg in a
+/// [`DatagramLeg`]. Its record's MAC is computed when a service asks for the record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct LegState {
@@ -67,9 +67,12 @@ pub struct LegState {
     pub protocol: u32,
     /// [`LEG_TO_UNMODIFIED`], [`LEG_ADOPTED`].
     pub flags: u32,
-    /// Of a leg that was delivered, or whose record was set by its ticket: how many of its two ends, that of
-    /// the connection and that of the socket, are over.
-    pub ends: i64,
+    /// Of a leg that is kept apart from its socket: how many keep it. These are the connection, until it is
+    /// over; the socket, until it is closed, if a record was set on it by its ticket; and the way to
+    /// the accepted socket, then that one.
+    pub owners: i64,
+    /// Not 0 once the accepted socket shares the leg.
+    pub delivered: u64,
     /// The destination that the connect asked for.
     pub requested: Endpoint,
     /// Where the connection really goes: the service's listener; for an onward leg the same as
@@ -104,28 +107,40 @@ impl LegState {
         self.flags &= !LEG_ADOPTED;
     }
 
-    /// A service asks for the record at `now_ns` of the boot-time clock. As long as the connection is
+    /// The connection, which nobody else knows of yet, comes to nothing: it owns the leg no more. A record
+    /// that was set on the socket is still that one's.
+    #[inline(always)]
+    pub const fn disown(&mut self) {
+        self.owners = if self.set_hops == 0 { 0 } else { 1 };
+    }
+
+    /// A service asks for the record at `now_ns` of the boot-time clock. As long as its connection is
     /// there, the record is renewed ([`Record::renew`]).
     #[inline(always)]
-    pub const fn ask(&mut self, now_ns: u64) {
-        if self.kind != 0 {
+    pub const fn ask(&mut self, is_there: bool, now_ns: u64) {
+        if is_there {
             self.record.renew(now_ns);
         }
     }
 
     /// `caller` carries the flow on by its ticket ([`CARRY_ON`](crate::abi::CARRY_ON)): what is decided is
     /// as if it asked for the record and set it at once, but for the MAC of a record that has not left the
-    /// kernel.
+    /// kernel. `is_there`: the accepted connection is not over.
     ///
     /// # Errors
     /// [`RecordError::NotDelivered`] if the flow was not delivered to the caller's service (contract S30);
     /// [`RecordError::Expired`].
     #[inline(always)]
-    pub const fn carry_on(&mut self, caller: &Caller, now_ns: u64) -> Result<(), RecordError> {
+    pub const fn carry_on(
+        &mut self,
+        is_there: bool,
+        caller: &Caller,
+        now_ns: u64,
+    ) -> Result<(), RecordError> {
         if !caller.may_set(self.handle) {
             return Err(RecordError::NotDelivered);
         }
-        self.ask(now_ns);
+        self.ask(is_there, now_ns);
         if self.record.is_expired(now_ns) { Err(RecordError::Expired) } else { Ok(()) }
     }
 }
@@ -160,6 +175,25 @@ pub struct Handover {
     /// Not 0: a copy waits under that cookie, since the leg itself hangs on the connecting socket, where
     /// only that one's hooks reach it. 0: the leg itself is kept under that cookie.
     pub copied: u64,
+}
+
+/// What is kept for an accepted socket, under its cookie: which leg it was accepted with.
+///
+/// It goes when the connection is over and the socket closed, whichever comes last.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Accepted {
+    /// The cookie under which the leg is kept: the connecting socket's, which shares it; of a copy the
+    /// accepted socket's own.
+    pub leg: u64,
+    /// Not 0: it is a copy.
+    pub copied: u32,
+    /// Not 0 until the connection is over on this side.
+    pub is_there: u32,
+    /// How many of the two ends, that of the connection and that of the socket, are over.
+    pub ends: i64,
 }
 
 /// Key of what is known of the flows that a service holds: the service, and their destination.
@@ -438,7 +472,9 @@ pub const fn is_source_token(endpoint: &Endpoint) -> bool {
 }
 
 const _: () = {
-    assert!(size_of::<LegState>() == 80 + 48 + 256 + 920);
+    assert!(size_of::<LegState>() == 88 + 48 + 256 + 920);
+    assert!(size_of::<Handover>() == 16);
+    assert!(size_of::<Accepted>() == 24);
     assert!(size_of::<PeerKey>() == 32);
     assert!(size_of::<LocalSourceKey>() == 24);
     assert!(size_of::<CorrespondentKey>() == 32);
@@ -494,16 +530,15 @@ mod tests {
         let mut leg = LegState::new_zeroed();
         (leg.kind, leg.handle, leg.record.issued_ns) = (LEG_REDIRECTED, 7, 1);
         let late = 1 + 3 * LIFETIME_NS;
-        assert_eq!(leg.carry_on(&of(8), late), Err(RecordError::NotDelivered));
-        assert_eq!(leg.carry_on(&of(0), late), Err(RecordError::NotDelivered));
+        assert_eq!(leg.carry_on(true, &of(8), late), Err(RecordError::NotDelivered));
+        assert_eq!(leg.carry_on(true, &of(0), late), Err(RecordError::NotDelivered));
         assert_eq!(leg.record.issued_ns, 1, "who may not carry on renews nothing");
-        assert_eq!(leg.carry_on(&of(7), late), Ok(()));
+        assert_eq!(leg.carry_on(true, &of(7), late), Ok(()));
         assert_eq!(leg.record.issued_ns, late);
-        assert_eq!(leg.carry_on(&Caller { service: 0, privileged: true }, late), Ok(()));
+        assert_eq!(leg.carry_on(true, &Caller { service: 0, privileged: true }, late), Ok(()));
         // When the connection is over nothing renews the record.
-        leg.kind = 0;
-        assert_eq!(leg.carry_on(&of(7), late + LIFETIME_NS), Ok(()));
-        assert_eq!(leg.carry_on(&of(7), late + LIFETIME_NS + 1), Err(RecordError::Expired));
+        assert_eq!(leg.carry_on(false, &of(7), late + LIFETIME_NS), Ok(()));
+        assert_eq!(leg.carry_on(false, &of(7), late + LIFETIME_NS + 1), Err(RecordError::Expired));
         assert_eq!(leg.record.issued_ns, late);
     }
 

@@ -254,7 +254,7 @@ impl Tables {
     pub(crate) const CHANGING: [(&'static str, &'static str); 12] = [
         ("connections to services and onwards", "CONNECTING"),
         ("connections under way to a service", "HANDOVER"),
-        ("copies of their legs", "WAITING"),
+        ("copies of legs", "COPIES"),
         ("connections that services accepted", "ACCEPTED"),
         ("UDP flows of unconnected sockets", "DATAGRAM_LEGS"),
         ("decisions for those", "CORRESPONDENTS"),
