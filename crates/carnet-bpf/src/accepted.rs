@@ -123,15 +123,20 @@ pub(crate) fn ticket(ctx: *mut bpf_sockopt, socket: Socket) -> u64 {
 /// socket has been given one, and so have those that a service makes ([`sock_create`](crate::sock_create)).
 #[inline(always)]
 pub(crate) fn cookie_of(ctx: *mut bpf_sockopt) -> u64 {
-    let sk: u64 = read(ctx as u64, offset!(sockopt_socket));
-    read(sk, offset!(sock_cookie))
+    read(kernel_socket(ctx), offset!(sock_cookie))
 }
 
-/// Whether the socket of a socket-option hook is marked as accepted ([`Socket::is_accepted`]).
+/// The kernel's socket behind that of a socket-option hook: what the hook may read of it tells less.
 #[inline(always)]
-pub(crate) fn is_accepted(ctx: *mut bpf_sockopt) -> bool {
-    let sk: u64 = read(ctx as u64, offset!(sockopt_socket));
-    is_marked(read(sk, offset!(tcp_sockops)))
+pub(crate) fn kernel_socket(ctx: *mut bpf_sockopt) -> u64 {
+    read(ctx as u64, offset!(sockopt_socket))
+}
+
+/// Whether the kernel's socket behind that of a hook, which is TCP's, is marked as accepted
+/// ([`Socket::is_accepted`]).
+#[inline(always)]
+pub(crate) fn is_accepted(kernel_socket: u64) -> bool {
+    is_marked(read(kernel_socket, offset!(tcp_sockops)))
 }
 
 /// The leg of the accepted socket with this cookie. Only as long as the socket is there is it sure to be this
@@ -139,10 +144,13 @@ pub(crate) fn is_accepted(ctx: *mut bpf_sockopt) -> bool {
 #[inline(always)]
 pub(crate) fn find(cookie: u64) -> Option<Delivered> {
     let accepted = entry(cookie)?;
+    Some(Delivered { leg: leg_of(accepted)?, is_there: accepted.is_there != 0 })
+}
+
+#[inline(always)]
+fn leg_of(accepted: &Accepted) -> Option<&'static mut LegState> {
     let place = accepted.leg;
-    let leg =
-        if accepted.copied == 0 { connecting::find(place) } else { handover::find_copy(place) }?;
-    Some(Delivered { leg, is_there: accepted.is_there != 0 })
+    if accepted.copied == 0 { connecting::find(place) } else { handover::find_copy(place) }
 }
 
 /// Whether the leg of the accepted socket with this cookie is still kept. A cookie is never used again, so it was
@@ -171,13 +179,16 @@ pub(crate) fn connection_ends(ctx: *mut bpf_sock_ops, socket: Socket) {
     }
     // SAFETY: the helper takes this context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
-    let Some(Delivered { leg, is_there: true }) = find(cookie) else {
-        return;
-    };
     let Some(accepted) = entry(cookie) else {
         return;
     };
+    if accepted.is_there == 0 {
+        return;
+    }
     accepted.is_there = 0;
+    let Some(leg) = leg_of(accepted) else {
+        return;
+    };
     guard_ends(leg);
     // Nothing will tell the end of a socket that nobody has accepted yet, and perhaps nobody will.
     if !socket.has_owner() && accepted.ends == 0 {

@@ -12,11 +12,12 @@ use carnet_core::{
 };
 
 use crate::{
-    accepted::{Delivered, cookie_of, find, is_accepted, is_kept},
+    accepted::{Delivered, find, is_accepted, is_kept, kernel_socket},
     connecting::{give_back, place_for_record},
     ctx::{load32, load64, opaque},
     end::abandon,
     maps::LEGS,
+    process::{offset, read},
     report::{count, now},
     setsockopt::refused,
     socket::{CLOSE, Socket, TCP},
@@ -43,9 +44,10 @@ pub(crate) fn carry_on(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -
     if let Err(error) = delivered.carry_on(is_there, caller, now()) {
         return Err(refused(error, caller));
     }
-    let cookie = cookie_of(ctx);
+    let sk = kernel_socket(ctx);
+    let cookie = read(sk, offset!(sock_cookie));
     // What is set on the socket itself would go before.
-    if socket.protocol() == TCP && cookie != 0 && !is_accepted(ctx) && socket.get(&LEGS).is_none() {
+    if socket.protocol() == TCP && cookie != 0 && !is_accepted(sk) && socket.get(&LEGS).is_none() {
         if let Some(leg) = place_for_record(cookie) {
             let result = put(leg, delivered, ticket);
             if result.is_err() {

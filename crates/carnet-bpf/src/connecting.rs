@@ -9,7 +9,7 @@
 use core::ffi::c_void;
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, bpf_sock_addr},
+    bindings::{BPF_ANY, BPF_NOEXIST, bpf_sock_addr},
     helpers::generated::{bpf_get_socket_cookie, bpf_map_update_elem},
 };
 use carnet_core::flow::{LEG_STARTING, LegState};
@@ -82,7 +82,7 @@ pub(crate) fn place_for(
     }
     // Socket options and addresses of Multipath TCP are asked of the connection, not of this subflow.
     if is_tcp && is_free && socket.multipath().is_none() && !socket.is_accepted() {
-        if let Some(leg) = begin(cookie) {
+        if let Some(leg) = begin(cookie, BPF_ANY) {
             return Some(leg);
         }
     }
@@ -130,16 +130,19 @@ fn part(socket: Socket, leg: &mut LegState) -> Option<&'static mut LegState> {
 /// with an earlier record, or all zero. `None`: out of memory, or an accepted socket still owns what is there.
 #[inline(always)]
 pub(crate) fn place_for_record(cookie: u64) -> Option<&'static mut LegState> {
-    if let Some(earlier) = find(cookie) {
-        abandon_connect(earlier);
-        if earlier.set_hops != 0 && earlier.owners == 1 {
-            return Some(earlier);
-        }
-        if earlier.owners != 0 {
-            return None;
-        }
+    // That is nearly always so.
+    if let Some(leg) = begin(cookie, BPF_NOEXIST) {
+        return Some(leg);
     }
-    begin(cookie)
+    let earlier = find(cookie)?;
+    abandon_connect(earlier);
+    if earlier.set_hops != 0 && earlier.owners == 1 {
+        return Some(earlier);
+    }
+    if earlier.owners != 0 {
+        return None;
+    }
+    begin(cookie, BPF_ANY)
 }
 
 /// Takes back the place for a record that came to nothing.
@@ -148,9 +151,9 @@ pub(crate) fn give_back(cookie: u64) {
     let _absent = CONNECTING.remove(&cookie);
 }
 
-/// A leg with one owner, else all zero.
+/// A leg with one owner, else all zero; `flags`: whether there may be an earlier one.
 #[inline(always)]
-fn begin(cookie: u64) -> Option<&'static mut LegState> {
+fn begin(cookie: u64, flags: u32) -> Option<&'static mut LegState> {
     let blank = BLANK_LEG.get(0)?;
     // SAFETY: key and value are whole and at least of the map's sizes; the value lies in another map,
     // from which the kernel copies it.
@@ -159,7 +162,7 @@ fn begin(cookie: u64) -> Option<&'static mut LegState> {
             (&raw const CONNECTING).cast_mut().cast(),
             (&raw const cookie).cast(),
             blank.as_ptr().cast(),
-            BPF_ANY.into(),
+            flags.into(),
         )
     };
     if failed != 0 {

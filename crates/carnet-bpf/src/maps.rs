@@ -149,8 +149,12 @@ pub(crate) static REGISTERED: SkStorage<Registration> = SkStorage::new();
 /// costs several times as much to make and to free. Writer: connect, setsockopt; sockops and sock_release,
 /// which remove them with their last owner. Reader: sockops, getpeername, the flow listing; for accepted
 /// sockets getsockopt, setsockopt, getsockname. See [`connecting`](crate::connecting).
+///
+/// The memory is set apart from the beginning, hence the small number: a leg is often freed by another
+/// processor than made it, and what the kernel then does to have memory where it is needed takes
+/// longer than all else that is done with the leg.
 #[btf_map]
-pub(crate) static CONNECTING: HashMap<u64, LegState, 65536, NO_PREALLOC> = HashMap::new();
+pub(crate) static CONNECTING: HashMap<u64, LegState, 8192> = HashMap::new();
 
 /// The same on the socket itself: with a record that was set before; of UDP and Multipath TCP; of more
 /// sockets than [`CONNECTING`] has room for. Writer: setsockopt, connect. Reader: sockops, getpeername, the flow listing. The kernel keeps it over

@@ -35,7 +35,7 @@ use crate::{
     listener::unlisten,
     maps::{BLANK_LEG, DATAGRAM_LEGS, LEGS, REGISTERED, SOCKET_TOKENS, SocketTokens, TOKENS},
     process::{offset, read},
-    socket::{Socket, TCP, is_marked},
+    socket::{Socket, TCP},
 };
 
 #[cgroup_sock(sock_release)]
@@ -46,15 +46,14 @@ pub fn carnet_release(ctx: SockContext) -> i32 {
     };
     // What this hook may read of its context says nothing of them.
     let sk = ctx as u64;
-    if socket.is_tcp() && read::<u64>(sk, offset!(sock_cookie)) == 0 {
-        // Nothing is known of it.
-        return 1;
-    }
-    // SAFETY: the helper takes this context.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     if socket.is_tcp() {
+        let cookie: u64 = read(sk, offset!(sock_cookie));
+        if cookie == 0 {
+            // Nothing is known of it.
+            return 1;
+        }
         connecting::storage_ends(socket);
-        let is_accepted = socket.protocol() == TCP && is_marked(read(sk, offset!(tcp_sockops)));
+        let is_accepted = socket.protocol() == TCP && accepted::is_accepted(sk);
         if is_accepted || !connecting::socket_ends(cookie) {
             accepted::socket_ends(cookie);
         }
@@ -63,6 +62,8 @@ pub fn carnet_release(ctx: SockContext) -> i32 {
     if !socket.is_datagram() {
         return 1;
     }
+    // SAFETY: the helper takes this context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     // SAFETY: the helper takes this context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
     if let Some(leg) = socket.get(&LEGS) {

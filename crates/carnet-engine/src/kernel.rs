@@ -27,7 +27,7 @@ pub(crate) struct Offsets([u32; FIELDS.len()]);
 
 /// The fields that the programs read, in the order of `Offsets` in `carnet-bpf`'s `process.rs`: a
 /// structure, and the way through its members.
-const FIELDS: [(&str, &[&str]); 32] = [
+const FIELDS: [(&str, &[&str]); 35] = [
     ("task_struct", &["flags"]),
     ("task_struct", &["group_leader"]),
     ("task_struct", &["start_boottime"]),
@@ -60,6 +60,9 @@ const FIELDS: [(&str, &[&str]); 32] = [
     ("sock", &["sk_socket"]),
     ("bpf_sockopt_kern", &["sk"]),
     ("tcp_sock", &["bpf_sock_ops_cb_flags"]),
+    ("task_struct", &["comm"]),
+    ("cred", &["uid"]),
+    ("cred", &["gid"]),
 ];
 
 /// The types of the running kernel.

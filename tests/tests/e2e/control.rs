@@ -2,10 +2,12 @@
 
 use std::net::SocketAddr;
 
+use aya::maps::{HashMap, Map, MapData};
 use carnet_core::{
     abi::{self, FlowInfo, OnwardsInfo},
     address::Endpoint,
     event::{Counter, Event, EventKind},
+    flow::LegState,
     object::{Conditions, FilterAction, NewFilter, Weight},
     record::{AppIdentity, HEADER_LENGTH, RecordError},
 };
@@ -500,6 +502,122 @@ fn nothing_is_left_of_a_flow_that_was_carried_on_to_a_refusal() {
     let elsewhere = refused();
     elsewhere.connect(nearby.local().must("ask for the address")).must("connect nearby");
     drop((elsewhere, nearby, accepted, connection));
+    lab.settle_sockets();
+}
+
+/// The number of the flow with which a socket was accepted.
+#[track_caller]
+fn flow_of(accepted: &Hand<'_>) -> u64 {
+    let answer = accepted.query(abi::FLOW).must("query");
+    FlowInfo::read_from_bytes(&answer).expect("40 bytes").flow
+}
+
+/// Has the socket connected anew to the same destination; gives what the service accepts.
+#[track_caller]
+fn anew<'a>(socket: &Hand<'_>, to: SocketAddr, listener: &Hand<'a>) -> Hand<'a> {
+    socket.disconnect().must("disconnect");
+    socket.connect(to).must("connect anew");
+    assert_eq!(socket.peer(), Ok(to));
+    listener.accept().must("accept")
+}
+
+#[test]
+fn a_socket_that_connects_anew_leaves_its_leg_to_the_socket_that_shares_it() {
+    let (lab, service, client) = scene();
+    let listener = service.serve(loopback());
+    let answers = |accepted: &Hand<'_>| GET.map(|(option, _)| accepted.query(option).must("query"));
+    let (socket, first) = redirected(&client, lab.v4(), &listener);
+    let before = (flow_of(&first), answers(&first));
+    let second = anew(&socket, lab.v4(), &listener);
+    let third = anew(&socket, lab.v4(), &listener);
+    assert_eq!((flow_of(&first), answers(&first)), before);
+    let flows = [&first, &second, &third].map(flow_of);
+    assert!(flows[0] < flows[1] && flows[1] < flows[2], "{flows:?}");
+    // Nobody keeps the first leg now, so there is room under the socket's cookie again.
+    drop(first);
+    let fourth = anew(&socket, lab.v4(), &listener);
+    assert!(flow_of(&fourth) > flow_of(&third));
+    drop(socket);
+    assert_eq!([&second, &third].map(flow_of), flows[1..]);
+    drop((second, third, fourth));
+    lab.settle_sockets();
+}
+
+#[test]
+fn a_socket_that_connects_anew_takes_its_record_along() {
+    let (lab, service, client) = scene();
+    lab.service("bravo", 1);
+    let other = lab.puppet_of("bravo");
+    let (listener, other_listener) = (service.serve(loopback()), other.serve(loopback()));
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let (another, another_accepted) = redirected(&client, lab.v4(), &listener);
+    let hops = |accepted: &Hand<'_>| {
+        let record = read_record(&accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query"));
+        let hops = record.hops.iter().take(record.hop_count as usize);
+        hops.map(|hop| hop.handle).collect::<Vec<_>>()
+    };
+    let chain = [lab.handle_of("alpha"), lab.handle_of("bravo")];
+
+    let onward = service.tcp(lab.v4());
+    onward.set(abi::LEVEL, abi::CARRY_ON, &ticket(&accepted)).must("carry the flow on");
+    onward.connect(lab.v4()).must("connect onwards");
+    let mut legs = vec![other_listener.accept().must("accept")];
+    for _ in 0..3 {
+        legs.push(anew(&onward, lab.v4(), &other_listener));
+    }
+    for leg in &legs {
+        assert_eq!((flow_of(leg), hops(leg)), (flow_of(&accepted), chain.to_vec()));
+    }
+    // Another flow's, while the earlier legs are still asked about.
+    onward.disconnect().must("disconnect");
+    onward.set(abi::LEVEL, abi::CARRY_ON, &ticket(&another_accepted)).must("carry another on");
+    onward.connect(lab.v4()).must("connect onwards");
+    let other_leg = other_listener.accept().must("accept");
+    assert_eq!(
+        (flow_of(&other_leg), hops(&other_leg)),
+        (flow_of(&another_accepted), chain.to_vec())
+    );
+    assert!(legs.iter().all(|leg| flow_of(leg) == flow_of(&accepted)));
+    assert_eq!(lab.counter(Counter::Redirected), 2 + 4 + 1);
+    assert_eq!(lab.counter(Counter::HandoverFailed), 0);
+    drop((onward, legs, other_leg, accepted, another_accepted, connection, another));
+    lab.settle_sockets();
+}
+
+#[test]
+fn legs_for_which_there_is_no_room_apart_hang_on_their_sockets() {
+    const LEG: usize = size_of::<LegState>();
+    let (lab, service, client) = scene();
+    lab.service("bravo", 1);
+    let other = lab.puppet_of("bravo");
+    let (listener, other_listener) = (service.serve(loopback()), other.serve(loopback()));
+    let pin = lab.location().directory().join("maps/CONNECTING");
+    let map = MapData::from_pin(pin).must("open the map CONNECTING");
+    let room = u64::from(map.info().must("ask for its size").max_entries());
+    let map: Result<HashMap<_, u64, [u8; LEG]>, _> = Map::HashMap(map).try_into();
+    let mut map = map.must("use the map CONNECTING");
+    // No socket will have these cookies.
+    let cookies = || (0..room).map(|number| u64::MAX - number);
+    for cookie in cookies() {
+        map.insert(cookie, [0; LEG], 0).must("fill the map CONNECTING");
+    }
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let onward = service.tcp(lab.v4());
+    onward.set(abi::LEVEL, abi::CARRY_ON, &ticket(&accepted)).must("carry the flow on");
+    onward.connect(lab.v4()).must("connect onwards");
+    let second = other_listener.accept().must("accept");
+    let last = other.tcp(lab.v4());
+    last.set(abi::LEVEL, abi::CARRY_ON, &ticket(&second)).must("carry the flow on");
+    last.connect(lab.v4()).must("connect onwards");
+    assert_eq!([&connection, &onward, &last].map(Hand::peer), [(); 3].map(|()| Ok(lab.v4())));
+    assert_eq!(flow_of(&accepted), flow_of(&second));
+    assert_eq!(lab.engine().flows().must("list the flows").len(), 3);
+    assert_eq!(lab.counter(Counter::Delivered), 2);
+    assert_eq!(lab.counter(Counter::Onward), 1);
+    for cookie in cookies() {
+        map.remove(&cookie).must("empty the map CONNECTING");
+    }
+    drop((connection, accepted, onward, second, last));
     lab.settle_sockets();
 }
 
