@@ -164,10 +164,11 @@ pub(crate) static CONNECTING: HashMap<u64, LegState, 8192> = HashMap::new();
 pub(crate) static LEGS: SkStorage<LegState> = SkStorage::new();
 
 /// Which legs accepted sockets have, by the cookies of those. Apart from the sockets, since their
-/// storage costs several times as much to make and to free. Writer: sockops, sock_release. Reader: getsockopt,
-/// setsockopt, getsockname. See [`accepted`](crate::accepted).
+/// storage costs several times as much to make and to free; in memory that is set apart, as of [`CONNECTING`].
+/// Writer: sockops, sock_release. Reader: getsockopt, setsockopt, getsockname. See
+/// [`accepted`](crate::accepted).
 #[btf_map]
-pub(crate) static ACCEPTED: HashMap<u64, Accepted, 65536, NO_PREALLOC> = HashMap::new();
+pub(crate) static ACCEPTED: HashMap<u64, Accepted, 16384> = HashMap::new();
 
 /// The leg on the accepted socket itself, where that cannot be: the socket by which a service asks about a UDP
 /// flow, Multipath TCP, more accepted sockets than [`ACCEPTED`] has room for. Writer: sockops, connect.

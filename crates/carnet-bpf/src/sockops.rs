@@ -2,7 +2,7 @@
 //! connecting socket to the one that the service accepts, and sees its end.
 //!
 //! **What it does.** Before the SYN is sent, when the connection's two ends are known, it notes under
-//! them where the leg is; when the other end is established, it copies the leg to the accepted
+//! them where the leg is; when the other end is established, it gives the leg to the accepted
 //! socket. At the end of a connection it reports the bytes and forgets; at the end of a
 //! registered listener it marks its slot as free to take. A connect that another program has undone it
 //! keeps from coming about.
