@@ -14,6 +14,7 @@ use std::{
 
 use carnet_core::{abi, object::Conditions, record::MAX_RECORD};
 use carnet_testbed::{Cgroup, NetworkNamespace, Process, Topology};
+use rustix::process::Signal;
 
 use crate::{
     Lab, Must as _, Network, PATIENCE, Plan, Running,
@@ -21,6 +22,7 @@ use crate::{
     program,
     puppet::{Hand, Puppet, Result},
     service::Behaviour,
+    until,
 };
 
 /// The user as whom Carnet's own service runs.
@@ -98,10 +100,7 @@ impl Hosts {
     #[track_caller]
     pub fn keys(&self, bytes: &[u8]) -> PathBuf {
         let path = self.file("keys");
-        let lines: Vec<String> =
-            bytes.iter().map(|byte| format!("{byte:02x}").repeat(32)).collect();
-        fs::write(&path, lines.join("\n")).must("write keys");
-        fs::set_permissions(&path, Permissions::from_mode(0o600)).must("set permissions");
+        write_keys(&path, bytes);
         path
     }
 
@@ -193,7 +192,31 @@ impl Hosts {
     }
 }
 
+/// Writes keys, of which each is such a byte, 32 times, to a file that only its owner may read.
+#[track_caller]
+pub fn write_keys(path: &Path, bytes: &[u8]) {
+    let lines: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}").repeat(32)).collect();
+    fs::write(path, lines.join("\n")).must("write keys");
+    fs::set_permissions(path, Permissions::from_mode(0o600)).must("set permissions");
+}
+
 impl Inspect {
+    /// Has it read its keys again; gives what it says of that.
+    #[track_caller]
+    pub fn reload_keys(&self) -> String {
+        let about_keys = || {
+            let said = fs::read_to_string(&self.said).must("read what it said");
+            let complete = said.rsplit_once('\n').map_or("", |(lines, _)| lines);
+            complete.lines().filter(|line| line.contains("chain keys")).map(String::from).collect()
+        };
+        let before: Vec<String> = about_keys();
+        self.process.signal(Signal::HUP).must("signal the service");
+        let after = until("what it says of its keys", about_keys, |lines: &Vec<String>| {
+            lines.len() > before.len()
+        });
+        after.last().expect("a line").clone()
+    }
+
     /// Ends it in order; gives the lines of its log, and what it said on the standard error.
     #[track_caller]
     pub fn end(mut self) -> (Vec<serde_json::Value>, String) {

@@ -4,10 +4,12 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`keys`] | the keys, as a file names them |
+//! | [`keyring`] | those in force, which change with the file |
 //! | [`tlv`] | the TLV: its layout, sealing and opening; no I/O and no clock |
 //! | [`gate`] | what is taken of what comes: fresh, once, and for this host |
 
 pub mod gate;
+pub mod keyring;
 pub mod keys;
 pub mod tlv;
 
@@ -15,14 +17,14 @@ pub mod tlv;
 pub(crate) mod testing;
 
 use gate::Gate;
-use keys::Keys;
+use keyring::Keyring;
 use std::sync::Arc;
 
 /// What the command line says of chains; nothing, for a service whose flows stay on their host.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Chain {
-    /// For the flows that are handed on: under what their records are sealed.
-    pub(crate) keys: Option<Arc<Keys>>,
+    /// For the flows that are handed on, or come: under what their records are sealed.
+    pub(crate) keys: Option<Arc<Keyring>>,
     /// For the flows that come: what lets them in.
     pub(crate) gate: Option<Arc<Gate>>,
 }

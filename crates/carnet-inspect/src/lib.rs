@@ -62,6 +62,7 @@ pub mod sys;
 
 use anyhow::{Context as _, Result, bail};
 use chain::Chain;
+use chain::keyring::Keyring;
 use cli::Arguments;
 use log::{Log, Writer};
 use origin::FlowSource;
@@ -142,10 +143,12 @@ async fn serve(
     let service = Service::new(options, source(arguments, chain), rules, log);
     let signals = Signals::install()?;
     let (control, rules) = (service.control(), arguments.rules.clone());
-    let ending = control.clone();
-    let signals = tokio::spawn(
-        signals.obey(move || end(&ending), move || reload(&control, rules.as_deref())),
-    );
+    let (ending, keys) = (control.clone(), chain.keys.clone());
+    let signals =
+        tokio::spawn(signals.obey(
+            move || end(&ending),
+            move || reload(&control, rules.as_deref(), keys.as_deref()),
+        ));
     let announce = || {
         let line = format!("ready {}", addresses.join(" "));
         say(format_args!("{line}"));
@@ -184,11 +187,25 @@ fn end(control: &Control) {
     }
 }
 
-fn reload(control: &Control, path: Option<&Path>) {
-    let Some(path) = path else {
-        say(format_args!("no rules to read again: started without --rules"));
-        return;
-    };
+/// Reads again what was read from files.
+fn reload(control: &Control, rules: Option<&Path>, keys: Option<&Keyring>) {
+    if rules.is_none() && keys.is_none() {
+        say(format_args!("nothing to read again: started without --rules and --chain-key"));
+    }
+    if let Some(path) = rules {
+        reload_rules(control, path);
+    }
+    if let Some(keys) = keys
+        && let Some(path) = keys.path()
+    {
+        match keys.reload() {
+            Ok(number) => say(format_args!("{number} chain keys read from {}", path.display())),
+            Err(error) => say(format_args!("the old chain keys stay in force: {error}")),
+        }
+    }
+}
+
+fn reload_rules(control: &Control, path: &Path) {
     match config::load(path) {
         Ok(rules) => {
             say(format_args!("{} rules read from {}", rules.rules.len(), path.display()));

@@ -7,6 +7,7 @@
 //! carries the flow's record too ([`chain`](crate::chain)).
 
 use crate::chain::gate::{self, Gate};
+use crate::chain::keyring::Keyring;
 use crate::chain::keys::Keys;
 use crate::chain::tlv::{self, Envelope, Letter, Refusal};
 use crate::origin::{Announced, FlowSource, Origin, OriginFuture, Route};
@@ -37,7 +38,7 @@ pub struct Announcing {
     /// Where that service listens.
     pub service: SocketAddr,
     /// If the service is another host's gateway: the keys under which it gets the flows' records.
-    pub chain: Option<Arc<Keys>>,
+    pub chain: Option<Arc<Keyring>>,
 }
 
 impl FlowSource for Announcing {
@@ -56,7 +57,7 @@ impl Announcing {
     fn hand_on(&self, accepted: &TcpStream, origin: Origin) -> Result<Origin, Error> {
         let source = accepted.peer_addr().map_err(unreadable)?;
         let chain = match &self.chain {
-            Some(keys) => Some((Arc::clone(keys), carnet::export_redirect_records(accepted)?)),
+            Some(keys) => Some((keys.keys(), carnet::export_redirect_records(accepted)?)),
             None => None,
         };
         let flow = origin.flow.map(|flow| flow.id);
@@ -364,7 +365,7 @@ mod tests {
         ] {
             let [source, destination, service] = [source, destination, service].map(address);
             let chain = Some((Arc::new(keys(1)), record(3)));
-            let gate = Gate::new(keys(1), false);
+            let gate = Gate::new(Arc::new(keys(1).into()), false);
             let announcement = Announcement { source, destination, flow: Some(17), chain };
             let bytes = announcement.header(service).unwrap();
             assert!(bytes.len() < LONGEST);

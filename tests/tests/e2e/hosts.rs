@@ -1,7 +1,15 @@
 //! Chains that go on at another host: two engines, each with a scope of its own, in two network namespaces
 //! that a cable joins. The first host is that of the clients, the second one that of the destination.
 
-use std::{collections::BTreeSet, mem::offset_of, net::SocketAddr};
+use std::{
+    collections::BTreeSet,
+    fs,
+    mem::offset_of,
+    net::SocketAddr,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Instant,
+};
 
 use carnet_core::{
     abi,
@@ -13,8 +21,8 @@ use carnet_core::{
 };
 use carnet_testbed::Topology;
 use carnet_tests::{
-    Must as _,
-    hosts::{Hosts, export, import},
+    Must as _, PATIENCE,
+    hosts::{Hosts, export, import, write_keys},
     puppet::Errno,
     reference_of, rounds,
     service::read_record,
@@ -299,7 +307,64 @@ fn keys_overlap_while_they_are_replaced() {
         let (lines, _) = gateway.end();
         assert_eq!(lines[0]["verdict"], "allow", "{lines:#?}");
     }
-    // One that the gateway does not have.
+}
+
+/// The same in programs that run, and may not open their files any more: they have become another user.
+#[test]
+fn keys_are_replaced_while_the_programs_run() {
+    let hosts = Hosts::new(&["one"], &["two"]);
+    let _two = hosts.start_there("two");
+    let [gateway_keys, front_keys] = [(); 2].map(|()| hosts.keys(&[1]));
+    let gateway = hosts.gateway(there(false), &gateway_keys, &[]);
+    let front = hosts.front("one", gateway.address, &front_keys);
+    let is_done = AtomicBool::new(false);
+    let count = thread::scope(|scope| {
+        let clients = scope.spawn(|| {
+            let client = hosts.here.client(hosts.here.v4()).count(20).parallel(4);
+            let mut reports = Vec::new();
+            // The time is for when something fails meanwhile.
+            let begun = Instant::now();
+            while !is_done.load(Ordering::Acquire) && begun.elapsed() < PATIENCE {
+                reports.extend(client.run().must("run the clients"));
+            }
+            reports
+        });
+        for (inspect, file, keys) in [
+            (&gateway, &gateway_keys, &[1, 2][..]),
+            (&front, &front_keys, &[2, 1]),
+            (&front, &front_keys, &[2]),
+            (&gateway, &gateway_keys, &[2]),
+        ] {
+            write_keys(file, keys);
+            let said = inspect.reload_keys();
+            assert!(said.contains(&format!("{} chain keys read from", keys.len())), "{said}");
+            hosts.here.exchange(hosts.here.v4());
+        }
+        // What cannot be read changes nothing.
+        fs::write(&gateway_keys, "no key").must("write");
+        let said = gateway.reload_keys();
+        assert!(said.contains("the old chain keys stay in force: line 1"), "{said}");
+        let other = hosts.keys(&[3]);
+        fs::rename(other, &front_keys).must("put another file in its place");
+        let said = front.reload_keys();
+        assert!(said.contains("in another file now"), "{said}");
+        hosts.here.exchange(hosts.here.v4());
+        is_done.store(true, Ordering::Release);
+        let reports = clients.join().expect("the clients' thread");
+        let failed: Vec<_> = reports.iter().filter(|report| !report.ok).collect();
+        assert!(failed.is_empty(), "{failed:#?}");
+        reports.len() + 5
+    });
+    drop(front.end());
+    let (lines, said) = gateway.end();
+    assert_eq!(lines.len(), count);
+    assert!(said.contains(&format!("records of chains: {count} taken\n")), "{said}");
+}
+
+#[test]
+fn a_key_that_the_gateway_does_not_have_is_refused() {
+    let hosts = Hosts::new(&["one"], &["two"]);
+    let _two = hosts.start_there("two");
     let gateway = hosts.gateway(there(false), &hosts.keys(&[1, 2]), &[]);
     let front = hosts.front("one", gateway.address, &hosts.keys(&[3]));
     let reports = hosts.here.client(hosts.here.v4()).run().must("run a client");

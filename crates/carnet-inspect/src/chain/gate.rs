@@ -1,7 +1,7 @@
 //! What is taken of the records that come from other hosts: what is fresh, was not taken before, and is for
 //! this host.
 
-use super::keys::Keys;
+use super::keyring::Keyring;
 use super::tlv::{Envelope, NONCE, Refusal, open};
 use crate::proxy_protocol::Header;
 use carnet::PortableRecord;
@@ -9,7 +9,7 @@ use std::collections::{HashSet, VecDeque};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// How old a record may be, and how far in the future: by so much clocks may differ. Milliseconds.
@@ -23,7 +23,7 @@ const MEMORY: usize = 1 << 18;
 /// Takes records of other hosts.
 #[derive(Debug)]
 pub struct Gate {
-    keys: Keys,
+    keys: Arc<Keyring>,
     /// Whether a header without a record is one of a new flow.
     optional: bool,
     seen: Mutex<Seen>,
@@ -34,7 +34,7 @@ pub struct Gate {
 impl Gate {
     /// A gate with these keys, at which nothing has come yet; a header without a record begins a new flow
     /// if it is `optional`.
-    pub fn new(keys: Keys, optional: bool) -> Self {
+    pub fn new(keys: Arc<Keyring>, optional: bool) -> Self {
         Self {
             keys,
             optional,
@@ -77,7 +77,7 @@ impl Gate {
         let audience = SocketAddr::new(local.ip().to_canonical(), local.port());
         let envelope =
             Envelope { source: header.source, destination: header.destination, audience };
-        let letter = open(&self.keys, &envelope, &value)?;
+        let letter = open(&self.keys.keys(), &envelope, &value)?;
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.admit(now_ms(), letter.issued_ms, letter.nonce)?;
         Ok(Some(letter.record))
@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn each_refusal_is_counted_under_its_name() {
-        let gate = Gate::new(keys(1), false);
+        let gate = Gate::new(Arc::new(keys(1).into()), false);
         let local = address("[::ffff:192.0.2.2]:15003");
         let now = now_ms();
         let cut = value(1, now, 2)[..20].to_vec();
@@ -296,7 +296,7 @@ mod tests {
              (unknown key), 1 refused (forged), 1 refused (other audience), 1 refused (expired), 1 \
              refused (from the future), 1 refused (older than this program), 1 refused (replayed)"
         );
-        let optional = Gate::new(keys(1), true);
+        let optional = Gate::new(Arc::new(keys(1).into()), true);
         let bytes = header_of(&[]);
         assert_eq!(optional.take(&read_header(&bytes).unwrap(), local), Ok(None));
     }

@@ -7,7 +7,7 @@
 use ring::{digest, hmac};
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io::{self, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 
 /// Length of a key in bytes.
@@ -42,6 +42,15 @@ pub enum KeyError {
         path: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// There is another file in its place, and this user may not read that one.
+    #[error(
+        "the chain keys {path:?} are in another file now, which is not for the user that this program \
+         has become: write new keys into the file that there is, or start the program again"
+    )]
+    Replaced {
+        /// The file.
+        path: PathBuf,
     },
     /// It is a directory, a device, a pipe.
     #[error("the chain keys {path:?} are no regular file: name one")]
@@ -85,8 +94,17 @@ impl Keys {
     /// # Errors
     /// [`KeyError`], if it cannot be read, is not as it should be, or is not for its owner alone.
     pub fn load(path: &Path) -> Result<Self, KeyError> {
+        Self::read_from(path, &Self::open(path)?)
+    }
+
+    /// The first half of it.
+    pub(crate) fn open(path: &Path) -> Result<File, KeyError> {
+        File::open(path).map_err(|source| KeyError::Unreadable { path: path.to_owned(), source })
+    }
+
+    /// The second half, of the file as it is now.
+    pub(crate) fn read_from(path: &Path, mut file: &File) -> Result<Self, KeyError> {
         let unreadable = |source| KeyError::Unreadable { path: path.to_owned(), source };
-        let file = File::open(path).map_err(unreadable)?;
         // Of what was opened, not of what has the name by now.
         let about = file.metadata().map_err(unreadable)?;
         if !about.is_file() {
@@ -96,6 +114,7 @@ impl Keys {
             return Err(KeyError::Open { path: path.to_owned(), mode });
         }
         let mut text = String::new();
+        file.rewind().map_err(unreadable)?;
         file.take(LONGEST).read_to_string(&mut text).map_err(unreadable)?;
         Self::read(path, &text)
     }
@@ -115,6 +134,11 @@ impl Keys {
     /// One key.
     pub fn one(bytes: &[u8; KEY]) -> Self {
         Self { first: Key::new(bytes), others: Vec::new() }
+    }
+
+    /// How many there are.
+    pub fn number(&self) -> usize {
+        1 + self.others.len()
     }
 
     /// The name of the key that seals.
@@ -150,7 +174,7 @@ impl Key {
 
 impl fmt::Debug for Keys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Keys({})", 1 + self.others.len())
+        write!(f, "Keys({})", self.number())
     }
 }
 

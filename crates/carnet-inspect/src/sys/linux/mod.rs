@@ -10,7 +10,7 @@ pub(crate) use self::splice::carry;
 
 use crate::chain::Chain;
 use crate::chain::gate::Gate;
-use crate::chain::keys::Keys;
+use crate::chain::keyring::Keyring;
 use crate::origin::{App, CarnetSource, FlowSource};
 use crate::proxy_protocol::HeaderSource;
 use crate::rules::prefix;
@@ -65,7 +65,8 @@ pub struct Options {
     /// With --send-proxy records go out to a gateway on another host. With --original-destination proxy
     /// this is such a gateway (carnet service add --gateway): a connection goes on here past the services
     /// that it has had there, and one without a good record is refused. The file has a key a line, 32 random
-    /// bytes in hexadecimal, and is for its owner alone: the first one seals, all of them open.
+    /// bytes in hexadecimal, and is for its owner alone: the first one seals, all of them open. SIGHUP reads
+    /// it again.
     #[arg(long, value_name = "FILE")]
     pub chain_key: Option<PathBuf>,
 
@@ -155,14 +156,15 @@ impl Options {
             }
             _ => {}
         }
-        let keys = Keys::load(path)?;
+        let keys = Arc::new(Keyring::open(path)?);
         if !takes {
-            return Ok(Chain { keys: Some(Arc::new(keys)), gate: None });
+            return Ok(Chain { keys: Some(keys), gate: None });
         }
         let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
         carnet::may_import_redirect_records(&socket)
             .context("--original-destination proxy with --chain-key")?;
-        Ok(Chain { keys: None, gate: Some(Arc::new(Gate::new(keys, self.chain_optional))) })
+        let gate = Arc::new(Gate::new(Arc::clone(&keys), self.chain_optional));
+        Ok(Chain { keys: Some(keys), gate: Some(gate) })
     }
 
     /// The limits of UDP flows. A NAT tells nothing of them: then there are none.
