@@ -67,11 +67,12 @@ pub(crate) fn copy(
         handover::find_copy(handover.cookie)?
     };
     // A service asks on the Multipath TCP connection, not on its subflow.
-    if socket.multipath().is_none() && handover::copy(cookie, leg) {
-        if insert(cookie, cookie, 1) {
-            return handover::find_copy(cookie);
+    let place = place_of_copy(cookie);
+    if socket.multipath().is_none() && handover::copy(place, leg) {
+        if insert(cookie, place, 1) {
+            return handover::find_copy(place);
         }
-        handover::remove_copy(cookie);
+        handover::remove_copy(place);
     }
     if socket.put(&DELIVERED, leg) { socket.get(&DELIVERED) } else { None }
 }
@@ -91,8 +92,15 @@ pub(crate) fn has_copied(handover: &Handover) {
 #[inline(always)]
 pub(crate) fn withdraw(cookie: u64, socket: Socket) {
     let _absent = ACCEPTED.remove(&cookie);
-    handover::remove_copy(cookie);
+    handover::remove_copy(place_of_copy(cookie));
     socket.delete(&DELIVERED);
+}
+
+/// Where the copy for the accepted socket with this cookie is. Under the cookie itself would be that of a leg which
+/// the socket makes when it is connected elsewhere; no cookie is as large.
+#[inline(always)]
+fn place_of_copy(cookie: u64) -> u64 {
+    cookie | 1 << 63
 }
 
 #[inline(always)]

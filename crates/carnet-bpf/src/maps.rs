@@ -189,7 +189,7 @@ pub(crate) static SECOND_RECORDS: SkStorage<Record> = SkStorage::new();
 pub(crate) static HANDOVER: HashMap<Tuple, Handover, 65536, NO_PREALLOC> = HashMap::new();
 
 /// Copies of legs that are not in [`CONNECTING`]: what hangs on a socket only that one's hooks reach. Those
-/// under way by the cookies of the connecting sockets, then by those of the accepted ones. Writer, reader: as of
+/// under way by the cookies of the connecting sockets, those delivered as [`ACCEPTED`] says. Writer, reader: as of
 /// [`HANDOVER`] and [`ACCEPTED`].
 #[btf_map]
 pub(crate) static COPIES: HashMap<u64, LegState, 65536, NO_PREALLOC> = HashMap::new();

@@ -186,7 +186,7 @@ pub struct Handover {
 #[repr(C)]
 pub struct Accepted {
     /// The cookie under which the leg is kept: the connecting socket's, which shares it; of a copy the
-    /// accepted socket's own.
+    /// accepted socket's own, with the highest bit set.
     pub leg: u64,
     /// Not 0: it is a copy.
     pub copied: u32,

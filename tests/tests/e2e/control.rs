@@ -585,6 +585,32 @@ fn a_socket_that_connects_anew_takes_its_record_along() {
 }
 
 #[test]
+fn a_leg_that_was_copied_is_kept_while_its_socket_makes_another() {
+    let (lab, service, client) = scene();
+    lab.service("bravo", 1);
+    let other = lab.puppet_of("bravo");
+    let (listener, other_listener) = (service.serve(loopback()), other.serve(loopback()));
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    // With the record itself, not its ticket, the leg hangs on the socket.
+    let onward = service.tcp(lab.v4());
+    let record = accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+    onward.set_record(&record).must("set the record");
+    onward.connect(lab.v4()).must("connect onwards");
+    let second = other_listener.accept().must("accept");
+    let (flow, ticket) = (flow_of(&second), ticket(&second));
+    second.disconnect().must("disconnect");
+    second.connect(lab.v4()).must("connect elsewhere");
+    let third = listener.accept().must("accept");
+    assert_ne!(flow_of(&third), flow);
+    let last = other.tcp(lab.v4());
+    last.set(abi::LEVEL, abi::CARRY_ON, &ticket).must("carry the first flow on");
+    last.connect(lab.v4()).must("connect onwards");
+    assert_eq!(lab.counter(Counter::Onward), 1);
+    drop((connection, accepted, onward, second, third, last, listener));
+    lab.settle_sockets();
+}
+
+#[test]
 fn legs_for_which_there_is_no_room_apart_hang_on_their_sockets() {
     const LEG: usize = size_of::<LegState>();
     let (lab, service, client) = scene();
