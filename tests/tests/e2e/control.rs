@@ -1,13 +1,13 @@
 //! The control interface, option by option and errno by errno, as `carnet_core::abi` has it.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, ops::Range};
 
 use aya::maps::{HashMap, Map, MapData};
 use carnet_core::{
     abi::{self, FlowInfo, OnwardsInfo},
     address::Endpoint,
     event::{Counter, Event, EventKind},
-    flow::LegState,
+    flow::{Accepted, LegState},
     object::{Conditions, FilterAction, NewFilter, Weight},
     record::{AppIdentity, HEADER_LENGTH, RecordError},
 };
@@ -350,10 +350,6 @@ fn a_ticket_carries_a_flow_on_as_its_record_does() {
     let (listener, other_listener) = (service.serve(loopback()), other.serve(loopback()));
     let (_connection, accepted) = redirected(&client, lab.v4(), &listener);
     let carry_on = |socket: &Hand<'_>, ticket: &[u8]| socket.set(abi::LEVEL, abi::CARRY_ON, ticket);
-    let flow = |accepted: &Hand<'_>| {
-        let answer = accepted.query(abi::FLOW).must("query");
-        FlowInfo::read_from_bytes(&answer).expect("40 bytes")
-    };
 
     let first = ticket(&accepted);
     let onward = service.tcp(lab.v4());
@@ -365,7 +361,7 @@ fn a_ticket_carries_a_flow_on_as_its_record_does() {
     let record = read_record(&record);
     let handles: Vec<_> = record.hops.iter().take(2).map(|hop| hop.handle).collect();
     assert_eq!(handles, [lab.handle_of("alpha"), lab.handle_of("bravo")]);
-    assert_eq!((record.flow, record.app.pid), (flow(&accepted).flow, client.id()));
+    assert_eq!((record.flow, record.app.pid), (flow_of(&accepted), client.id()));
     let last = other.tcp(lab.v4());
     carry_on(&last, &second).must("carry the flow on");
     last.connect(lab.v4()).must("connect onwards");
@@ -396,11 +392,7 @@ fn a_flow_that_a_socket_carries_on_is_its_own_until_it_is_closed() {
     let listener = service.serve(loopback());
     let (connection, accepted) = redirected(&client, lab.v4(), &listener);
     let (another, another_accepted) = redirected(&client, lab.v4(), &listener);
-    let flow = |accepted: &Hand<'_>| {
-        let answer = accepted.query(abi::FLOW).must("query");
-        FlowInfo::read_from_bytes(&answer).expect("40 bytes").flow
-    };
-    let (first, second) = (flow(&accepted), flow(&another_accepted));
+    let (first, second) = (flow_of(&accepted), flow_of(&another_accepted));
     let mut expected: Vec<u64> = vec![];
     let mut went_on = |flow: u64| {
         expected.push(flow);
@@ -512,6 +504,15 @@ fn flow_of(accepted: &Hand<'_>) -> u64 {
     FlowInfo::read_from_bytes(&answer).expect("40 bytes").flow
 }
 
+/// A socket of the service that carries the flow of an accepted connection on to its destination.
+#[track_caller]
+fn carried_on<'a>(service: &'a Puppet, accepted: &Hand<'_>, to: SocketAddr) -> Hand<'a> {
+    let onward = service.tcp(to);
+    onward.set(abi::LEVEL, abi::CARRY_ON, &ticket(accepted)).must("carry the flow on");
+    onward.connect(to).must("connect onwards");
+    onward
+}
+
 /// Has the socket connected anew to the same destination; gives what the service accepts.
 #[track_caller]
 fn anew<'a>(socket: &Hand<'_>, to: SocketAddr, listener: &Hand<'a>) -> Hand<'a> {
@@ -558,9 +559,7 @@ fn a_socket_that_connects_anew_takes_its_record_along() {
     };
     let chain = [lab.handle_of("alpha"), lab.handle_of("bravo")];
 
-    let onward = service.tcp(lab.v4());
-    onward.set(abi::LEVEL, abi::CARRY_ON, &ticket(&accepted)).must("carry the flow on");
-    onward.connect(lab.v4()).must("connect onwards");
+    let onward = carried_on(&service, &accepted, lab.v4());
     let mut legs = vec![other_listener.accept().must("accept")];
     for _ in 0..3 {
         legs.push(anew(&onward, lab.v4(), &other_listener));
@@ -612,39 +611,77 @@ fn a_leg_that_was_copied_is_kept_while_its_socket_makes_another() {
 
 #[test]
 fn legs_for_which_there_is_no_room_apart_hang_on_their_sockets() {
-    const LEG: usize = size_of::<LegState>();
     let (lab, service, client) = scene();
     lab.service("bravo", 1);
     let other = lab.puppet_of("bravo");
     let (listener, other_listener) = (service.serve(loopback()), other.serve(loopback()));
-    let pin = lab.location().directory().join("maps/CONNECTING");
-    let map = MapData::from_pin(pin).must("open the map CONNECTING");
-    let room = u64::from(map.info().must("ask for its size").max_entries());
-    let map: Result<HashMap<_, u64, [u8; LEG]>, _> = Map::HashMap(map).try_into();
-    let mut map = map.must("use the map CONNECTING");
-    // No socket will have these cookies.
-    let cookies = || (0..room).map(|number| u64::MAX - number);
-    for cookie in cookies() {
-        map.insert(cookie, [0; LEG], 0).must("fill the map CONNECTING");
-    }
+    let filling = Filling::<{ size_of::<LegState>() }>::of(&lab, "CONNECTING");
     let (connection, accepted) = redirected(&client, lab.v4(), &listener);
-    let onward = service.tcp(lab.v4());
-    onward.set(abi::LEVEL, abi::CARRY_ON, &ticket(&accepted)).must("carry the flow on");
-    onward.connect(lab.v4()).must("connect onwards");
+    let onward = carried_on(&service, &accepted, lab.v4());
     let second = other_listener.accept().must("accept");
-    let last = other.tcp(lab.v4());
-    last.set(abi::LEVEL, abi::CARRY_ON, &ticket(&second)).must("carry the flow on");
-    last.connect(lab.v4()).must("connect onwards");
+    let last = carried_on(&other, &second, lab.v4());
     assert_eq!([&connection, &onward, &last].map(Hand::peer), [(); 3].map(|()| Ok(lab.v4())));
     assert_eq!(flow_of(&accepted), flow_of(&second));
     assert_eq!(lab.engine().flows().must("list the flows").len(), 3);
     assert_eq!(lab.counter(Counter::Delivered), 2);
     assert_eq!(lab.counter(Counter::Onward), 1);
-    for cookie in cookies() {
-        map.remove(&cookie).must("empty the map CONNECTING");
-    }
+    filling.remove();
     drop((connection, accepted, onward, second, last));
     lab.settle_sockets();
+}
+
+#[test]
+fn accepted_sockets_for_which_there_is_no_room_have_their_legs_on_them() {
+    let (lab, service, client) = scene();
+    lab.service("bravo", 1);
+    let other = lab.puppet_of("bravo");
+    let (listener, other_listener) = (service.serve(loopback()), other.serve(loopback()));
+    let filling = Filling::<{ size_of::<Accepted>() }>::of(&lab, "ACCEPTED");
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    // There is no ticket then; the record does.
+    let answer = accepted.query(abi::ONWARDS).must("query");
+    assert_eq!(OnwardsInfo::read_from_bytes(&answer).expect("32 bytes").ticket, 0);
+    let record = accepted.query(abi::QUERY_REDIRECT_RECORDS).must("query");
+    let onward = service.tcp(lab.v4());
+    onward.set_record(&record).must("set the record");
+    onward.connect(lab.v4()).must("connect onwards");
+    let second = other_listener.accept().must("accept");
+    assert_eq!(flow_of(&accepted), flow_of(&second));
+    assert_eq!((lab.counter(Counter::Delivered), lab.counter(Counter::HandoverFailed)), (2, 0));
+    filling.remove();
+    // Its leg was shared until there turned out to be no room: nobody keeps it for that.
+    drop((connection, onward));
+    lab.settle_sockets();
+    assert_eq!(flow_of(&accepted), read_record(&record).flow);
+    drop((accepted, second));
+}
+
+/// Entries that fill a map by cookies, under cookies that no socket has.
+struct Filling<const VALUE: usize> {
+    map: HashMap<MapData, u64, [u8; VALUE]>,
+    cookies: Range<u64>,
+}
+
+impl<const VALUE: usize> Filling<VALUE> {
+    #[track_caller]
+    fn of(lab: &Lab, name: &str) -> Self {
+        let pin = lab.location().directory().join("maps").join(name);
+        let map = MapData::from_pin(pin).must("open the map");
+        let room = u64::from(map.info().must("ask for its size").max_entries());
+        let map: Result<HashMap<_, _, _>, _> = Map::HashMap(map).try_into();
+        let mut filling = Self { map: map.must("use the map"), cookies: 1 << 62..(1 << 62) + room };
+        for cookie in filling.cookies.clone() {
+            filling.map.insert(cookie, [0; VALUE], 0).must("fill the map");
+        }
+        filling
+    }
+
+    #[track_caller]
+    fn remove(mut self) {
+        for cookie in self.cookies {
+            self.map.remove(&cookie).must("empty the map");
+        }
+    }
 }
 
 #[test]

@@ -23,10 +23,10 @@ struct Source {
 }
 
 impl Keyring {
-    /// Reads a file of keys, as [`Keys::load`] does.
+    /// Reads a file of keys.
     ///
     /// # Errors
-    /// [`KeyError`].
+    /// [`KeyError`], if it cannot be read, is not as it should be, or is not for its owner alone.
     pub fn open(path: &Path) -> Result<Self, KeyError> {
         let file = Keys::open(path)?;
         let keys = Keys::read_from(path, &file)?;

@@ -89,20 +89,12 @@ pub enum KeyError {
 }
 
 impl Keys {
-    /// Reads a file of keys. Empty lines, and those that begin with `#`, count for nothing.
-    ///
-    /// # Errors
-    /// [`KeyError`], if it cannot be read, is not as it should be, or is not for its owner alone.
-    pub fn load(path: &Path) -> Result<Self, KeyError> {
-        Self::read_from(path, &Self::open(path)?)
-    }
-
-    /// The first half of it.
+    /// Opens a file of keys.
     pub(crate) fn open(path: &Path) -> Result<File, KeyError> {
         File::open(path).map_err(|source| KeyError::Unreadable { path: path.to_owned(), source })
     }
 
-    /// The second half, of the file as it is now.
+    /// Reads an open file of keys as it is now. Empty lines, and those that begin with `#`, count for nothing.
     pub(crate) fn read_from(path: &Path, mut file: &File) -> Result<Self, KeyError> {
         let unreadable = |source| KeyError::Unreadable { path: path.to_owned(), source };
         // Of what was opened, not of what has the name by now.
@@ -259,17 +251,18 @@ mod tests {
         use std::os::unix::fs::PermissionsExt as _;
         let path = std::env::temp_dir().join(format!("carnet-chain-keys-{}", std::process::id()));
         fs::write(&path, ONE).unwrap();
-        let load = |mode| {
+        let load = |path: &Path| Keys::read_from(path, &Keys::open(path)?);
+        let with_mode = |mode| {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-            Keys::load(&path)
+            load(&path)
         };
         for mode in [0o640, 0o604, 0o620, 0o601] {
-            let message = load(mode).unwrap_err().to_string();
+            let message = with_mode(mode).unwrap_err().to_string();
             assert!(message.contains(&format!("mode {mode:04o}")), "{message}");
         }
-        assert!(load(0o600).is_ok() && load(0o400).is_ok());
+        assert!(with_mode(0o600).is_ok() && with_mode(0o400).is_ok());
         fs::remove_file(&path).unwrap();
-        assert!(matches!(Keys::load(&path), Err(KeyError::Unreadable { .. })));
-        assert!(matches!(Keys::load(&std::env::temp_dir()), Err(KeyError::NotAFile { .. })));
+        assert!(matches!(load(&path), Err(KeyError::Unreadable { .. })));
+        assert!(matches!(load(&std::env::temp_dir()), Err(KeyError::NotAFile { .. })));
     }
 }
