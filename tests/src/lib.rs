@@ -11,6 +11,7 @@
 //! - [`web`]: a web server and a client whose flows can be told apart in logs.
 //! - [`dns`]: a resolver that answers anything.
 //! - [`foreign`]: BPF programs of others, beside Carnet's.
+//! - [`netfilter`]: rules of nftables.
 //! - [`contract`]: the C programs of the contract suite, and what they ask of a lab.
 //!
 //! All of it panics when something does not work that is not what is being tested, and says what.
@@ -29,6 +30,7 @@ pub mod dns;
 pub mod foreign;
 pub mod hosts;
 mod lab;
+pub mod netfilter;
 mod orders;
 pub mod puppet;
 pub mod service;

@@ -1,6 +1,6 @@
 //! BPF programs of others at the same hooks, before and after Carnet's (contract L9, L10).
 
-use std::{net::SocketAddr, process::Command};
+use std::net::SocketAddr;
 
 use carnet_core::{
     event::{Counter, EventKind},
@@ -12,11 +12,12 @@ use carnet_testbed::{Cgroup, DatagramServer, EchoServer, Topology};
 use carnet_tests::{
     Lab, Must as _, Plan,
     foreign::{Deed, Foreign, Hook},
+    netfilter,
     puppet::{Errno, Family, Kind, Puppet, Ring},
 };
 
 use rustix::net::netdevice::name_to_index;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
 use crate::{Scene, block, canonical, destinations, echoes, udp};
 
@@ -355,19 +356,9 @@ fn the_doctor_names_them() {
     scene.redirects(|client, to| client.connect(to).must("connect"));
 }
 
-/// Whether the kernel has netfilter: emulated ones run without modules.
-fn has_netfilter() -> bool {
-    const NETFILTER: i32 = 12;
-    let (netlink, protocol) = (Domain::from(libc::AF_NETLINK), Protocol::from(NETFILTER));
-    match Socket::new(netlink, Type::RAW, Some(protocol)) {
-        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => false,
-        socket => socket.map(drop).map(|()| true).must("open a netlink socket"),
-    }
-}
-
 #[test]
 fn rules_of_nftables() {
-    if !has_netfilter() {
+    if !netfilter::is_there() {
         eprintln!("this kernel has no netfilter");
         return;
     }
@@ -383,9 +374,7 @@ fn rules_of_nftables() {
         lab.v4().port(),
         listener.local().must("ask for the port").port(),
     );
-    let mut nft = Command::new("nft");
-    namespace.enter_command(nft.arg(rule)).must("enter the namespace");
-    assert!(nft.status().must("run nft").success());
+    netfilter::change(namespace, &rule);
     let connection = scene.client.connect(lab.v4()).must("connect");
     let accepted = listener.accept().must("accept");
     connection.send(b"marco").must("send");

@@ -1,0 +1,27 @@
+//! Rules of nftables in a lab's network namespaces.
+
+use std::process::Command;
+
+use carnet_testbed::NetworkNamespace;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::Must as _;
+
+/// Whether the kernel has netfilter: emulated ones run without modules.
+#[track_caller]
+pub fn is_there() -> bool {
+    const NETFILTER: i32 = 12;
+    let (netlink, protocol) = (Domain::from(libc::AF_NETLINK), Protocol::from(NETFILTER));
+    match Socket::new(netlink, Type::RAW, Some(protocol)) {
+        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => false,
+        socket => socket.map(drop).map(|()| true).must("open a netlink socket"),
+    }
+}
+
+/// Has `nft` change the rules of a namespace. They go with it.
+#[track_caller]
+pub fn change(namespace: &NetworkNamespace, commands: &str) {
+    let mut nft = Command::new("nft");
+    namespace.enter_command(nft.arg(commands)).must("enter the namespace");
+    assert!(nft.status().must("run nft").success(), "nft refuses {commands:?}");
+}
