@@ -109,6 +109,21 @@ impl Foreign {
         Self { _link: link.must("attach a program") }
     }
 
+    /// Attaches one that sets the `sockops` flags of every TCP socket anew at each of its calls, to none.
+    #[track_caller]
+    pub fn attach_to_flags(cgroup: &Cgroup) -> Self {
+        /// `BPF_PROG_TYPE_SOCK_OPS`, `BPF_CGROUP_SOCK_OPS`.
+        const SOCK_OPS: u32 = 13;
+        const ATTACH: u32 = 3;
+        const SET_FLAGS: i32 = 59;
+        let reset = [move_number(R2, 0), call(SET_FLAGS), move_number(R0, 1), EXIT];
+        let program = sys::load_program(SOCK_OPS, ATTACH, &reset, "foreign");
+        let directory = File::open(cgroup.path()).must("open the cgroup");
+        let program = program.must("load a program");
+        let link = sys::link_program(program.as_fd(), directory.as_fd(), ATTACH, 0);
+        Self { _link: link.must("attach a program") }
+    }
+
     /// Attaches one that looks at every packet that the cgroup's sockets send or receive, and lets it
     /// pass, under this name: as systemd's `IPAddressAllow=` does.
     #[track_caller]

@@ -4,20 +4,17 @@
 //! or a copy where that hangs on its socket. So it is until the connection is over and the socket is closed,
 //! whichever comes last: a service may ask about a connection that was reset before it came to that.
 
-use aya_ebpf::{
-    bindings::{BPF_ANY, bpf_sock_ops, bpf_sockopt},
-    helpers::generated::bpf_get_socket_cookie,
-};
-use carnet_core::flow::{Accepted, Handover, LegState};
+use aya_ebpf::bindings::{BPF_ANY, bpf_sockopt};
+use carnet_core::flow::{Accepted, Handover, LegState, WAY_ENDED, WAY_SHARED};
 
 use crate::{
     connecting,
     ctx::fetch_add,
-    end::guard_ends,
+    end::{Bytes, guard_ends, unknown},
     handover,
     maps::{ACCEPTED, DELIVERED},
     process::{offset, read},
-    socket::{Socket, is_marked},
+    socket::{Socket, is_watched},
 };
 
 /// The leg with which a socket was accepted.
@@ -25,13 +22,15 @@ pub(crate) struct Delivered {
     pub(crate) leg: &'static mut LegState,
     /// Whether the connection is not over.
     pub(crate) is_there: bool,
+    /// By what [`find`] finds it; [`NO_TICKET`] if it does not.
+    pub(crate) ticket: u64,
 }
 
 impl Delivered {
     /// What hangs on the socket itself.
     #[inline(always)]
     fn on_socket(leg: &'static mut LegState) -> Self {
-        Self { is_there: leg.kind != 0, leg }
+        Self { is_there: leg.kind != 0, leg, ticket: NO_TICKET }
     }
 }
 
@@ -44,10 +43,11 @@ pub(crate) fn share(
     connecting_socket: u64,
 ) -> Option<&'static mut LegState> {
     let leg = connecting::find(connecting_socket)?;
-    leg.delivered = 1;
+    leg.way = WAY_SHARED;
     if insert(cookie, connecting_socket, 0) {
         return Some(leg);
     }
+    leg.way = WAY_ENDED;
     let on_socket = socket.put_on_socket(&DELIVERED, leg);
     connecting::let_go(leg);
     if on_socket { socket.get(&DELIVERED).filter(|leg| leg.kind != 0) } else { None }
@@ -83,7 +83,7 @@ pub(crate) fn has_copied(handover: &Handover) {
     if handover.copied != 0 {
         handover::remove_copy(handover.cookie);
     } else if let Some(leg) = connecting::find(handover.cookie) {
-        leg.delivered = 1;
+        leg.way = WAY_ENDED;
         connecting::let_go(leg);
     }
 }
@@ -121,30 +121,13 @@ pub(crate) fn delivered_to(ctx: *mut bpf_sockopt, socket: Socket) -> Option<Deli
 /// What stands for a leg that [`find`] does not find.
 pub(crate) const NO_TICKET: u64 = 0;
 
-/// By what [`find`] finds the leg of such a socket; [`NO_TICKET`] if it does not.
-#[inline(always)]
-pub(crate) fn ticket(ctx: *mut bpf_sockopt, socket: Socket) -> u64 {
-    if socket.get(&DELIVERED).is_some() { NO_TICKET } else { cookie_of(ctx) }
-}
-
 /// The cookie of the socket of a socket-option hook, which no helper tells it; 0 if it has none. An accepted
 /// socket has been given one, and so have those that a service makes ([`sock_create`](crate::sock_create)).
 #[inline(always)]
 pub(crate) fn cookie_of(ctx: *mut bpf_sockopt) -> u64 {
-    read(kernel_socket(ctx), offset!(sock_cookie))
-}
-
-/// The kernel's socket behind that of a socket-option hook: what the hook may read of it tells less.
-#[inline(always)]
-pub(crate) fn kernel_socket(ctx: *mut bpf_sockopt) -> u64 {
-    read(ctx as u64, offset!(sockopt_socket))
-}
-
-/// Whether the kernel's socket behind that of a hook, which is TCP's, is marked as accepted
-/// ([`Socket::is_accepted`]).
-#[inline(always)]
-pub(crate) fn is_accepted(kernel_socket: u64) -> bool {
-    is_marked(read(kernel_socket, offset!(tcp_sockops)))
+    // What the hook may read of its socket tells less.
+    let sk: u64 = read(ctx as u64, offset!(sockopt_socket));
+    read(sk, offset!(sock_cookie))
 }
 
 /// The leg of the accepted socket with this cookie. Only as long as the socket is there is it sure to be this
@@ -152,7 +135,7 @@ pub(crate) fn is_accepted(kernel_socket: u64) -> bool {
 #[inline(always)]
 pub(crate) fn find(cookie: u64) -> Option<Delivered> {
     let accepted = entry(cookie)?;
-    Some(Delivered { leg: leg_of(accepted)?, is_there: accepted.is_there != 0 })
+    Some(Delivered { leg: leg_of(accepted)?, is_there: accepted.is_there != 0, ticket: cookie })
 }
 
 #[inline(always)]
@@ -175,29 +158,30 @@ fn entry(cookie: u64) -> Option<&'static mut Accepted> {
     ACCEPTED.get_ptr_mut(&cookie).map(|accepted| unsafe { &mut *accepted })
 }
 
-/// A connection has ended.
+/// A connection has ended on the accepting side. Gives `false` if no leg was delivered to this socket.
 #[inline(always)]
-pub(crate) fn connection_ends(ctx: *mut bpf_sock_ops, socket: Socket) {
+pub(crate) fn connection_ends(cookie: u64, socket: Socket, bytes: impl FnOnce() -> Bytes) -> bool {
     if let Some(leg) = socket.get(&DELIVERED) {
         if leg.kind != 0 {
             leg.kind = 0;
             guard_ends(leg);
         }
-        return;
+        return true;
     }
-    // SAFETY: the helper takes this context.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     let Some(accepted) = entry(cookie) else {
-        return;
+        return false;
     };
     if accepted.is_there == 0 {
-        return;
+        return true;
     }
     accepted.is_there = 0;
     let Some(leg) = leg_of(accepted) else {
-        return;
+        return true;
     };
     guard_ends(leg);
+    if accepted.copied == 0 {
+        connecting::ends(leg, bytes);
+    }
     // Nothing will tell the end of a socket that nobody has accepted yet, and perhaps nobody will.
     if !socket.has_owner() && accepted.ends == 0 {
         if socket.put_on_socket(&DELIVERED, leg)
@@ -209,14 +193,28 @@ pub(crate) fn connection_ends(ctx: *mut bpf_sock_ops, socket: Socket) {
     } else {
         end(cookie, accepted);
     }
+    true
 }
 
-/// The socket with this cookie has been closed, for good; its connection may go on for a while.
+/// The socket with this cookie has been closed, for good; its connection may go on for a while. `sk` is the kernel's
+/// socket.
 #[inline(always)]
-pub(crate) fn socket_ends(cookie: u64) {
-    if let Some(accepted) = entry(cookie) {
+pub(crate) fn socket_ends(cookie: u64, sk: u64) {
+    let Some(accepted) = entry(cookie) else {
+        return;
+    };
+    // A program of others that sets the socket's flags anew has its connection end without a word.
+    if !is_watched(read(sk, offset!(tcp_sockops))) && accepted.is_there != 0 {
+        accepted.is_there = 0;
+        if let Some(leg) = leg_of(accepted) {
+            guard_ends(leg);
+            if accepted.copied == 0 {
+                connecting::ends(leg, unknown);
+            }
+        }
         end(cookie, accepted);
     }
+    end(cookie, accepted);
 }
 
 /// One of the two ends of an accepted socket is over; with the second one what is kept of it goes.

@@ -124,7 +124,8 @@ fn begin(leg: &mut LegState) {
         }
     }
     begin_record(&mut leg.record, &leg.requested);
-    leg.record.issued_ns = now();
+    leg.began_ns = now();
+    leg.record.issued_ns = leg.began_ns;
     carnet_identify(leg);
 }
 

@@ -14,7 +14,7 @@ use carnet_core::{
     address::Endpoint,
     classify::Reason,
     event::{Counter, EventKind},
-    flow::{LEG_REDIRECTED, LEG_STARTING, LEG_TO_UNMODIFIED, LegState},
+    flow::{LEG_REDIRECTED, LEG_STARTING, LEG_TO_UNMODIFIED, LegState, WAY_NONE},
     record::{Hop, MAGIC, Record, VERSION},
 };
 
@@ -79,6 +79,7 @@ impl Attempt<'_> {
     #[inline(always)]
     pub(crate) fn begin(&self, leg: &mut LegState, kind: u32, target: &Endpoint) {
         leg.kind = kind;
+        leg.way = WAY_NONE;
         // SAFETY: the helper takes this context.
         leg.cookie = unsafe { bpf_get_socket_cookie(self.ctx.cast()) };
         leg.netns = netns_of(self.ctx);

@@ -12,12 +12,11 @@ use carnet_core::{
 };
 
 use crate::{
-    accepted::{Delivered, find, is_accepted, is_kept, kernel_socket},
+    accepted::{Delivered, cookie_of, find, is_kept},
     connecting::{give_back, place_for_record},
     ctx::{load32, load64, opaque},
     end::abandon,
     maps::LEGS,
-    process::{offset, read},
     report::{count, now},
     setsockopt::refused,
     socket::{CLOSE, Socket, TCP},
@@ -38,16 +37,15 @@ pub(crate) fn carry_on(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -
     unsafe {
         bpf_probe_read_kernel((&raw mut ticket).cast(), size_of::<u64>() as u32, buffer);
     }
-    let Some(Delivered { leg: delivered, is_there }) = find(ticket) else {
+    let Some(Delivered { leg: delivered, is_there, .. }) = find(ticket) else {
         return Err(errno::EINVAL);
     };
     if let Err(error) = delivered.carry_on(is_there, caller, now()) {
         return Err(refused(error, caller));
     }
-    let sk = kernel_socket(ctx);
-    let cookie = read(sk, offset!(sock_cookie));
+    let cookie = cookie_of(ctx);
     // What is set on the socket itself would go before.
-    if socket.protocol() == TCP && cookie != 0 && !is_accepted(sk) && socket.get(&LEGS).is_none() {
+    if socket.protocol() == TCP && cookie != 0 && !is_kept(cookie) && socket.get(&LEGS).is_none() {
         if let Some(leg) = place_for_record(cookie) {
             let result = put(leg, delivered, ticket);
             if result.is_err() {

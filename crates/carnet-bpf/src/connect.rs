@@ -139,7 +139,6 @@ fn connect(ctx: *mut bpf_sock_addr, mut destination: Endpoint, rewrite: impl Fn(
 #[inline(always)]
 fn take_back_record(ctx: *mut bpf_sock_addr, socket: Socket) {
     if let Some(leg) = with_record(ctx, socket) {
-        abandon(leg);
         leg.record.take_back(leg.set_hops);
     }
     if socket.is_blank() {
@@ -232,7 +231,6 @@ fn redirect(attempt: &Attempt<'_>) -> bool {
     if !noted || !attempt.socket.put_on_multipath(&LEGS, leg) {
         if leg.kind & LEG_STARTING != 0 {
             carnet_unsettled(-1);
-            leg.disown();
         }
         leg.kind = 0;
         return false;

@@ -1,10 +1,12 @@
 //! The legs that sockets make.
 //!
-//! Most are kept apart from the socket, under its cookie, for all who own them: the connection until it is
-//! over; the accepted socket, which shares it; the socket itself, if a service has set the record by its ticket.
-//! The last owner to go removes it. One of a connect that came to nothing has no owner: it is removed when the
-//! socket is closed or connects anew. What [`LEGS`] has on a socket goes before; that is also where the
-//! next leg of a socket is whose earlier one an accepted socket still owns.
+//! Most are kept apart from the socket, under its cookie, for the two who own them: the socket, until it is closed,
+//! and the accepted one, which shares it. The last owner to go removes it. What [`LEGS`] has on a socket goes before;
+//! that is also where the next leg of a socket is whose earlier one an accepted socket still owns.
+//!
+//! A leg ends with the connection of the accepted socket that shares it; else when its own socket is closed or
+//! connects anew, or when its connection is seen to end, which is not asked for: the kernel would tell each change of
+//! a socket's state, and that costs more than all else that is done at the end.
 
 use core::ffi::c_void;
 
@@ -12,23 +14,19 @@ use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST, bpf_sock_addr},
     helpers::generated::{bpf_get_socket_cookie, bpf_map_update_elem},
 };
-use carnet_core::flow::{LEG_STARTING, LegState};
+use carnet_core::flow::{LEG_REDIRECTED, LEG_STARTING, LegState, WAY_ENDED};
 
 use crate::{
-    ctx::fetch_add,
-    end::abandon_connect,
+    accepted,
+    ctx::{exchange, fetch_add},
+    end::{Bytes, abandon_connect, report_end, unknown},
+    handover,
     maps::{BLANK_LEG, CONNECTING, LEGS},
     socket::{Socket, TCP},
 };
 
-/// The leg of a socket that connects or is connected. `ctx` is the context of the hook, from which the
-/// kernel tells the socket's cookie.
-#[inline(always)]
-pub(crate) fn leg_of(ctx: *mut c_void, socket: Socket) -> Option<&'static mut LegState> {
-    leg_and_place_of(ctx, socket).map(|(leg, _)| leg)
-}
-
-/// The same, and whether it is kept apart from the socket.
+/// The leg of a socket that connects or is connected, and whether it is kept apart from the socket. `ctx` is the
+/// context of the hook, from which the kernel tells the socket's cookie.
 #[inline(always)]
 pub(crate) fn leg_and_place_of(
     ctx: *mut c_void,
@@ -37,11 +35,14 @@ pub(crate) fn leg_and_place_of(
     if let Some(leg) = socket.get(&LEGS) {
         return Some((leg, false));
     }
-    if socket.is_accepted() {
-        return None;
-    }
     // SAFETY: by the caller, the helper takes this context.
-    find(unsafe { bpf_get_socket_cookie(ctx) }).map(|leg| (leg, true))
+    apart(unsafe { bpf_get_socket_cookie(ctx) }).map(|leg| (leg, true))
+}
+
+/// The leg that the socket with this cookie keeps apart.
+#[inline(always)]
+pub(crate) fn apart(cookie: u64) -> Option<&'static mut LegState> {
+    find(cookie).filter(|leg| leg.left == 0)
 }
 
 /// The leg of the socket with this cookie, if it is kept apart from it.
@@ -63,25 +64,27 @@ pub(crate) fn place_for(
     let is_known = socket.has_cookie();
     // SAFETY: the helper takes this context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
-    let earlier = if is_known { find(cookie) } else { None };
-    if let Some(leg) = socket.get(&LEGS) {
-        if let Some(earlier) = earlier {
-            abandon_connect(earlier);
-        }
-        return Some(leg);
-    }
     let mut is_free = true;
-    if let Some(earlier) = earlier {
-        abandon_connect(earlier);
-        if earlier.set_hops != 0 && earlier.owners == 1 {
-            // The socket, and now the connection.
-            earlier.owners = 2;
-            return Some(earlier);
+    let on_socket = socket.get(&LEGS);
+    if is_known {
+        if let Some(earlier) = find(cookie) {
+            connects_anew(earlier);
+            if !earlier.is_the_sockets_alone() {
+                leave(earlier);
+                is_free = false;
+            } else if earlier.set_hops != 0 && on_socket.is_none() {
+                return Some(earlier);
+            }
+        } else {
+            is_free = !accepted::is_kept(cookie);
         }
-        is_free = earlier.owners == 0;
     }
-    // Socket options and addresses of Multipath TCP are asked of the connection, not of this subflow.
-    if is_tcp && is_free && socket.multipath().is_none() && !socket.is_accepted() {
+    if on_socket.is_some() {
+        return on_socket;
+    }
+    // Socket options and addresses of Multipath TCP are asked of the connection, not of this subflow. And of a
+    // socket that no process has a descriptor of, nobody tells when it is closed.
+    if is_tcp && is_free && socket.multipath().is_none() && socket.has_file() {
         if let Some(leg) = begin(cookie, BPF_ANY) {
             return Some(leg);
         }
@@ -104,8 +107,8 @@ pub(crate) fn with_record(
     if leg.set_hops == 0 {
         return None;
     }
-    abandon_connect(leg);
-    if leg.owners == 1 { Some(leg) } else { part(socket, leg) }
+    connects_anew(leg);
+    if leg.is_the_sockets_alone() { Some(leg) } else { part(socket, leg) }
 }
 
 /// The accepted socket of an earlier connection still owns the leg: the connecting socket takes its record along,
@@ -117,11 +120,12 @@ fn part(socket: Socket, leg: &mut LegState) -> Option<&'static mut LegState> {
     }
     let put = socket.put_on_socket(&LEGS, leg);
     leg.set_hops = 0;
-    let_go(leg);
+    leave(leg);
     if !put {
         return None;
     }
     let own = socket.get(&LEGS)?;
+    // Nobody asks, but whether there is a leg is asked here, and not after LLVM has computed where its record is.
     own.owners = 0;
     Some(own)
 }
@@ -135,14 +139,11 @@ pub(crate) fn place_for_record(cookie: u64) -> Option<&'static mut LegState> {
         return Some(leg);
     }
     let earlier = find(cookie)?;
-    abandon_connect(earlier);
-    if earlier.set_hops != 0 && earlier.owners == 1 {
-        return Some(earlier);
-    }
-    if earlier.owners != 0 {
+    connects_anew(earlier);
+    if !earlier.is_the_sockets_alone() {
         return None;
     }
-    begin(cookie, BPF_ANY)
+    if earlier.set_hops != 0 { Some(earlier) } else { begin(cookie, BPF_ANY) }
 }
 
 /// Takes back the place for a record that came to nothing.
@@ -151,7 +152,7 @@ pub(crate) fn give_back(cookie: u64) {
     let _absent = CONNECTING.remove(&cookie);
 }
 
-/// A leg with one owner, else all zero; `flags`: whether there may be an earlier one.
+/// A leg with one owner, its socket, else all zero; `flags`: whether there may be an earlier one.
 #[inline(always)]
 fn begin(cookie: u64, flags: u32) -> Option<&'static mut LegState> {
     let blank = BLANK_LEG.get(0)?;
@@ -178,8 +179,8 @@ fn begin(cookie: u64, flags: u32) -> Option<&'static mut LegState> {
 #[inline(always)]
 pub(crate) fn let_go(leg: &mut LegState) {
     let cookie = leg.cookie;
-    // SAFETY: the entry stays allocated until the program ends; from its second owner on the number is touched
-    // atomically alone.
+    // SAFETY: the entry stays allocated until the program ends; from when it may have two owners on the number is
+    // touched atomically alone.
     if unsafe { fetch_add(&raw mut leg.owners, -1) } == 1 {
         let _absent = CONNECTING.remove(&cookie);
     }
@@ -198,17 +199,68 @@ pub(crate) fn storage_ends(socket: Socket) {
 /// The socket with this cookie has been closed, for good. Its connection, if it came to one, may go on for a
 /// while. Gives `false` if no leg is kept for it.
 #[inline(always)]
-pub(crate) fn socket_ends(cookie: u64) -> bool {
+pub(crate) fn socket_ends(cookie: u64, bytes: impl FnOnce() -> Bytes) -> bool {
     let Some(leg) = find(cookie) else {
         return false;
     };
-    if leg.kind & LEG_STARTING != 0 {
-        abandon_connect(leg);
-    }
-    if leg.set_hops != 0 {
-        let_go(leg);
-    } else if leg.owners == 0 {
-        let _absent = CONNECTING.remove(&cookie);
-    }
+    connection_ends(leg, bytes);
+    leave(leg);
     true
+}
+
+/// The connection of a leg that is kept apart is over, or the attempt at one, or nobody has its socket any more. The
+/// leg ends, unless that is left to the accepted socket.
+#[inline(always)]
+pub(crate) fn connection_ends(leg: &mut LegState, bytes: impl FnOnce() -> Bytes) {
+    let kind = leg.kind;
+    if kind == 0 {
+        return;
+    }
+    if kind & LEG_STARTING != 0 {
+        abandon_connect(leg);
+        return;
+    }
+    if kind == LEG_REDIRECTED && handover::give_up(leg, true) {
+        return;
+    }
+    ends(leg, bytes);
+}
+
+/// The socket is connected anew: the connection before, if there was one, was dissolved.
+#[inline(always)]
+pub(crate) fn connects_anew(leg: &mut LegState) {
+    if leg.kind != 0 {
+        carnet_dissolve(leg);
+    }
+    leg.way = WAY_ENDED;
+}
+
+/// The half of it for which few connects pay. A global function, see `decide`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn carnet_dissolve(leg: *mut LegState) -> i32 {
+    // SAFETY: the verifier makes callers pass a whole value, or null.
+    if let Some(leg) = unsafe { leg.as_mut() } {
+        connection_ends(leg, unknown);
+        ends(leg, unknown);
+    }
+    0
+}
+
+/// A leg ends, unless it has already: both ends of its connection may see that.
+#[inline(always)]
+pub(crate) fn ends(leg: &mut LegState, bytes: impl FnOnce() -> Bytes) {
+    // SAFETY: the leg is in a map value.
+    if leg.kind != 0 && unsafe { exchange(&raw mut leg.kind, 0) } != 0 {
+        report_end(leg, bytes);
+    }
+}
+
+/// The socket does not keep a leg any more.
+#[inline(always)]
+fn leave(leg: &mut LegState) {
+    if leg.left == 0 {
+        leg.left = 1;
+        let_go(leg);
+    }
 }

@@ -59,13 +59,28 @@ pub(crate) fn guard_ends(leg: &mut LegState) {
     }
 }
 
-/// Reports the end of a leg, with the bytes that the connecting side sent and received.
+/// What the connecting side of a connection sent and received.
+pub(crate) struct Bytes {
+    pub(crate) sent: u64,
+    pub(crate) received: u64,
+}
+
+/// Reports the end of a leg.
 #[inline(always)]
-pub(crate) fn report_end(leg: &LegState, sent: u64, received: u64) {
+pub(crate) fn report_end(leg: &LegState, bytes: impl FnOnce() -> Bytes) {
     event_of_leg(EventKind::Closed, leg, |event| {
+        let Bytes { sent, received } = bytes();
         event.bytes_sent = sent;
         event.bytes_received = received;
     });
+}
+
+/// Of UDP, and of a connection that was dissolved, nobody counts them.
+#[inline(always)]
+pub(crate) fn unknown() -> Bytes {
+    // Two zeros beside each other, if LLVM knew them, would be the call of a function.
+    let none = opaque(0);
+    Bytes { sent: none, received: none }
 }
 
 /// A leg of a UDP flow has ended. Nothing happens if it had none.
@@ -95,9 +110,7 @@ extern "C" fn carnet_datagrams_end(leg: *mut LegState) -> i32 {
         guard_ends(leg);
         count(Counter::DatagramFlowsEnded);
     }
-    // Two zeros beside each other, if LLVM knew them, would be the call of a function.
-    let bytes = opaque(0);
-    report_end(leg, bytes, bytes);
+    report_end(leg, unknown);
     0
 }
 
@@ -117,7 +130,6 @@ pub(crate) fn abandon(leg: &mut LegState) {
 pub(crate) fn abandon_connect(leg: &mut LegState) {
     if leg.kind & LEG_STARTING != 0 {
         carnet_unsettled(-1);
-        leg.disown();
     }
     if leg.kind == LEG_REDIRECTED | LEG_STARTING {
         count(Counter::Unsent);

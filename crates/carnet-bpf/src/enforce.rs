@@ -17,7 +17,7 @@ use carnet_core::{
 use crate::{
     attempt::{Attempt, bind_to_device},
     connect::{begin, record_on},
-    connecting::leg_of,
+    connecting::leg_and_place_of,
     ctx::{fetch_add, load64},
     decide::Request,
     end::abandon_connect,
@@ -55,7 +55,7 @@ extern "C" fn carnet_forget(ctx: *mut bpf_sock_addr) -> i32 {
     let Some(socket) = Socket::new(load64!(ctx, 64) as *mut _) else {
         return 0;
     };
-    if let Some(leg) = leg_of(ctx.cast(), socket)
+    if let Some((leg, _)) = leg_and_place_of(ctx.cast(), socket)
         && leg.kind & LEG_STARTING != 0
     {
         abandon_connect(leg);

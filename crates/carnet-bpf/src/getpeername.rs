@@ -8,13 +8,10 @@
 //! **Returns** 1 always. **WFP**: applications see the original destination likewise.
 
 use aya_ebpf::{bindings::bpf_sock_addr, macros::cgroup_sock_addr, programs::SockAddrContext};
-use carnet_core::{
-    address::Endpoint,
-    flow::{LEG_REDIRECTED, LegState},
-};
+use carnet_core::{address::Endpoint, flow::LegState};
 
 use crate::{
-    connecting::leg_of,
+    connecting::leg_and_place_of,
     ctx::load64,
     sock_addr::{address_v4, address_v6, set_address_v4, set_address_v6},
     socket::Socket,
@@ -42,7 +39,12 @@ pub fn carnet_getpeer6(ctx: SockAddrContext) -> i32 {
 
 #[inline(always)]
 fn leg(ctx: *mut bpf_sock_addr) -> Option<&'static LegState> {
-    leg_of(ctx.cast(), Socket::new(load64!(ctx, 64) as *mut _)?).map(|leg| &*leg)
+    let socket = Socket::new(load64!(ctx, 64) as *mut _)?;
+    // The service asks who has connected, at each accept.
+    if socket.is_accepted() {
+        return None;
+    }
+    leg_and_place_of(ctx.cast(), socket).map(|(leg, _)| &*leg)
 }
 
 /// The leg of a socket, if it was redirected and this peer is the service to which it was sent.
@@ -51,5 +53,5 @@ pub(crate) fn redirected(
     leg: Option<&'static LegState>,
     peer: &Endpoint,
 ) -> Option<&'static LegState> {
-    leg.filter(|leg| leg.kind == LEG_REDIRECTED && leg.target.is_same(peer))
+    leg.filter(|leg| leg.is_to_a_service() && leg.target.is_same(peer))
 }

@@ -26,7 +26,7 @@ use carnet_core::{
 };
 
 use crate::{
-    accepted::{Delivered, delivered_to, ticket},
+    accepted::{Delivered, delivered_to},
     ctx::{load32, load64, store32},
     held::asked,
     mac::issue,
@@ -59,13 +59,13 @@ pub fn carnet_getsockopt(ctx: SockoptContext) -> i32 {
     let mut length = 0;
     if name == abi::SO_ORIGINAL_DST
         && (level == abi::SOL_IP || level == abi::SOL_IPV6)
-        && let Some(Delivered { leg, .. }) = delivered(ctx, socket)
+        && let Some(Delivered { leg, ticket, .. }) = delivered(ctx, socket)
         && let Some(answered) = original_destination(ctx, level, &leg.requested)
     {
         let error = match answered {
             Ok(bytes) => {
                 length = bytes;
-                asked(leg, ticket(ctx, socket));
+                asked(leg, ticket);
                 0
             }
             // As netfilter says it.
@@ -106,7 +106,7 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
     {
         return Err(errno::EOPNOTSUPP);
     }
-    let Some(Delivered { leg, is_there }) = delivered(ctx, socket) else {
+    let Some(Delivered { leg, is_there, ticket }) = delivered(ctx, socket) else {
         let state = socket.state();
         return Err(if state == CLOSE || state == LISTEN || state == SYN_SENT {
             errno::ENOTCONN
@@ -137,9 +137,7 @@ fn answer(ctx: *mut bpf_sockopt, socket: Socket, name: i32) -> Result<u32, i32> 
             put(ctx, leg.context_length)
         }
         abi::ORIGINAL_DESTINATION => put(ctx, leg.requested),
-        abi::ONWARDS => {
-            put(ctx, OnwardsInfo { destination: leg.requested, ticket: ticket(ctx, socket) })
-        }
+        abi::ONWARDS => put(ctx, OnwardsInfo { destination: leg.requested, ticket }),
         abi::ORIGINAL_APP => copy_out::<{ size_of::<AppIdentity>() / 8 }>(
             ctx,
             ptr::from_ref(&leg.record.app).cast(),

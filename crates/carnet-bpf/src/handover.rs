@@ -1,40 +1,95 @@
 //! The way of a leg from the connecting to the accepted socket.
 //!
-//! It begins before the SYN is sent, and ends once: when the other end is established, or when the connecting
+//! It begins when the connecting end is established, and ends once: when the other end is, or when the connecting
 //! side gives up before that. Until then the leg stays where it is. One that is kept apart from its socket is
 //! owned by the way too, and by whoever ends that; of one that hangs on its socket a copy is under way, which goes
 //! to whoever ends the way.
 
-use aya_ebpf::{bindings::BPF_ANY, helpers::generated::bpf_map_update_elem};
-use carnet_core::flow::{Handover, LegState, Tuple};
-
-use crate::{
-    ctx::fetch_add,
-    maps::{COPIES, HANDOVER},
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST},
+    helpers::generated::bpf_map_update_elem,
+};
+use carnet_core::{
+    address::Endpoint,
+    event::Counter,
+    flow::{Handover, LegState, Tuple, WAY_BEGUN, WAY_ENDED, WAY_NONE, WAY_SHARED},
 };
 
-/// A leg is on its way; `is_apart`: it is kept apart from its socket. Gives `false` when out of memory.
+use crate::{
+    connecting,
+    ctx::fetch_add,
+    maps::{COPIES, HANDOVER},
+    report::count,
+};
+
+/// A leg is on its way from `local`; `is_apart`: it is kept apart from its socket.
 #[inline(always)]
-pub(crate) fn begin(key: &Tuple, leg: &mut LegState, is_apart: bool) -> bool {
+pub(crate) fn begin(leg: &mut LegState, local: &Endpoint, is_apart: bool) {
+    leg.local = *local;
+    leg.way = WAY_BEGUN;
     let handover = Handover { cookie: leg.cookie, copied: (!is_apart).into() };
-    leg.delivered = 0;
     if is_apart {
         leg.owners += 1;
     } else if !copy(handover.cookie, leg) {
-        return false;
+        leg.way = WAY_ENDED;
+        count(Counter::HandoverFailed);
+        return;
     }
-    if HANDOVER.insert(key, &handover, BPF_ANY.into()).is_ok() {
-        return true;
+    let key = leg.ends();
+    if insert(&key, &handover) {
+        return;
     }
-    come_to_nothing(leg, is_apart);
+    overtake(&key);
+    if !insert(&key, &handover) {
+        come_to_nothing(leg, is_apart);
+        count(Counter::HandoverFailed);
+    }
+}
+
+#[inline(always)]
+fn insert(key: &Tuple, handover: &Handover) -> bool {
+    HANDOVER.insert(key, handover, BPF_NOEXIST.into()).is_ok()
+}
+
+/// A connection that was between the same ends has died, of which nothing was told as yet.
+#[inline(always)]
+fn overtake(key: &Tuple) {
+    let Some(earlier) = between(key) else {
+        return;
+    };
+    if !end(key) {
+        return;
+    }
+    count(Counter::Unanswered);
+    if earlier.copied != 0 {
+        remove_copy(earlier.cookie);
+    } else if let Some(leg) = connecting::find(earlier.cookie) {
+        leg.way = WAY_ENDED;
+        connecting::let_go(leg);
+    }
+}
+
+/// The connecting side has done with a leg. Gives whether the accepted socket has it, or is about to.
+#[inline(always)]
+pub(crate) fn give_up(leg: &mut LegState, is_apart: bool) -> bool {
+    if leg.way == WAY_BEGUN {
+        if !end(&leg.ends()) {
+            return is_apart;
+        }
+        come_to_nothing(leg, is_apart);
+    } else if leg.way != WAY_NONE {
+        return leg.way == WAY_SHARED;
+    }
+    count(Counter::Unanswered);
     false
 }
 
 /// The way of a leg has ended on the connecting side.
 #[inline(always)]
-pub(crate) fn come_to_nothing(leg: &mut LegState, is_apart: bool) {
+fn come_to_nothing(leg: &mut LegState, is_apart: bool) {
+    leg.way = WAY_ENDED;
     if is_apart {
-        // Not the last owner: that is the connection.
+        // Not the last owner: that is the socket.
         // SAFETY: the entry stays allocated until the program ends; the number is touched atomically.
         unsafe { fetch_add(&raw mut leg.owners, -1) };
     } else {

@@ -183,10 +183,11 @@ pub(crate) static DELIVERED: SkStorage<LegState> = SkStorage::new();
 pub(crate) static SECOND_RECORDS: SkStorage<Record> = SkStorage::new();
 
 /// Legs under way from the connecting to the accepted socket: where they are, by the connection's two
-/// ends. Writer: sockops before the SYN is sent. Reader: sockops when the other end is
-/// established, which removes the entry; so does the end of a connection that was never established.
+/// ends. In memory that is set apart, as of [`CONNECTING`]; the way is as long as that of an ACK. Writer: sockops when
+/// the connecting end is established. Reader: sockops when the other end is, which removes the entry; so does the end
+/// of a connection that never comes so far.
 #[btf_map]
-pub(crate) static HANDOVER: HashMap<Tuple, Handover, 65536, NO_PREALLOC> = HashMap::new();
+pub(crate) static HANDOVER: HashMap<Tuple, Handover, 8192> = HashMap::new();
 
 /// Copies of legs that are not in [`CONNECTING`]: what hangs on a socket only that one's hooks reach. Those
 /// under way by the cookies of the connecting sockets, those delivered as [`ACCEPTED`] says. Writer, reader: as of

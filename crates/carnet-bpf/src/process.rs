@@ -26,7 +26,6 @@ use crate::{
     bank::{Bank, repeat},
     ctx::{fetch_add, opaque},
     maps::{BLANK_LEG, KnownPath, PATHS, PathKey, SVC_CGROUPS},
-    report::now,
 };
 
 /// Byte offsets of the fields that are read, in the kernel's structures.
@@ -67,6 +66,13 @@ pub(crate) struct Offsets {
     task_command: u32,
     cred_user: u32,
     cred_group: u32,
+    pub(crate) socket_file: u32,
+    pub(crate) tcp_fastopen: u32,
+    pub(crate) tcp_bytes_received: u32,
+    pub(crate) tcp_bytes_sent: u32,
+    pub(crate) tcp_bytes_sent_again: u32,
+    pub(crate) tcp_sent: u32,
+    pub(crate) tcp_written: u32,
 }
 
 /// The same, as the loader fills it in: the fields of [`Offsets`] in their order. The verifier
@@ -108,6 +114,13 @@ pub(crate) static OFFSETS: Offsets = Offsets {
     task_command: 33,
     cred_user: 34,
     cred_group: 35,
+    socket_file: 36,
+    tcp_fastopen: 37,
+    tcp_bytes_received: 38,
+    tcp_bytes_sent: 39,
+    tcp_bytes_sent_again: 40,
+    tcp_sent: 41,
+    tcp_written: 42,
 };
 
 /// One of [`OFFSETS`].
@@ -148,7 +161,7 @@ pub(crate) fn field<T>(structure: *const c_void, offset: u32) -> T {
 
 /// The structure to which a field of another one points; null where either is not there.
 #[inline(always)]
-fn follow(structure: *const c_void, offset: u32) -> *const c_void {
+pub(crate) fn follow(structure: *const c_void, offset: u32) -> *const c_void {
     if structure.is_null() { ptr::null() } else { field(structure, offset) }
 }
 
@@ -197,7 +210,7 @@ impl Process {
     /// Fills in the identity of the process, but for its network namespace. `app` is all zero;
     /// `scratch` too, and is left with garbage.
     #[inline(always)]
-    fn identify(self, app: &mut AppIdentity, scratch: &mut [u8; MAX_PATH]) {
+    fn identify(self, app: &mut AppIdentity, scratch: &mut [u8; MAX_PATH], now_ns: u64) {
         app.pid = pid();
         // One instruction each, where the helpers take as long as all else here.
         let cred = follow(self.task, offset!(task_cred));
@@ -210,7 +223,7 @@ impl Process {
         let file = self.executable_file();
         app.executable = file_id(file);
         if !file.is_null() {
-            fill_in_path(file, app, scratch);
+            fill_in_path(file, app, scratch, now_ns);
         }
         let leader = follow(self.task, offset!(task_group_leader));
         if !leader.is_null() {
@@ -229,7 +242,7 @@ pub(crate) fn caller() -> Caller {
     Caller { service: carnet_service(), privileged: Process::current().is_privileged() }
 }
 
-/// Fills in the identity of the calling process in the record of a new leg. A global function, see
+/// Fills in the identity of the calling process in the record of a leg that has just begun. A global function, see
 /// `decide`.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -239,7 +252,7 @@ pub(crate) extern "C" fn carnet_identify(leg: *mut LegState) -> i32 {
         return 0;
     };
     leg.record.app.netns = leg.netns;
-    Process::current().identify(&mut leg.record.app, &mut leg.context);
+    Process::current().identify(&mut leg.record.app, &mut leg.context, leg.began_ns);
     0
 }
 
@@ -327,12 +340,17 @@ const PATH_KNOWN_NS: u64 = 1_000_000_000;
 
 /// Fills in the path of a `struct file`, which is the executable of `app`.
 #[inline(always)]
-fn fill_in_path(file: *const c_void, app: &mut AppIdentity, scratch: &mut [u8; MAX_PATH]) {
+fn fill_in_path(
+    file: *const c_void,
+    app: &mut AppIdentity,
+    scratch: &mut [u8; MAX_PATH],
+    now_ns: u64,
+) {
     let key = PathKey {
         mount: field(file, offset!(file_path_mnt)),
         dentry: field(file, offset!(file_path_dentry)),
     };
-    if copy_known_path(&key, app) {
+    if copy_known_path(&key, app, now_ns) {
         return;
     }
     let length = path(&key, scratch);
@@ -340,23 +358,24 @@ fn fill_in_path(file: *const c_void, app: &mut AppIdentity, scratch: &mut [u8; M
     let start = (MAX_PATH as u32).wrapping_sub(length);
     // The mask changes nothing, it tells the verifier a bound.
     copy_path(app, scratch.as_ptr().wrapping_add(start as usize), (opaque(length) & 0x1ff) as u32);
-    remember_path(&key, app);
+    remember_path(&key, app, now_ns);
 }
 
 /// The same if the path is known. If not, it is left all zero.
 #[inline(always)]
-fn copy_known_path(key: &PathKey, app: &mut AppIdentity) -> bool {
+fn copy_known_path(key: &PathKey, app: &mut AppIdentity, now_ns: u64) -> bool {
     let Some(known) = known_path(key) else {
         return false;
     };
     let read_ns = known.read_ns;
-    if known.file != app.executable || now().wrapping_sub(read_ns) >= PATH_KNOWN_NS {
+    if known.file != app.executable || now_ns.wrapping_sub(read_ns) >= PATH_KNOWN_NS {
         return false;
     }
     app.path_length = known.length as u32;
     copy_path(app, known.path.as_ptr(), MAX_PATH as u32);
-    // The place of an entry that has just been replaced may have got another path meanwhile.
-    if known_path(key).is_some_and(|again| again.read_ns == read_ns) {
+    // The place of an entry that has just been replaced may have got another path meanwhile, and has another time then.
+    // SAFETY: the entry stays allocated until the program ends. Volatile, since it may change.
+    if unsafe { core::ptr::read_volatile(&raw const known.read_ns) } == read_ns {
         return true;
     }
     if let Some(blank) = BLANK_LEG.get(0) {
@@ -382,7 +401,7 @@ fn copy_path(app: &mut AppIdentity, source: *const u8, length: u32) {
 /// Remembers the path that has been read for `app`. It is filled in where it is: before Linux 6.3 nothing
 /// is copied into a map from an argument of a global function.
 #[inline(always)]
-fn remember_path(key: &PathKey, app: &AppIdentity) {
+fn remember_path(key: &PathKey, app: &AppIdentity, now_ns: u64) {
     let Some(blank) = BLANK_LEG.get(0) else {
         return;
     };
@@ -413,7 +432,7 @@ fn remember_path(key: &PathKey, app: &AppIdentity) {
             MAX_PATH as u32,
             app.path.as_ptr().cast(),
         );
-        fetch_add((&raw mut (*known).read_ns).cast(), now() as i64);
+        fetch_add((&raw mut (*known).read_ns).cast(), now_ns as i64);
     }
 }
 

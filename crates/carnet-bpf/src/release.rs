@@ -1,8 +1,9 @@
 //! `cgroup/sock_release` (since Linux 5.9): the end of UDP flows, of services' UDP sockets, of connects that
 //! failed, and of accepted sockets.
 //!
-//! **What it does.** Counts a redirected TCP connect that ends before its SYN was sent: no other hook
-//! sees that. Marks the slot of a registered UDP socket as free to take, as `sockops` does for TCP.
+//! **What it does.** Ends the leg of a TCP socket, unless that is left to the accepted socket; counts a redirected
+//! connect that ends before its SYN was sent, or without an answer. Marks the slot of a registered UDP socket as
+//! free to take, as `sockops` does for TCP.
 //! Ends the flows of a UDP socket that is closed for good: the leg of a connected
 //! one, and the newest of those that a socket that is not connected has; the rest end by their timers.
 //! Their services can ask about them for a moment more: many a client sends one datagram and closes.
@@ -30,12 +31,12 @@ use crate::{
     accepted,
     bank::repeat,
     connecting,
-    end::datagrams_end,
+    end::{Bytes, datagrams_end},
     idle,
     listener::unlisten,
     maps::{BLANK_LEG, DATAGRAM_LEGS, LEGS, REGISTERED, SOCKET_TOKENS, SocketTokens, TOKENS},
     process::{offset, read},
-    socket::{Socket, TCP},
+    socket::{Socket, has_received_fin},
 };
 
 #[cgroup_sock(sock_release)]
@@ -53,9 +54,8 @@ pub fn carnet_release(ctx: SockContext) -> i32 {
             return 1;
         }
         connecting::storage_ends(socket);
-        let is_accepted = socket.protocol() == TCP && accepted::is_accepted(sk);
-        if is_accepted || !connecting::socket_ends(cookie) {
-            accepted::socket_ends(cookie);
+        if !connecting::socket_ends(cookie, || bytes_of(sk)) {
+            accepted::socket_ends(cookie, sk);
         }
         return 1;
     }
@@ -80,6 +80,20 @@ pub fn carnet_release(ctx: SockContext) -> i32 {
         unlisten(registration, socket.protocol(), &bound_to(ctx, socket.family()));
     }
     1
+}
+
+/// What a TCP socket has sent, or is still to send, and received.
+#[inline(always)]
+fn bytes_of(sk: u64) -> Bytes {
+    let all: u64 = read(sk, offset!(tcp_bytes_sent));
+    let again: u64 = read(sk, offset!(tcp_bytes_sent_again));
+    let unsent = read::<u32>(sk, offset!(tcp_written)).wrapping_sub(read(sk, offset!(tcp_sent)));
+    let received: u64 = read(sk, offset!(tcp_bytes_received));
+    Bytes {
+        sent: all.wrapping_sub(again).wrapping_add(unsent.into()),
+        // The kernel counts the FIN as a byte.
+        received: received.saturating_sub(has_received_fin(read(sk, offset!(sock_flags))).into()),
+    }
 }
 
 /// The address and port that a socket of this family is bound to.

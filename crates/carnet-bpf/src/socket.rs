@@ -4,7 +4,9 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_RTO_CB_FLAG, bpf_sock},
+    bindings::{
+        BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_RTO_CB_FLAG, BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sock,
+    },
     btf_maps::SkStorage,
     helpers::generated::{
         bpf_probe_read_kernel, bpf_sk_storage_delete, bpf_sk_storage_get, bpf_skc_to_mptcp_sock,
@@ -21,7 +23,7 @@ use carnet_core::{
 use crate::{
     ctx::load32,
     maps::REGISTERED,
-    process::{field, offset},
+    process::{field, follow, offset},
 };
 
 /// `IPPROTO_TCP`.
@@ -179,20 +181,37 @@ impl Socket {
         tcp.is_null() || field::<u64>(tcp, offset!(sock_cookie)) != 0
     }
 
-    /// Whether the socket has been accepted, with a leg ([`MARK_OF_ACCEPTED`]). A program of others that
-    /// sets the socket's flags anew takes the mark away.
+    /// Whether the socket has the [`MARK_OF_ACCEPTED`].
     #[inline(always)]
     pub(crate) fn is_accepted(self) -> bool {
         let tcp = self.tcp();
-        !tcp.is_null() && is_marked(field::<u8>(tcp, offset!(tcp_sockops)))
+        !tcp.is_null() && u32::from(field::<u8>(tcp, offset!(tcp_sockops))) & MARK_OF_ACCEPTED != 0
+    }
+
+    /// Whether some process has, or had, a descriptor of the socket, which it closes some time. A program in the
+    /// kernel may have sockets of its own, and connect them in the context of a process.
+    #[inline(always)]
+    pub(crate) fn has_file(self) -> bool {
+        let tcp = self.tcp();
+        if tcp.is_null() {
+            return false;
+        }
+        let socket = follow(tcp, offset!(sock_owner));
+        !socket.is_null() && field::<u64>(socket, offset!(socket_file)) != 0
+    }
+
+    /// Whether the SYN may carry data, so that the other end is established before this one.
+    #[inline(always)]
+    pub(crate) fn opens_fast(self) -> bool {
+        let tcp = self.tcp();
+        !tcp.is_null() && field::<u64>(tcp, offset!(tcp_fastopen)) != 0
     }
 
     /// Whether the other end has sent all that it will.
     #[inline(always)]
     pub(crate) fn has_received_fin(self) -> bool {
-        const SOCK_DONE: u64 = 1 << 1;
         let tcp = self.tcp();
-        !tcp.is_null() && field::<u64>(tcp, offset!(sock_flags)) & SOCK_DONE != 0
+        !tcp.is_null() && has_received_fin(field(tcp, offset!(sock_flags)))
     }
 
     /// Whether a process has the socket: it was not merely established on the accepting side, and is
@@ -272,15 +291,23 @@ impl Socket {
     }
 }
 
-/// Set among a TCP socket's `sockops` flags: a service has been given it with a leg, which is found under its
-/// cookie among those of accepted sockets; what it ever connects has its leg on the socket. Of all flags this
-/// one costs least: it asks for a call when a packet has to be sent again after a time.
+/// The same, by the socket's flags.
+#[inline(always)]
+pub(crate) fn has_received_fin(flags: u64) -> bool {
+    const SOCK_DONE: u64 = 1 << 1;
+    flags & SOCK_DONE != 0
+}
+
+/// Set among a TCP socket's `sockops` flags, until it is connected elsewhere: a service has been given it with a leg.
+/// It spares the question which leg the socket has made, at each accept; a program of others that sets the flags
+/// anew may take it away. Of all flags this one costs least: it asks for a call when a packet was not answered for a
+/// time.
 pub(crate) const MARK_OF_ACCEPTED: u32 = BPF_SOCK_OPS_RTO_CB_FLAG;
 
-/// Whether these flags have the mark.
+/// Whether `sockops` is told of a TCP socket's changes of state, by its flags.
 #[inline(always)]
-pub(crate) fn is_marked(flags: u8) -> bool {
-    u32::from(flags) & MARK_OF_ACCEPTED != 0
+pub(crate) fn is_watched(flags: u8) -> bool {
+    u32::from(flags) & BPF_SOCK_OPS_STATE_CB_FLAG != 0
 }
 
 /// Whether an IP protocol number is that of UDP or UDP-Lite.

@@ -1,22 +1,24 @@
 //! `sockops` (since Linux 4.13; full sockets' storage since 5.13): carries a leg from the
 //! connecting socket to the one that the service accepts, and sees its end.
 //!
-//! **What it does.** Before the SYN is sent, when the connection's two ends are known, it notes under
-//! them where the leg is; when the other end is established, it gives the leg to the accepted
-//! socket. At the end of a connection it reports the bytes and forgets; at the end of a
-//! registered listener it marks its slot as free to take. A connect that another program has undone it
-//! keeps from coming about.
+//! **What it does.** When the connecting end is established, it notes under the two ends where the leg is; when the
+//! other end is, it gives the leg to the accepted socket. At the end of that one's connection it reports the bytes
+//! and forgets; at the end of a registered listener it marks its slot as free to take. A connect that another
+//! program has undone it keeps from coming about, before its SYN.
 //!
 //! **Why this hook.** The connect hook does not know the local port yet, and the accepting side has
-//! no hook of its own at accept. The note is in place before the SYN, so there is no race.
+//! no hook of its own at accept. The note is in place before the ACK that establishes the other end, so there is no
+//! race; with TCP Fast Open, where the SYN does that, before the SYN.
 //!
 //! **Fails closed**: a service that accepts a connection whose leg could not be carried over finds
 //! no record and refuses it.
 
 use aya_ebpf::{
     bindings::{
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, bpf_sock_ops,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_RETRANS_CB, BPF_SOCK_OPS_RETRANS_CB_FLAG, BPF_SOCK_OPS_STATE_CB,
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB,
+        bpf_sock_ops,
     },
     helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sock_ops_cb_flags_set},
     macros::sock_ops,
@@ -25,15 +27,15 @@ use aya_ebpf::{
 use carnet_core::{
     address::{AF_INET, Endpoint},
     event::Counter,
-    flow::{LEG_REDIRECTED, LEG_STARTING, Tuple},
+    flow::{LEG_REDIRECTED, LEG_STARTING, LegState, Tuple, WAY_BEGUN, WAY_NONE},
     outcome::Outcome,
 };
 
 use crate::{
     accepted,
-    connecting::{self, leg_and_place_of},
+    connecting::{apart, connection_ends, connects_anew, leg_and_place_of},
     ctx::{load32, load64},
-    end::{abandon_connect, guard_begins, report_end},
+    end::{Bytes, abandon_connect, guard_begins, report_end},
     enforce::{carnet_unsettled, hold_back},
     handover,
     listener::unlisten,
@@ -45,42 +47,32 @@ use crate::{
 #[sock_ops]
 pub fn carnet_sockops(ctx: SockOpsContext) -> u32 {
     let ctx = ctx.ops;
-    let op = load32!(ctx, 0);
-    if op != BPF_SOCK_OPS_TCP_CONNECT_CB
-        && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB
-        && op != BPF_SOCK_OPS_STATE_CB
-        && op != BPF_SOCK_OPS_TCP_LISTEN_CB
-    {
-        return 1;
-    }
-    let Some(socket) = Socket::new(load64!(ctx, 184) as *mut _) else {
-        return 1;
-    };
-    if op == BPF_SOCK_OPS_TCP_CONNECT_CB {
-        connecting(ctx, socket);
-    } else if op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
-        established(ctx, socket);
-    } else if op == BPF_SOCK_OPS_TCP_LISTEN_CB {
-        watch_state(ctx, 0);
-    } else if load32!(ctx, 8) == CLOSE {
-        let before = load32!(ctx, 4);
-        if before == LISTEN {
-            if let Some(registration) = socket.registration() {
-                unlisten(registration, TCP, &socket.local());
-            }
-        } else {
-            closed(ctx, socket, before);
-        }
+    // Most calls ask for what Carnet does not want to change: a few instructions for those.
+    match load32!(ctx, 0) {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(ctx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => connected(ctx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ctx),
+        BPF_SOCK_OPS_RETRANS_CB => sends_again(ctx),
+        BPF_SOCK_OPS_STATE_CB if load32!(ctx, 8) == CLOSE => closed(ctx),
+        BPF_SOCK_OPS_TCP_LISTEN_CB => watch(ctx, BPF_SOCK_OPS_STATE_CB_FLAG),
+        _ => {}
     }
     1
 }
 
 /// The SYN is about to be sent.
-#[inline(always)]
-fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
+#[inline(never)]
+fn connecting(ctx: *mut bpf_sock_ops) {
+    let Some(socket) = socket_of(ctx) else {
+        return;
+    };
     let Some((leg, is_apart)) = leg_and_place_of(ctx.cast(), socket) else {
         return;
     };
+    let flags = load32!(ctx, 84);
+    if flags & MARK_OF_ACCEPTED != 0 {
+        set_flags(ctx, flags & !MARK_OF_ACCEPTED);
+    }
     let (local, remote) = ends(ctx);
     let outcome = Outcome::of(leg.kind, remote.is_same(&leg.target));
     let goes = outcome == Outcome::AsDecided;
@@ -91,9 +83,14 @@ fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
         if outcome.is_undone() {
             hold_back(ctx, leg, outcome);
         }
-        abandon_connect(leg);
+        if is_apart {
+            connects_anew(leg);
+        } else {
+            abandon_connect(leg);
+        }
     }
-    if let Some(connection) = socket.multipath()
+    if !is_apart
+        && let Some(connection) = socket.multipath()
         && let Some(copy) = connection.get(&LEGS)
     {
         copy.kind = leg.kind;
@@ -101,23 +98,59 @@ fn connecting(ctx: *mut bpf_sock_ops, socket: Socket) {
     if !goes {
         return;
     }
-    watch_state(ctx, 0);
-    if leg.kind != LEG_REDIRECTED {
+    let redirected = leg.kind == LEG_REDIRECTED;
+    if is_apart && !socket.opens_fast() {
+        if redirected {
+            watch(ctx, BPF_SOCK_OPS_RETRANS_CB_FLAG);
+        }
         return;
     }
-    let key = tuple(leg.home, &local, &remote);
-    if !handover::begin(&key, leg, is_apart) {
-        count(Counter::HandoverFailed);
+    watch(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+    if redirected {
+        handover::begin(leg, &local, is_apart);
+    }
+}
+
+/// The leg, kept apart, of a socket that is connected to a service, or is about to be.
+#[inline(always)]
+fn leg_to_service(ctx: *mut bpf_sock_ops) -> Option<&'static mut LegState> {
+    if !socket_of(ctx)?.has_cookie() {
+        return None;
+    }
+    // SAFETY: the helper takes this context.
+    apart(unsafe { bpf_get_socket_cookie(ctx.cast()) }).filter(|leg| leg.kind == LEG_REDIRECTED)
+}
+
+/// A connection has been established on the connecting side; the other end will be when the ACK comes.
+#[inline(never)]
+fn connected(ctx: *mut bpf_sock_ops) {
+    if let Some(leg) = leg_to_service(ctx)
+        && leg.way == WAY_NONE
+    {
+        handover::begin(leg, &ends(ctx).0, true);
+    }
+}
+
+/// A packet was not answered. A connection that is not established at its service may never be, and has its end told.
+#[inline(never)]
+fn sends_again(ctx: *mut bpf_sock_ops) {
+    if let Some(leg) = leg_to_service(ctx)
+        && (leg.way == WAY_NONE || leg.way == WAY_BEGUN)
+    {
+        watch(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
     }
 }
 
 /// A connection has been established on the accepting side.
-#[inline(always)]
-fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
+#[inline(never)]
+fn accepted(ctx: *mut bpf_sock_ops) {
+    let Some(socket) = socket_of(ctx) else {
+        return;
+    };
     let (local, remote) = ends(ctx);
     // SAFETY: the helper takes this context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
-    let key = tuple(netns, &remote, &local);
+    let key = Tuple::between(netns, &remote, &local);
     let Some(handover) = handover::between(&key) else {
         return;
     };
@@ -141,7 +174,7 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
     };
     match delivered {
         Some(leg) => {
-            watch_state(ctx, MARK_OF_ACCEPTED);
+            watch(ctx, BPF_SOCK_OPS_STATE_CB_FLAG | MARK_OF_ACCEPTED);
             count(Counter::Delivered);
             guard_begins(leg, cookie);
         }
@@ -149,44 +182,74 @@ fn established(ctx: *mut bpf_sock_ops, socket: Socket) {
     }
 }
 
-/// A connection, or an attempt at one, has ended; `before` is the state that it was in.
-#[inline(always)]
-fn closed(ctx: *mut bpf_sock_ops, socket: Socket, before: u32) {
-    let Some((leg, is_apart)) = leg_and_place_of(ctx.cast(), socket) else {
-        accepted::connection_ends(ctx, socket);
+/// A listener is no more, or a connection, or an attempt at one.
+#[inline(never)]
+fn closed(ctx: *mut bpf_sock_ops) {
+    let Some(socket) = socket_of(ctx) else {
         return;
     };
-    if leg.kind == 0 {
-        return;
-    }
-    if leg.kind & LEG_STARTING != 0 {
-        // There was no port for it. This is only told of a socket that was connected before.
-        abandon_connect(leg);
-        return;
-    }
-    if leg.kind == LEG_REDIRECTED && leg.delivered == 0 {
-        // Only a connection that was never established has still got an entry.
-        let (local, remote) = ends(ctx);
-        if handover::end(&tuple(leg.home, &local, &remote)) {
-            handover::come_to_nothing(leg, is_apart);
-            count(Counter::Unanswered);
+    let before = load32!(ctx, 4);
+    if before == LISTEN {
+        if let Some(registration) = socket.registration() {
+            unlisten(registration, TCP, &socket.local());
         }
+        return;
     }
-    leg.kind = 0;
-    // The kernel counts SYN and FIN as bytes.
-    let fin_acknowledged = before == FIN_WAIT2 || before == CLOSING || before == LAST_ACK;
-    let sent = load64!(ctx, 176).saturating_sub(1 + u64::from(fin_acknowledged));
-    let received = load64!(ctx, 168).saturating_sub(u64::from(socket.has_received_fin()));
-    report_end(leg, sent, received);
-    if is_apart {
-        connecting::let_go(leg);
+    if let Some(leg) = socket.get(&LEGS) {
+        if leg.kind & LEG_STARTING != 0 {
+            // There was no port for it. This is only told of a socket that was connected before.
+            abandon_connect(leg);
+        } else if leg.kind != 0 {
+            if leg.kind == LEG_REDIRECTED {
+                handover::give_up(leg, false);
+            }
+            leg.kind = 0;
+            report_end(leg, || bytes_of(ctx, socket, before, SYN));
+        }
+        return;
+    }
+    // SAFETY: the helper takes this context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+    let mirrored = || {
+        // An accepted socket is made when its SYN has been acknowledged.
+        let Bytes { sent, received } = bytes_of(ctx, socket, before, 0);
+        Bytes { sent: received, received: sent }
+    };
+    if !accepted::connection_ends(cookie, socket, mirrored)
+        && let Some(leg) = apart(cookie)
+    {
+        connection_ends(leg, || bytes_of(ctx, socket, before, SYN));
     }
 }
 
-/// Asks to be told of this socket's changes of state, and puts a mark on it.
+/// The kernel counts it as a byte.
+const SYN: u64 = 1;
+
+/// What this end of a connection has sent, as far as the other one has told that it has it, and received; `syn`: what
+/// of that is the SYN.
 #[inline(always)]
-fn watch_state(ctx: *mut bpf_sock_ops, mark: u32) {
-    let flags = load32!(ctx, 84) | BPF_SOCK_OPS_STATE_CB_FLAG | mark;
+fn bytes_of(ctx: *mut bpf_sock_ops, socket: Socket, before: u32, syn: u64) -> Bytes {
+    // The kernel counts FIN as a byte.
+    let fin_acknowledged = before == FIN_WAIT2 || before == CLOSING || before == LAST_ACK;
+    Bytes {
+        sent: load64!(ctx, 176).saturating_sub(syn + u64::from(fin_acknowledged)),
+        received: load64!(ctx, 168).saturating_sub(u64::from(socket.has_received_fin())),
+    }
+}
+
+#[inline(always)]
+fn socket_of(ctx: *mut bpf_sock_ops) -> Option<Socket> {
+    Socket::new(load64!(ctx, 184) as *mut _)
+}
+
+/// Asks to be told more of this socket.
+#[inline(always)]
+fn watch(ctx: *mut bpf_sock_ops, more: u32) {
+    set_flags(ctx, load32!(ctx, 84) | more);
+}
+
+#[inline(always)]
+fn set_flags(ctx: *mut bpf_sock_ops, flags: u32) {
     // SAFETY: the helper takes this context.
     unsafe { bpf_sock_ops_cb_flags_set(ctx, flags as i32) };
 }
@@ -210,16 +273,5 @@ fn ends(ctx: *mut bpf_sock_ops) -> (Endpoint, Endpoint) {
                 remote_port,
             ),
         )
-    }
-}
-
-#[inline(always)]
-fn tuple(netns: u64, connecting: &Endpoint, accepting: &Endpoint) -> Tuple {
-    Tuple {
-        netns,
-        local_address: connecting.address,
-        remote_address: accepting.address,
-        local_port: connecting.port.into(),
-        remote_port: accepting.port.into(),
     }
 }

@@ -29,12 +29,22 @@ pub const LEG_TO_UNMODIFIED: u32 = 1;
 /// the next connect's.
 pub const LEG_ADOPTED: u32 = 2;
 
+/// [`LegState::way`]: it has not begun.
+pub const WAY_NONE: u32 = 0;
+/// [`LegState::way`]: the connecting socket is established, and [`Handover`] says where the leg is.
+pub const WAY_BEGUN: u32 = 1;
+/// [`LegState::way`]: the accepted socket shares the leg, which ends with that one's connection.
+pub const WAY_SHARED: u32 = 2;
+/// [`LegState::way`]: the accepted socket has a copy, or nothing, or the connecting one has other plans. The leg ends
+/// with its own socket.
+pub const WAY_ENDED: u32 = 3;
+
 /// One leg of a flow: the state of the socket that connects, and of the socket that the service
 /// accepts, which share it or have a copy each.
 ///
 /// It begins when a service sets a record on the socket, or when a connect is redirected; `kind` is
-/// 0 until the connect and after the connection's end on the connecting side ([`Accepted`] has that of
-/// the other side). For the connecting socket it answers `getpeername` and the flow listing; for the
+/// 0 until the connect and after the leg's end. A leg that the accepted socket shares ends with that
+/// one's connection, any other with the connecting socket, at the latest: when it is closed or connects anew. For the connecting socket it answers `getpeername` and the flow listing; for the
 /// accepted one the control interface. A UDP flow of an unconnected socket has its leg in a
 /// [`DatagramLeg`]. Its record's MAC is computed when a service asks for the record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -67,12 +77,16 @@ pub struct LegState {
     pub protocol: u32,
     /// [`LEG_TO_UNMODIFIED`], [`LEG_ADOPTED`].
     pub flags: u32,
-    /// Of a leg that is kept apart from its socket: how many keep it. These are the connection, until it is
-    /// over; the socket, until it is closed, if a record was set on it by its ticket; and the way to
-    /// the accepted socket, then that one.
+    /// Of a leg that is kept apart from its socket: how many keep it. These are the socket, until it is
+    /// closed or has another leg; and the way to the accepted socket, then that one.
     pub owners: i64,
-    /// Not 0 once the accepted socket shares the leg.
-    pub delivered: u64,
+    /// How far the leg has come to the accepted socket: [`WAY_NONE`], [`WAY_BEGUN`], [`WAY_SHARED`],
+    /// [`WAY_ENDED`].
+    pub way: u32,
+    /// Not 0: the socket does not keep it any more.
+    pub left: u32,
+    /// The connecting socket's own address and port, once the way has begun.
+    pub local: Endpoint,
     /// The destination that the connect asked for.
     pub requested: Endpoint,
     /// Where the connection really goes: the service's listener; for an onward leg the same as
@@ -107,11 +121,22 @@ impl LegState {
         self.flags &= !LEG_ADOPTED;
     }
 
-    /// The connection, which nobody else knows of yet, comes to nothing: it owns the leg no more. A record
-    /// that was set on the socket is still that one's.
+    /// Whether the socket's connection goes to a service, or went there and is over on that side.
     #[inline(always)]
-    pub const fn disown(&mut self) {
-        self.owners = if self.set_hops == 0 { 0 } else { 1 };
+    pub const fn is_to_a_service(&self) -> bool {
+        self.kind == LEG_REDIRECTED || self.way == WAY_SHARED
+    }
+
+    /// Whether nobody but its socket keeps the leg.
+    #[inline(always)]
+    pub const fn is_the_sockets_alone(&self) -> bool {
+        self.owners == 1 && self.left == 0
+    }
+
+    /// The two ends of the connection, once the way has begun: where [`Handover`] is.
+    #[inline(always)]
+    pub const fn ends(&self) -> Tuple {
+        Tuple::between(self.home, &self.local, &self.target)
     }
 
     /// A service asks for the record at `now_ns` of the boot-time clock. As long as its connection is
@@ -162,6 +187,20 @@ pub struct Tuple {
     pub local_port: u32,
     /// Port of the accepting end, in host byte order.
     pub remote_port: u32,
+}
+
+impl Tuple {
+    /// That of a connection that is accepted in the network namespace with this cookie.
+    #[inline(always)]
+    pub const fn between(netns: u64, connecting: &Endpoint, accepting: &Endpoint) -> Self {
+        Self {
+            netns,
+            local_address: connecting.address,
+            remote_address: accepting.address,
+            local_port: connecting.port as u32,
+            remote_port: accepting.port as u32,
+        }
+    }
 }
 
 /// Where a leg is that is on its way to the accepted socket.
@@ -472,7 +511,7 @@ pub const fn is_source_token(endpoint: &Endpoint) -> bool {
 }
 
 const _: () = {
-    assert!(size_of::<LegState>() == 88 + 48 + 256 + 920);
+    assert!(size_of::<LegState>() == 88 + 72 + 256 + 920);
     assert!(size_of::<Handover>() == 16);
     assert!(size_of::<Accepted>() == 24);
     assert!(size_of::<PeerKey>() == 32);

@@ -2,7 +2,7 @@
 
 use carnet_core::{
     event::Counter,
-    flow::{LEG_REDIRECTED, LEG_STARTING},
+    flow::{LEG_REDIRECTED, LEG_STARTING, LegState, WAY_NONE},
 };
 
 use crate::{
@@ -126,11 +126,17 @@ impl Engine {
         let legs = read_legs(&self.program_path(object::FLOWS), tables)?;
         let starting = LEG_REDIRECTED | LEG_STARTING;
         let starting = legs.iter().filter(|leg| leg.kind == starting).count() as u64;
-        let datagrams = |leg: &&carnet_core::flow::LegState| {
+        let datagrams = |leg: &&LegState| {
             leg.kind == LEG_REDIRECTED && leg.protocol != libc::IPPROTO_TCP.cast_unsigned()
         };
         let live = live_legs(&legs).filter(datagrams).count() + tables.datagram_legs()?.len();
-        let connecting = tables.entries("HANDOVER")? as u64;
+        // One whose connection is established on this side is in the map.
+        let unanswered = |leg: &&LegState| {
+            leg.kind == LEG_REDIRECTED
+                && leg.way == WAY_NONE
+                && leg.protocol == libc::IPPROTO_TCP.cast_unsigned()
+        };
+        let connecting = legs.iter().filter(unanswered).count() + tables.entries("HANDOVER")?;
         let counters = tables.counters()?;
         let count = |wanted| {
             counters.iter().find(|(counter, _)| *counter == wanted).map_or(0, |(_, value)| *value)
@@ -144,7 +150,7 @@ impl Engine {
                 unsent: count(Counter::Unsent),
                 unanswered: count(Counter::Unanswered),
                 starting,
-                connecting,
+                connecting: connecting as u64,
             },
             udp: UdpAccount {
                 redirected: udp_redirected,

@@ -27,7 +27,7 @@ pub(crate) struct Offsets([u32; FIELDS.len()]);
 
 /// The fields that the programs read, in the order of `Offsets` in `carnet-bpf`'s `process.rs`: a
 /// structure, and the way through its members.
-const FIELDS: [(&str, &[&str]); 35] = [
+const FIELDS: [(&str, &[&str]); 42] = [
     ("task_struct", &["flags"]),
     ("task_struct", &["group_leader"]),
     ("task_struct", &["start_boottime"]),
@@ -63,6 +63,13 @@ const FIELDS: [(&str, &[&str]); 35] = [
     ("task_struct", &["comm"]),
     ("cred", &["uid"]),
     ("cred", &["gid"]),
+    ("socket", &["file"]),
+    ("tcp_sock", &["fastopen_req"]),
+    ("tcp_sock", &["bytes_received"]),
+    ("tcp_sock", &["bytes_sent"]),
+    ("tcp_sock", &["bytes_retrans"]),
+    ("tcp_sock", &["snd_nxt"]),
+    ("tcp_sock", &["write_seq"]),
 ];
 
 /// The types of the running kernel.

@@ -5,19 +5,23 @@ use std::{net::SocketAddr, time::Duration};
 
 use aya::maps::{HashMap, Map, MapData};
 use carnet_core::{
+    abi,
+    address::Endpoint,
     chain::hop_limit,
+    event::Counter,
     flow::{Handover, Tuple},
     object::{Conditions, FilterAction, NewFilter, Weight},
 };
 use carnet_engine::{Account, Engine};
 use carnet_testbed::{DatagramServer, Topology};
 use carnet_tests::{
-    Lab, Must as _, Running,
+    Lab, Must as _, Running, netfilter,
     puppet::{Hand, Puppet},
     rounds,
     service::Behaviour,
     until,
 };
+use zerocopy::transmute;
 
 const LOOPBACK: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
@@ -177,6 +181,82 @@ fn a_connection_that_its_service_does_not_answer_is_accounted_for() {
     drop((reset, waiting));
     lab.settle();
     book.after("the end", |_| {});
+}
+
+/// Nothing tells it at once: it is accounted for when its socket is closed or connects anew.
+#[test]
+fn a_connection_that_is_reset_at_once_is_accounted_for() {
+    if !netfilter::is_there() {
+        eprintln!("this kernel has no netfilter");
+        return;
+    }
+    let lab = Lab::new();
+    let namespace = &lab.network().topology.client;
+    lab.service("alpha", 1);
+    let mut book = Book::new(&lab);
+    let (service, client) = (lab.puppet_of("alpha"), lab.puppet());
+    let listener = service.serve(LOOPBACK);
+    let port = listener.local().must("ask for the port").port();
+    netfilter::change(
+        namespace,
+        &format!(
+            "add table ip other; add chain ip other in {{ type filter hook input priority 0; }}; \
+             add rule ip other in tcp dport {port} reject with tcp reset"
+        ),
+    );
+    let connection = client.tcp(lab.v4());
+    let refused = || connection.connect(lab.v4()).map_err(|errno| errno.0);
+    assert_eq!(refused(), Err(libc::ECONNREFUSED));
+    book.after("one that was reset", |due| {
+        due.tcp.redirected += 1;
+        due.tcp.connecting += 1;
+    });
+    assert_eq!(refused(), Err(libc::ECONNREFUSED));
+    book.after("its socket, connected again in vain", |due| {
+        due.tcp.redirected += 1;
+        due.tcp.unanswered += 1;
+    });
+    netfilter::change(namespace, "delete table ip other");
+    connection.connect(lab.v4()).must("connect");
+    let accepted = listener.accept().must("accept");
+    book.after("its socket, connected at last", |due| {
+        due.tcp.redirected += 1;
+        due.tcp.connecting -= 1;
+        due.tcp.unanswered += 1;
+        due.tcp.delivered += 1;
+    });
+    drop((connection, accepted));
+    lab.settle();
+    book.after("the end", |_| {});
+}
+
+/// What an earlier connection between the same ends has left is not taken for this one's.
+#[test]
+fn a_connection_that_died_gives_way_to_the_next_between_its_ends() {
+    let lab = Lab::new();
+    lab.service("alpha", 1);
+    let (service, client) = (lab.puppet_of("alpha"), lab.puppet());
+    let listener = service.serve(LOOPBACK);
+    let connection = client.tcp(lab.v4());
+    connection.bind(LOOPBACK).must("bind");
+    let ends = [&connection, &listener].map(|end| end.local().must("ask for an address"));
+    let [local, remote] = ends.map(Endpoint::from);
+    let netns = lab.network().topology.client.cookie().must("ask for the namespace's cookie");
+    let key: [u8; size_of::<Tuple>()] = transmute!(Tuple::between(netns, &local, &remote));
+    let dead: [u8; size_of::<Handover>()] = transmute!(Handover { cookie: 1, copied: 0 });
+    let pin = lab.location().directory().join("maps/HANDOVER");
+    let map = MapData::from_pin(pin).must("open the map HANDOVER");
+    let mut map: HashMap<MapData, [u8; size_of::<Tuple>()], [u8; size_of::<Handover>()]> =
+        Map::HashMap(map).try_into().must("use the map HANDOVER");
+    map.insert(key, dead, 0).must("leave a dead connection there");
+
+    connection.connect(lab.v4()).must("connect");
+    let accepted = listener.accept().must("accept");
+    accepted.query(abi::QUERY_REDIRECT_RECORDS).must("ask for the record");
+    assert_eq!(lab.counter(Counter::Delivered), 1);
+    assert_eq!(lab.counter(Counter::Unanswered), 1);
+    drop((connection, accepted));
+    lab.settle();
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Every flow passes every service exactly once, in the operator's order, with its record.
 
 use carnet_core::{
+    abi,
     address::Endpoint,
     chain::{Chain, RedirectState},
     event::{Counter, Event, EventKind},
@@ -9,7 +10,7 @@ use carnet_core::{
     record::Record,
 };
 use carnet_engine::LegKind;
-use carnet_tests::{Lab, Must as _, Plan, Running, handed_on, puppet::Hand};
+use carnet_tests::{Lab, Must as _, Plan, Running, Trace, handed_on, puppet::Hand};
 use zerocopy::FromZeros as _;
 
 /// Sends 16 flows through the services and checks all of it.
@@ -271,6 +272,56 @@ fn a_context_reaches_its_service_and_no_other() {
     assert_eq!(without[0].context, None);
 }
 
+/// Sends a question and its answer over a connection, has it end, and gives the bytes that are told then of the leg.
+#[track_caller]
+fn bytes_of_a_leg<'a>(
+    trace: &mut Trace,
+    [connection, accepted]: [Hand<'a>; 2],
+    end: impl FnOnce(Hand<'a>, Hand<'a>),
+) -> (u64, u64) {
+    connection.send(b"question").must("send");
+    assert_eq!(accepted.receive(8), Ok(b"question".to_vec()));
+    accepted.send(b"answer").must("send");
+    assert_eq!(connection.receive(6), Ok(b"answer".to_vec()));
+    let ends = |events: &[Event]| -> Vec<_> {
+        let ends = events.iter().filter(|event| event.kind == EventKind::Closed as u32);
+        ends.map(|event| (event.bytes_sent, event.bytes_received)).collect()
+    };
+    let before = ends(trace.drain()).len();
+    end(connection, accepted);
+    let now = ends(trace.until("the end of a leg", |events| ends(events).len() > before));
+    now[before]
+}
+
+/// The ways in which a connection ends.
+const ENDS: [fn(Hand<'_>, Hand<'_>); 5] = [
+    |connection, accepted| {
+        connection.end_sending().must("end");
+        assert_eq!(accepted.receive(1), Ok(vec![]));
+        drop(accepted);
+        assert_eq!(connection.receive(1), Ok(vec![]));
+    },
+    |connection, accepted| {
+        drop(connection);
+        assert_eq!(accepted.receive(1), Ok(vec![]));
+    },
+    |connection, accepted| {
+        accepted.end_sending().must("end");
+        assert_eq!(connection.receive(1), Ok(vec![]));
+        drop(connection);
+        assert_eq!(accepted.receive(1), Ok(vec![]));
+    },
+    |connection, accepted| {
+        drop(accepted);
+        assert_eq!(connection.receive(1), Ok(vec![]));
+    },
+    |connection, _accepted| {
+        // struct linger { on, 0 seconds }: close() resets the connection.
+        let linger = [1_u32.to_ne_bytes(), 0_u32.to_ne_bytes()].concat();
+        connection.set(libc::SOL_SOCKET, libc::SO_LINGER, &linger).must("set");
+    },
+];
+
 /// However a connection ends, SYN and FIN are not among the bytes that are told of it.
 #[test]
 fn the_bytes_of_a_leg_are_those_of_its_payload() {
@@ -279,48 +330,34 @@ fn the_bytes_of_a_leg_are_those_of_its_payload() {
     let (service, client) = (lab.puppet_of("alpha"), lab.puppet());
     let listener = service.serve("127.0.0.1:0".parse().expect("an address"));
     let mut trace = lab.trace();
-    let mut count = 0;
-    let mut ends = |end: &dyn Fn(Hand<'_>, Hand<'_>)| {
+    for end in ENDS {
         let connection = client.connect(lab.v4()).must("connect");
         let accepted = listener.accept().must("accept");
-        connection.send(b"question").must("send");
-        assert_eq!(accepted.receive(8), Ok(b"question".to_vec()));
-        accepted.send(b"answer").must("send");
-        assert_eq!(connection.receive(6), Ok(b"answer".to_vec()));
-        end(connection, accepted);
-        count += 1;
-        let is_end = |event: &&Event| event.kind == EventKind::Closed as u32;
-        let ended = |events: &[Event]| events.iter().filter(is_end).count() == count;
-        let events = trace.until("the end of a leg", ended);
-        let event = events.iter().rfind(is_end).expect("the end of a leg");
-        (event.bytes_sent, event.bytes_received)
-    };
-    let eof = |hand: &Hand<'_>| assert_eq!(hand.receive(1), Ok(vec![]));
+        assert_eq!(bytes_of_a_leg(&mut trace, [connection, accepted], end), (8, 6));
+    }
+}
 
-    let client_first = ends(&|connection, accepted| {
-        connection.end_sending().must("end");
-        eof(&accepted);
-        drop(accepted);
-        eof(&connection);
-    });
-    let client_leaves = ends(&|connection, accepted| {
-        drop(connection);
-        eof(&accepted);
-    });
-    let service_first = ends(&|connection, accepted| {
-        accepted.end_sending().must("end");
-        eof(&connection);
-        drop(connection);
-        eof(&accepted);
-    });
-    let service_leaves = ends(&|connection, accepted| {
-        drop(accepted);
-        eof(&connection);
-    });
-    let reset = ends(&|connection, _accepted| {
-        // struct linger { on, 0 seconds }: close() resets the connection.
-        let linger = [1_u32.to_ne_bytes(), 0_u32.to_ne_bytes()].concat();
-        connection.set(libc::SOL_SOCKET, libc::SO_LINGER, &linger).must("set");
-    });
-    assert_eq!([client_first, client_leaves, service_first, service_leaves, reset], [(8, 6); 5]);
+/// The same of what a service connects onwards, whose other end Carnet does not see.
+#[test]
+fn the_bytes_of_an_onward_leg_are_those_of_its_payload() {
+    let lab = Lab::new();
+    lab.service("alpha", 1);
+    let (service, client, server) = (lab.puppet_of("alpha"), lab.puppet(), lab.puppet());
+    let loopback = "127.0.0.1:0".parse().expect("an address");
+    let (listener, destination) = (service.serve(loopback), server.listen(loopback));
+    let to = destination.local().must("ask where it listens");
+    let mut trace = lab.trace();
+    for end in ENDS {
+        let connection = client.connect(to).must("connect");
+        let accepted = listener.accept().must("accept");
+        let info = accepted.query(abi::ONWARDS).must("ask for the ticket");
+        let onward = service.tcp(to);
+        let ticket = info.get(size_of::<Endpoint>()..).expect("a ticket behind the destination");
+        onward.set(abi::LEVEL, abi::CARRY_ON, ticket).must("carry the flow on");
+        onward.connect(to).must("connect onwards");
+        let arrived = destination.accept().must("accept");
+        assert_eq!(bytes_of_a_leg(&mut trace, [onward, arrived], end), (8, 6));
+        drop((connection, accepted));
+        lab.settle();
+    }
 }

@@ -13,6 +13,7 @@ use carnet_core::{
 };
 use carnet_tests::{
     Lab, Must as _, PATIENCE, Plan, Report,
+    foreign::Foreign,
     puppet::{Errno, Family, Hand, Kind, Puppet},
     service::read_record,
     until,
@@ -135,6 +136,67 @@ fn a_leg_is_kept_until_its_connection_is_over_and_its_socket_closed() {
     let connection = client.connect(lab.v4()).must("connect");
     drop(listener);
     drop(connection);
+    lab.settle_sockets();
+}
+
+/// The service has it as long as it is there on its side, whoever is gone on the other.
+#[test]
+fn a_leg_ends_with_the_connection_of_the_socket_that_shares_it() {
+    let (lab, service, client) = scene();
+    let listener = service.serve(loopback());
+    let flows = || lab.engine().flows().must("list the flows").len();
+
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    drop(connection);
+    assert_eq!(accepted.receive(1), Ok(vec![]));
+    assert_eq!(flows(), 1);
+    drop(accepted);
+    until("the end of the leg", flows, |flows| *flows == 0);
+    lab.settle_sockets();
+
+    // The application still sees whom it asked for.
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    drop(accepted);
+    assert_eq!(connection.receive(1), Ok(vec![]));
+    until("the end of the leg", flows, |flows| *flows == 0);
+    assert_eq!(connection.peer(), Ok(lab.v4()));
+    // But not of another connection of the same socket to the same listener: that is the service's own address.
+    let direct = listener.local().must("ask where it listens");
+    connection.disconnect().must("disconnect");
+    let conditions = Conditions { ports: vec![direct.port().into()], ..Conditions::default() };
+    lab.change(|policy| {
+        policy.add_filter(NewFilter {
+            name: None,
+            sublayer: "alpha".into(),
+            weight: Weight::Exact(u64::MAX),
+            conditions,
+            action: FilterAction::PERMIT,
+        })?;
+        Ok(())
+    });
+    connection.connect(direct).must("connect to the service itself");
+    assert_eq!(connection.peer(), Ok(direct));
+    drop((connection, listener.accept().must("accept")));
+    lab.settle_sockets();
+}
+
+/// The kernel has one set of flags for a socket, and who sets them anew takes away what others have asked for.
+#[test]
+fn nothing_is_left_where_another_program_sets_the_flags_of_sockets() {
+    let (lab, service, client) = scene();
+    let _foreign = Foreign::attach_to_flags(lab.scope());
+    // Not at one address, which what it accepts would keep.
+    let listener = service.serve("0.0.0.0:0".parse().expect("an address"));
+    let (connection, accepted) = redirected(&client, lab.v4(), &listener);
+    let onward = carried_on(&service, &accepted, lab.v4());
+    assert_eq!([&connection, &onward].map(Hand::peer), [Ok(lab.v4()), Ok(lab.v4())]);
+    // An accepted socket that carries its own flow on.
+    let (own, own_accepted) = redirected(&client, lab.v4(), &listener);
+    let own_ticket = ticket(&own_accepted);
+    own_accepted.disconnect().must("disconnect");
+    own_accepted.set(abi::LEVEL, abi::CARRY_ON, &own_ticket).must("carry on");
+    own_accepted.connect(lab.v4()).must("connect onwards");
+    drop((connection, accepted, onward, own, own_accepted));
     lab.settle_sockets();
 }
 
@@ -635,7 +697,9 @@ fn accepted_sockets_for_which_there_is_no_room_have_their_legs_on_them() {
     let (lab, service, client) = scene();
     lab.service("bravo", 1);
     let other = lab.puppet_of("bravo");
-    let (listener, other_listener) = (service.serve(loopback()), other.serve(loopback()));
+    // Not at one address, which what it accepts would keep.
+    let listener = service.serve("0.0.0.0:0".parse().expect("an address"));
+    let other_listener = other.serve(loopback());
     let filling = Filling::<{ size_of::<Accepted>() }>::of(&lab, "ACCEPTED");
     let (connection, accepted) = redirected(&client, lab.v4(), &listener);
     // There is no ticket then; the record does.
@@ -653,7 +717,15 @@ fn accepted_sockets_for_which_there_is_no_room_have_their_legs_on_them() {
     drop((connection, onward));
     lab.settle_sockets();
     assert_eq!(flow_of(&accepted), read_record(&record).flow);
-    drop((accepted, second));
+    drop(second);
+    // Connected itself, it is a client as any other.
+    accepted.disconnect().must("disconnect");
+    accepted.connect(lab.v4()).must("connect");
+    let third = listener.accept().must("accept");
+    assert_eq!(accepted.peer(), Ok(lab.v4()));
+    assert!(flow_of(&third) > read_record(&record).flow);
+    drop((accepted, third));
+    lab.settle_sockets();
 }
 
 /// Entries that fill a map by cookies, under cookies that no socket has.
