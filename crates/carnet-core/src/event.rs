@@ -84,10 +84,11 @@ pub struct Event {
     pub legs: u32,
     /// Hops in the record.
     pub hops: u32,
-    /// `Closed`: bytes that the connecting side sent and had acknowledged, as TCP counts them: the
-    /// SYN and the FIN are a byte each. 0 for UDP, of which the kernel keeps no count.
+    /// `Closed`: bytes of payload that the connecting side sent. Of a leg that ends with the accepted connection they
+    /// have arrived there; of another one some may still be on their way when its socket is closed. 0 for UDP, of which
+    /// the kernel keeps no count, and for a leg that ends because its socket connects anew.
     pub bytes_sent: u64,
-    /// `Closed`: bytes that the connecting side received, the FIN being one of them. 0 for UDP.
+    /// `Closed`: bytes of payload that the connecting side received; 0 likewise.
     pub bytes_received: u64,
     /// Command name of the process, zero-padded.
     pub command: [u8; 16],

@@ -249,7 +249,7 @@ fn no_room<const KEY: usize, const VALUE: usize>(
     row.try_one();
     let stage = stage();
     let (mut map, keys) = fill::<KEY, VALUE>(&stage, map);
-    row.check(keys.len() > 60_000, || format!("{} entries", keys.len()));
+    row.check(keys.len() > 8_000, || format!("{} entries", keys.len()));
     match stage.way(protocol) {
         Err(_) => row.came("refused"),
         Ok(way) => row.uninspected(format!("a flow went through {way:?}")),
