@@ -1,9 +1,9 @@
 //! What begins and ends with a leg: the hop guard's count, the report of the end.
 
-use aya_ebpf::bindings::BPF_ANY;
+use aya_ebpf::bindings::BPF_NOEXIST;
 use carnet_core::{
     event::{Counter, EventKind},
-    flow::{GuardEntry, LEG_REDIRECTED, LEG_STARTING, LEG_TO_UNMODIFIED, LegState},
+    flow::{GuardEntry, HeldKey, LEG_REDIRECTED, LEG_STARTING, LEG_TO_UNMODIFIED, LegState},
 };
 
 use crate::{
@@ -29,21 +29,33 @@ pub(crate) fn guard_begins(leg: &mut LegState, ticket: u64) {
 #[inline(never)]
 fn guard(leg: &LegState) {
     let key = leg.held_key();
-    if let Some(entry) = GUARD.get_ptr_mut(&key) {
-        // SAFETY: the entry stays allocated until the program ends; `live` is shared with other
-        // CPUs and touched atomically alone. A lost update of `legs` lets a loop go on for a leg
-        // more.
-        unsafe {
-            let before = fetch_add(&raw mut (*entry).live, 1);
-            if (*entry).is_longest(before, leg.record.legs) {
-                (*entry).legs = leg.record.legs;
-            }
-            (*entry).flow = leg.record.flow;
-        }
+    if counted(&key, leg) {
         return;
     }
     let entry = GuardEntry::of_first(leg.record.flow, leg.record.legs);
-    let _full = GUARD.insert(&key, &entry, BPF_ANY.into());
+    if GUARD.insert(&key, &entry, BPF_NOEXIST.into()).is_err() {
+        // Another processor has just counted the service's first flow for the destination.
+        counted(&key, leg);
+    }
+}
+
+/// Counts a flow, if the service has held one for the destination before.
+#[inline(always)]
+fn counted(key: &HeldKey, leg: &LegState) -> bool {
+    let Some(entry) = GUARD.get_ptr_mut(key) else {
+        return false;
+    };
+    // SAFETY: the entry stays allocated until the program ends; `live` is shared with other
+    // CPUs and touched atomically alone. A lost update of `legs` lets a loop go on for a leg
+    // more.
+    unsafe {
+        let before = fetch_add(&raw mut (*entry).live, 1);
+        if (*entry).is_longest(before, leg.record.legs) {
+            (*entry).legs = leg.record.legs;
+        }
+        (*entry).flow = leg.record.flow;
+    }
+    true
 }
 
 /// The service holds one flow less for the destination.
@@ -54,7 +66,7 @@ pub(crate) fn guard_ends(leg: &mut LegState) {
         return;
     }
     if let Some(entry) = GUARD.get_ptr_mut(&leg.held_key()) {
-        // SAFETY: as in `guard_begins`.
+        // SAFETY: as in `counted`.
         unsafe { fetch_add(&raw mut (*entry).live, -1) };
     }
 }
