@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     error::Error,
+    mem::offset_of,
     net::SocketAddr,
     num::NonZeroU16,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -18,6 +19,7 @@ use carnet_core::{
         CgroupRef, Conditions, Context, FailurePolicy, FilterAction, NewFilter, NewService, Policy,
         Trust, Weight,
     },
+    place::is_held,
     record::HEADER_LENGTH,
     siphash::Key,
 };
@@ -412,8 +414,24 @@ impl Lab {
     pub fn settle_sockets(&self) {
         self.settle();
         let engine = self.engine();
-        let connecting = || entries::<{ size_of::<u64>() }, LEG>(&engine, "CONNECTING");
+        let connecting = || held::<LEG>(&engine, "CONNECTING", COOKIE_OF_LEG);
         until("the end of all sockets' legs", connecting, |legs| *legs == 0);
+    }
+
+    /// A table of places of the kernel's.
+    #[track_caller]
+    pub fn places<const SIZE: usize>(&self, table: &str) -> Places<SIZE> {
+        places(&self.engine(), table)
+    }
+
+    /// Has all places of a table taken, each by what is given.
+    #[track_caller]
+    pub fn occupy<const SIZE: usize>(&self, table: &str, by: [u8; SIZE]) -> Occupied<SIZE> {
+        let mut places = self.places(table);
+        for place in 0..places.len() {
+            places.set(place, by, 0).must("take a place");
+        }
+        Occupied { places, by }
     }
 
     /// Waits until the kernel keeps nothing of any connection any more: no flow is listed, no leg waits to
@@ -446,14 +464,58 @@ impl Default for Lab {
 /// those that were, and destinations for which unmodified services hold flows.
 #[track_caller]
 fn kept(engine: &Engine) -> usize {
-    entries::<{ size_of::<Tuple>() }, { size_of::<Handover>() }>(engine, "HANDOVER")
+    held::<{ size_of::<u64>() }>(engine, "WAITING", 0)
+        + entries::<{ size_of::<Tuple>() }, { size_of::<Handover>() }>(engine, "HANDOVER")
         + entries::<{ size_of::<u64>() }, LEG>(engine, "COPIES")
-        + entries::<{ size_of::<u64>() }, { size_of::<Accepted>() }>(engine, "ACCEPTED")
+        + held::<{ size_of::<Accepted>() }>(engine, "ACCEPTED", offset_of!(Accepted, cookie))
         + entries::<{ size_of::<HeldKey>() }, { size_of::<HeldFlows>() }>(engine, "HELD")
 }
 
 /// Size of a leg.
 const LEG: usize = size_of::<LegState>();
+/// Where in it the cookie is.
+const COOKIE_OF_LEG: usize = offset_of!(LegState, cookie);
+
+/// A table of places ([`carnet_core::place`]) of the kernel's.
+pub type Places<const SIZE: usize> = Array<MapData, [u8; SIZE]>;
+
+#[track_caller]
+fn places<const SIZE: usize>(engine: &Engine, table: &str) -> Places<SIZE> {
+    let pin = engine.location().directory().join("maps").join(table);
+    let map = Map::Array(MapData::from_pin(pin).must("open a table of places"));
+    map.try_into().must("use a table of places")
+}
+
+/// How many places of a table have a holder, whose cookie is at this offset.
+#[track_caller]
+fn held<const SIZE: usize>(engine: &Engine, table: &str, cookie: usize) -> usize {
+    let holder = |place: [u8; SIZE]| {
+        let (holder, _) = u64::read_from_prefix(&place[cookie..]).expect("8 bytes");
+        holder
+    };
+    let places = places::<SIZE>(engine, table);
+    let holders = places.iter().map(|place| holder(place.must("read a place")));
+    holders.filter(|holder| is_held(*holder)).count()
+}
+
+/// A table of places that are all taken. See [`Lab::occupy`].
+#[expect(missing_debug_implementations, reason = "aya's maps have none")]
+pub struct Occupied<const SIZE: usize> {
+    places: Places<SIZE>,
+    by: [u8; SIZE],
+}
+
+impl<const SIZE: usize> Occupied<SIZE> {
+    /// Frees those that still are.
+    #[track_caller]
+    pub fn leave(mut self) {
+        for place in 0..self.places.len() {
+            if self.places.get(&place, 0).must("read a place") == self.by {
+                self.places.set(place, [0; SIZE], 0).must("free a place");
+            }
+        }
+    }
+}
 
 /// How many entries a map has.
 #[track_caller]

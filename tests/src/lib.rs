@@ -38,7 +38,7 @@ pub mod sys;
 pub mod tracer;
 pub mod web;
 
-pub use lab::{Anything, Lab, Network, Plan, Trace, handed_on, reference_of};
+pub use lab::{Anything, Lab, Network, Occupied, Places, Plan, Trace, handed_on, reference_of};
 pub use service::{Report, Running};
 
 /// The longest that a test waits for anything that takes moments, even on an emulated processor.

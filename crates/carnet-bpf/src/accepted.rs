@@ -1,15 +1,18 @@
 //! The legs of accepted sockets, for the questions of their services.
 //!
-//! Under the socket's cookie is kept which leg it has: the connecting socket's, of which it is an owner as well,
+//! In a place that the socket's cookie tells is kept which leg it has: the connecting socket's, of which it is an owner as well,
 //! or a copy where that hangs on its socket. So it is until the connection is over and the socket is closed,
 //! whichever comes last: a service may ask about a connection that was reset before it came to that.
 
-use aya_ebpf::bindings::{BPF_ANY, bpf_sockopt};
-use carnet_core::flow::{Accepted, Handover, LegState, WAY_ENDED, WAY_SHARED};
+use aya_ebpf::bindings::bpf_sockopt;
+use carnet_core::{
+    flow::{ACCEPTED_SIZE, Accepted, Handover, LegState, WAY_ENDED, WAY_SHARED},
+    place::{self, Place, WAYS},
+};
 
 use crate::{
     connecting,
-    ctx::fetch_add,
+    ctx::{compare_exchange, fetch_add},
     end::{Bytes, guard_ends, unknown},
     handover,
     maps::{ACCEPTED, DELIVERED},
@@ -91,22 +94,75 @@ pub(crate) fn has_copied(handover: &Handover) {
 /// Takes a copy back.
 #[inline(always)]
 pub(crate) fn withdraw(cookie: u64, socket: Socket) {
-    let _absent = ACCEPTED.remove(&cookie);
+    if let Some(place) = place_of(cookie) {
+        place::vacate(place);
+    }
     handover::remove_copy(place_of_copy(cookie));
     socket.delete(&DELIVERED);
 }
 
 /// Where the copy for the accepted socket with this cookie is. Under the cookie itself would be that of a leg which
-/// the socket makes when it is connected elsewhere; no cookie is as large.
+/// the socket makes when it is connected elsewhere. Cookies are counted up from 1 and, rarely, down from the largest
+/// number: none becomes another one's like this.
 #[inline(always)]
 fn place_of_copy(cookie: u64) -> u64 {
-    cookie | 1 << 63
+    cookie ^ 1 << 63
+}
+
+/// The place of an accepted socket.
+#[derive(Clone, Copy)]
+struct AcceptedPlace(*mut Accepted);
+
+impl Place for AcceptedPlace {
+    #[inline(always)]
+    fn holder(self) -> u64 {
+        // SAFETY: the place is in a map value.
+        unsafe { (&raw const (*self.0).cookie).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn set_holder(self, new: u64) {
+        // SAFETY: the place is in a map value. LLVM keeps the order of volatile accesses, and so do processors that of
+        // stores, or there would be a barrier.
+        unsafe { (&raw mut (*self.0).cookie).write_volatile(new) };
+    }
+
+    #[inline(always)]
+    fn replace_holder(self, old: u64, new: u64) -> bool {
+        // SAFETY: the place is in a map value.
+        unsafe { compare_exchange(&raw mut (*self.0).cookie, old, new) == old }
+    }
+}
+
+/// The places that the accepted socket with this cookie may have.
+#[inline(always)]
+fn places(cookie: u64) -> Option<[AcceptedPlace; WAYS]> {
+    let [first, second] = ACCEPTED_SIZE.places(cookie);
+    Some([
+        AcceptedPlace(ACCEPTED.get_ptr_mut(first)?),
+        AcceptedPlace(ACCEPTED.get_ptr_mut(second)?),
+    ])
+}
+
+/// That of these which it has.
+#[inline(always)]
+fn place_of(cookie: u64) -> Option<AcceptedPlace> {
+    place::find(places(cookie)?, cookie)
 }
 
 #[inline(always)]
 fn insert(cookie: u64, leg: u64, copied: u32) -> bool {
-    let accepted = Accepted { leg, copied, is_there: 1, ends: 0 };
-    ACCEPTED.insert(&cookie, &accepted, BPF_ANY.into()).is_ok()
+    let Some(place) = places(cookie).and_then(place::reserve) else {
+        return false;
+    };
+    // SAFETY: the place is in a map value, and nobody else's.
+    let accepted = unsafe { &mut *place.0 };
+    accepted.leg = leg;
+    accepted.copied = copied;
+    accepted.is_there = 1;
+    accepted.ends = 0;
+    place::settle(place, cookie);
+    true
 }
 
 /// The leg with which the socket of a socket-option hook was accepted.
@@ -148,14 +204,13 @@ fn leg_of(accepted: &Accepted) -> Option<&'static mut LegState> {
 /// all the time since it was found.
 #[inline(always)]
 pub(crate) fn is_kept(cookie: u64) -> bool {
-    ACCEPTED.get_ptr(&cookie).is_some()
+    place_of(cookie).is_some()
 }
 
 #[inline(always)]
 fn entry(cookie: u64) -> Option<&'static mut Accepted> {
-    // SAFETY: the entry stays allocated until the program ends; what lies in maps is shared, and
-    // written only as its fields allow.
-    ACCEPTED.get_ptr_mut(&cookie).map(|accepted| unsafe { &mut *accepted })
+    // SAFETY: maps stay until the program ends; what lies in them is shared, and written only as its fields allow.
+    place_of(cookie).map(|place| unsafe { &mut *place.0 })
 }
 
 /// A connection has ended on the accepting side. Gives `false` if no leg was delivered to this socket.
@@ -227,10 +282,10 @@ fn end(cookie: u64, accepted: &mut Accepted) {
 }
 
 #[inline(always)]
-fn forget(cookie: u64, accepted: &Accepted) {
+fn forget(cookie: u64, accepted: &mut Accepted) {
     let (place, copied) = (accepted.leg, accepted.copied);
-    // Who removes the entry, and nobody else, has what it stood for.
-    if ACCEPTED.remove(&cookie).is_err() {
+    // Who vacates the place, and nobody else, has what was in it.
+    if !place::vacate_first(AcceptedPlace(accepted), cookie) {
         return;
     }
     if copied != 0 {

@@ -4,22 +4,18 @@
 
 use aya_ebpf::{bindings::bpf_sockopt, helpers::generated::bpf_probe_read_kernel};
 use carnet_core::{
-    abi::errno,
-    access::Caller,
-    event::Counter,
-    flow::LegState,
-    record::{MAX_RECORD, RecordError},
+    abi::errno, access::Caller, event::Counter, flow::LegState, record::RecordError,
 };
 
 use crate::{
     accepted::{Delivered, cookie_of, find, is_kept},
     connecting::{give_back, place_for_record},
-    ctx::{load32, load64, opaque},
+    ctx::{load32, load64},
     end::abandon,
     maps::LEGS,
     report::{count, now},
     setsockopt::refused,
-    socket::{CLOSE, Socket, TCP},
+    socket::{CLOSE, Socket, TCP, copy_record},
 };
 
 /// Puts the record of the accepted connection that the caller names on a socket that is to be connected.
@@ -65,19 +61,7 @@ pub(crate) fn carry_on(ctx: *mut bpf_sockopt, socket: Socket, caller: &Caller) -
 /// Copies the record of the accepted socket with this ticket. After an error there is none.
 #[inline(always)]
 fn put(leg: &mut LegState, delivered: &LegState, ticket: u64) -> Result<(), i32> {
-    let length = opaque(delivered.record.length.into());
-    if length > MAX_RECORD as u64 {
-        leg.set_hops = 0;
-        return Err(errno::EINVAL);
-    }
-    // SAFETY: both are whole records in map values, of which `length` is a part.
-    unsafe {
-        bpf_probe_read_kernel(
-            (&raw mut leg.record).cast(),
-            length as u32,
-            (&raw const delivered.record).cast(),
-        );
-    }
+    copy_record(leg, &delivered.record);
     // The accepted socket may have been closed meanwhile, and another's leg be in the place of its own.
     if !is_kept(ticket) {
         leg.set_hops = 0;

@@ -1,24 +1,28 @@
 //! The legs that sockets make.
 //!
-//! Most are kept apart from the socket, under its cookie, for the two who own them: the socket, until it is closed,
-//! and the accepted one, which shares it. The last owner to go removes it. What [`LEGS`] has on a socket goes before;
+//! Most are kept apart from the socket, in a place that its cookie tells, for the two who own them: the socket, until it
+//! is closed, and the accepted one, which shares it. The last owner to go vacates it. What [`LEGS`] has on a socket goes before;
 //! that is also where the next leg of a socket is whose earlier one an accepted socket still owns.
 //!
 //! A leg ends with the connection of the accepted socket that shares it; else when its own socket is closed or
 //! connects anew, or when its connection is seen to end, which is not asked for: the kernel would tell each change of
 //! a socket's state, and that costs more than all else that is done at the end.
 
-use core::ffi::c_void;
+use core::{ffi::c_void, mem::offset_of};
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST, bpf_sock_addr},
-    helpers::generated::{bpf_get_socket_cookie, bpf_map_update_elem},
+    bindings::bpf_sock_addr,
+    helpers::generated::{bpf_get_socket_cookie, bpf_probe_read_kernel},
 };
-use carnet_core::flow::{LEG_REDIRECTED, LEG_STARTING, LegState, WAY_ENDED};
+use carnet_core::{
+    flow::{CONNECTING_SIZE, LEG_REDIRECTED, LEG_STARTING, LegState, WAY_ENDED},
+    place::{self, Place, WAYS},
+    record::Record,
+};
 
 use crate::{
     accepted,
-    ctx::{exchange, fetch_add},
+    ctx::{compare_exchange, exchange, fetch_add},
     end::{Bytes, abandon_connect, report_end, unknown},
     handover,
     maps::{BLANK_LEG, CONNECTING, LEGS},
@@ -45,12 +49,51 @@ pub(crate) fn apart(cookie: u64) -> Option<&'static mut LegState> {
     find(cookie).filter(|leg| leg.left == 0)
 }
 
+/// The place of a leg.
+#[derive(Clone, Copy)]
+struct LegPlace(*mut LegState);
+
+impl Place for LegPlace {
+    #[inline(always)]
+    fn holder(self) -> u64 {
+        // SAFETY: the place is in a map value.
+        unsafe { (&raw const (*self.0).cookie).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn set_holder(self, new: u64) {
+        // SAFETY: the place is in a map value. LLVM keeps the order of volatile accesses, and so do processors that of
+        // stores, or there would be a barrier.
+        unsafe { (&raw mut (*self.0).cookie).write_volatile(new) };
+    }
+
+    #[inline(always)]
+    fn replace_holder(self, old: u64, new: u64) -> bool {
+        // SAFETY: the place is in a map value.
+        unsafe { compare_exchange(&raw mut (*self.0).cookie, old, new) == old }
+    }
+}
+
+impl LegPlace {
+    /// The leg that is there, for its holder.
+    #[inline(always)]
+    fn leg(self) -> &'static mut LegState {
+        // SAFETY: maps stay until the program ends. The kernel runs the hooks of one socket one at a time.
+        unsafe { &mut *self.0 }
+    }
+}
+
+/// The places that the leg of the socket with this cookie may be in.
+#[inline(always)]
+fn places(cookie: u64) -> Option<[LegPlace; WAYS]> {
+    let [first, second] = CONNECTING_SIZE.places(cookie);
+    Some([LegPlace(CONNECTING.get_ptr_mut(first)?), LegPlace(CONNECTING.get_ptr_mut(second)?)])
+}
+
 /// The leg of the socket with this cookie, if it is kept apart from it.
 #[inline(always)]
 pub(crate) fn find(cookie: u64) -> Option<&'static mut LegState> {
-    // SAFETY: the entry stays allocated until the program ends. The kernel runs the hooks of one
-    // socket one at a time.
-    CONNECTING.get_ptr_mut(&cookie).map(|leg| unsafe { &mut *leg })
+    place::find(places(cookie)?, cookie).map(LegPlace::leg)
 }
 
 /// The place for the leg that a socket is about to make: all zero, or with the record that was set on
@@ -85,8 +128,9 @@ pub(crate) fn place_for(
     // Socket options and addresses of Multipath TCP are asked of the connection, not of this subflow. And of a
     // socket that no process has a descriptor of, nobody tells when it is closed.
     if is_tcp && is_free && socket.multipath().is_none() && socket.has_file() {
-        if let Some(leg) = begin(cookie, BPF_ANY) {
-            return Some(leg);
+        let leg = if is_known { find(cookie).map(blank) } else { None };
+        if let Some(leg) = leg.or_else(|| begin(cookie)) {
+            return Some(without_record(leg));
         }
     }
     socket.get_or_create(&LEGS)
@@ -130,59 +174,78 @@ fn part(socket: Socket, leg: &mut LegState) -> Option<&'static mut LegState> {
     Some(own)
 }
 
-/// The place for a record that is set by its ticket on the socket with this cookie, which is not connected;
-/// with an earlier record, or all zero. `None`: out of memory, or an accepted socket still owns what is there.
+/// The place for a record that is set by its ticket on the socket with this cookie, which is not connected.
+/// `None`: out of memory, or an accepted socket still owns what is there.
 #[inline(always)]
 pub(crate) fn place_for_record(cookie: u64) -> Option<&'static mut LegState> {
-    // That is nearly always so.
-    if let Some(leg) = begin(cookie, BPF_NOEXIST) {
-        return Some(leg);
-    }
-    let earlier = find(cookie)?;
+    let Some(earlier) = find(cookie) else {
+        return begin(cookie);
+    };
     connects_anew(earlier);
     if !earlier.is_the_sockets_alone() {
         return None;
     }
-    if earlier.set_hops != 0 { Some(earlier) } else { begin(cookie, BPF_ANY) }
+    Some(blank(earlier))
 }
 
 /// Takes back the place for a record that came to nothing.
 #[inline(always)]
 pub(crate) fn give_back(cookie: u64) {
-    let _absent = CONNECTING.remove(&cookie);
+    if let Some(leg) = find(cookie) {
+        vacate(leg);
+    }
 }
 
-/// A leg with one owner, its socket, else all zero; `flags`: whether there may be an earlier one.
+/// A leg with one owner, its socket, which has no other one; else all zero but for context and record. `None`: its places are taken.
 #[inline(always)]
-fn begin(cookie: u64, flags: u32) -> Option<&'static mut LegState> {
-    let blank = BLANK_LEG.get(0)?;
-    // SAFETY: key and value are whole and at least of the map's sizes; the value lies in another map,
-    // from which the kernel copies it.
-    let failed = unsafe {
-        bpf_map_update_elem(
-            (&raw const CONNECTING).cast_mut().cast(),
-            (&raw const cookie).cast(),
-            blank.as_ptr().cast(),
-            flags.into(),
-        )
-    };
-    if failed != 0 {
-        return None;
-    }
-    let leg = find(cookie)?;
-    leg.cookie = cookie;
-    leg.owners = 1;
+fn begin(cookie: u64) -> Option<&'static mut LegState> {
+    let place = place::reserve(places(cookie)?)?;
+    let leg = blank(place.leg());
+    place::settle(place, cookie);
     Some(leg)
+}
+
+/// Makes it a leg with one owner, its socket, else all zero but for context and record.
+#[inline(always)]
+fn blank(leg: &'static mut LegState) -> &'static mut LegState {
+    let netns = offset_of!(LegState, netns);
+    zero((&raw mut leg.netns).cast(), offset_of!(LegState, context) - netns);
+    leg.kind = 0;
+    leg.context_length = 0;
+    leg.handle = 0;
+    leg.filter = 0;
+    leg.owners = 1;
+    leg
+}
+
+/// The same, and its record is all zero.
+#[inline(always)]
+fn without_record(leg: &'static mut LegState) -> &'static mut LegState {
+    zero((&raw mut leg.record).cast(), size_of::<Record>());
+    leg
+}
+
+/// Zeros so many bytes of a leg in a map: many times faster than the loop that LLVM would make.
+#[inline(always)]
+fn zero(part: *mut c_void, length: usize) {
+    if let Some(zeros) = BLANK_LEG.get(0) {
+        // SAFETY: by the caller, what is written is part of a map value; what is read is at least as long as a leg.
+        unsafe { bpf_probe_read_kernel(part, length as u32, zeros.as_ptr().cast()) };
+    }
+}
+
+/// Nobody has the leg any more.
+#[inline(always)]
+fn vacate(leg: &mut LegState) {
+    place::vacate(LegPlace(leg));
 }
 
 /// One of the owners of a leg that is kept apart, who has nothing to do with it from here on, goes.
 #[inline(always)]
 pub(crate) fn let_go(leg: &mut LegState) {
-    let cookie = leg.cookie;
-    // SAFETY: the entry stays allocated until the program ends; from when it may have two owners on the number is
-    // touched atomically alone.
+    // SAFETY: the leg is in a map value; from when it may have two owners on the number is touched atomically alone.
     if unsafe { fetch_add(&raw mut leg.owners, -1) } == 1 {
-        let _absent = CONNECTING.remove(&cookie);
+        vacate(leg);
     }
 }
 

@@ -13,8 +13,9 @@ use carnet_core::{
     adoption::HeldFlows,
     event::{Counter, Event},
     flow::{
-        Accepted, Correspondent, CorrespondentKey, DatagramLeg, GuardEntry, Handover, HeldKey,
-        LegState, ListenerEntry, ListenerKey, LocalSourceKey, PeerKey, Registration, Tuple,
+        ACCEPTED_SIZE, Accepted, CONNECTING_SIZE, Correspondent, CorrespondentKey, DatagramLeg,
+        GuardEntry, Handover, HeldKey, LegState, ListenerEntry, ListenerKey, LocalSourceKey,
+        PeerKey, Registration, Tuple, WAITING_PLACES,
     },
     key::KeyRow,
     record::{FileId, MAX_PATH, Record},
@@ -145,8 +146,8 @@ pub(crate) static LISTENERS: HashMap<ListenerKey, ListenerEntry, 4096, NO_PREALL
 #[btf_map]
 pub(crate) static REGISTERED: SkStorage<Registration> = SkStorage::new();
 
-/// The legs that TCP sockets make, by the cookies of those. Apart from the sockets, since their storage
-/// costs several times as much to make and to free. Writer: connect, setsockopt; sockops and sock_release,
+/// The legs that TCP sockets make, in [`place`](carnet_core::place)s by the cookies of those. Apart from the sockets,
+/// since their storage costs several times as much to make and to free. Writer: connect, setsockopt; sockops and sock_release,
 /// which remove them with their last owner. Reader: sockops, getpeername, the flow listing; for accepted
 /// sockets getsockopt, setsockopt, getsockname. See [`connecting`](crate::connecting).
 ///
@@ -154,24 +155,23 @@ pub(crate) static REGISTERED: SkStorage<Registration> = SkStorage::new();
 /// processor than made it, and what the kernel then does to have memory where it is needed takes
 /// longer than all else that is done with the leg.
 #[btf_map]
-pub(crate) static CONNECTING: HashMap<u64, LegState, 8192> = HashMap::new();
+pub(crate) static CONNECTING: Array<LegState, { CONNECTING_SIZE.all() as usize }> = Array::new();
 
 /// The same on the socket itself: with a record that was set before; of UDP and Multipath TCP; of more
-/// sockets than [`CONNECTING`] has room for. Writer: setsockopt, connect. Reader: sockops, getpeername, the flow listing. The kernel keeps it over
+/// sockets than [`CONNECTING`] has places for. Writer: setsockopt, connect. Reader: sockops, getpeername, the flow listing. The kernel keeps it over
 /// disconnect and reconnect: the next connect clears it, or its SYN finds it stale; but a record that
 /// was set stays, since the socket is still the flow's.
 #[btf_map]
 pub(crate) static LEGS: SkStorage<LegState> = SkStorage::new();
 
-/// Which legs accepted sockets have, by the cookies of those. Apart from the sockets, since their
-/// storage costs several times as much to make and to free; in memory that is set apart, as of [`CONNECTING`].
+/// Which legs accepted sockets have, in places by the cookies of those, as in [`CONNECTING`].
 /// Writer: sockops, sock_release. Reader: getsockopt, setsockopt, getsockname. See
 /// [`accepted`](crate::accepted).
 #[btf_map]
-pub(crate) static ACCEPTED: HashMap<u64, Accepted, 16384> = HashMap::new();
+pub(crate) static ACCEPTED: Array<Accepted, { ACCEPTED_SIZE.all() as usize }> = Array::new();
 
 /// The leg on the accepted socket itself, where that cannot be: the socket by which a service asks about a UDP
-/// flow, Multipath TCP, more accepted sockets than [`ACCEPTED`] has room for. Writer: sockops, connect.
+/// flow, Multipath TCP, more accepted sockets than [`ACCEPTED`] has places for. Writer: sockops, connect.
 /// Reader: getsockopt.
 #[btf_map]
 pub(crate) static DELIVERED: SkStorage<LegState> = SkStorage::new();
@@ -182,10 +182,14 @@ pub(crate) static DELIVERED: SkStorage<LegState> = SkStorage::new();
 #[btf_map]
 pub(crate) static SECOND_RECORDS: SkStorage<Record> = SkStorage::new();
 
-/// Legs under way from the connecting to the accepted socket: where they are, by the connection's two
-/// ends. In memory that is set apart, as of [`CONNECTING`]; the way is as long as that of an ACK. Writer: sockops when
-/// the connecting end is established. Reader: sockops when the other end is, which removes the entry; so does the end
-/// of a connection that never comes so far.
+/// Legs under way from the connecting to the accepted socket: the cookies of those, at
+/// [`Tuple::waiting_place`]. The way is as long as that of an ACK. Writer: sockops when the connecting end is
+/// established. Reader: sockops when the other end is, which frees the place; so does the end of a connection that never
+/// comes so far.
+#[btf_map]
+pub(crate) static WAITING: Array<u64, { WAITING_PLACES as usize }> = Array::new();
+
+/// The same of those whose place is another one's, and of copies. Writer, reader: as of [`WAITING`].
 #[btf_map]
 pub(crate) static HANDOVER: HashMap<Tuple, Handover, 8192> = HashMap::new();
 

@@ -158,13 +158,13 @@ fn accepted(ctx: *mut bpf_sock_ops) {
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     let delivered = if handover.copied == 0 && socket.multipath().is_none() {
         // If it was over, the connecting side has just ended, and has counted.
-        if !handover::end(&key) {
+        if !handover::end(&key, handover.cookie) {
             return;
         }
         accepted::share(cookie, socket, handover.cookie)
     } else {
         let delivered = accepted::copy(cookie, socket, &handover);
-        if !handover::end(&key) {
+        if !handover::end(&key, handover.cookie) {
             // What was copied may have been another leg's already.
             accepted::withdraw(cookie, socket);
             return;

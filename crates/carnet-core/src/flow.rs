@@ -6,6 +6,7 @@ use crate::{
     abi::MAX_CONTEXT,
     access::Caller,
     address::Endpoint,
+    place::Size,
     record::{Record, RecordError},
 };
 
@@ -59,7 +60,8 @@ pub struct LegState {
     pub handle: u64,
     /// The filter that redirected the leg; 0 for an onward leg.
     pub filter: u64,
-    /// Cookie of the connecting socket.
+    /// Cookie of the connecting socket: the holder of the [`place`](crate::place) where the leg is kept apart
+    /// from it.
     pub cookie: u64,
     /// Cookie of the connecting socket's network namespace.
     pub netns: u64,
@@ -201,7 +203,23 @@ impl Tuple {
             remote_port: accepting.port as u32,
         }
     }
+
+    /// Which of the [`WAITING_PLACES`] the connection's cookie is in while its leg is on its way, unless that of
+    /// another one is. Connections to one listener differ in the port alone, so they are not in each other's way.
+    #[inline(always)]
+    pub const fn waiting_place(&self) -> u32 {
+        let others =
+            self.remote_port ^ self.remote_address[3] ^ self.local_address[3] ^ self.netns as u32;
+        (self.local_port ^ others.wrapping_mul(0x9e37_79b1) >> 16) & (WAITING_PLACES - 1)
+    }
 }
+
+/// How many places there are for the legs that sockets make.
+pub const CONNECTING_SIZE: Size = Size { few: 128, many: 8192 };
+/// The same for accepted sockets.
+pub const ACCEPTED_SIZE: Size = Size { few: 256, many: 16384 };
+/// How many places there are for legs that are on their way: see [`Tuple::waiting_place`].
+pub const WAITING_PLACES: u32 = 1024;
 
 /// Where a leg is that is on its way to the accepted socket.
 #[derive(
@@ -224,6 +242,8 @@ pub struct Handover {
 )]
 #[repr(C)]
 pub struct Accepted {
+    /// The accepted socket's cookie: the holder of the [`place`](crate::place).
+    pub cookie: u64,
     /// The cookie under which the leg is kept: the connecting socket's, which shares it; of a copy the
     /// accepted socket's own, with the highest bit set.
     pub leg: u64,
@@ -513,7 +533,7 @@ pub const fn is_source_token(endpoint: &Endpoint) -> bool {
 const _: () = {
     assert!(size_of::<LegState>() == 88 + 72 + 256 + 920);
     assert!(size_of::<Handover>() == 16);
-    assert!(size_of::<Accepted>() == 24);
+    assert!(size_of::<Accepted>() == 32);
     assert!(size_of::<PeerKey>() == 32);
     assert!(size_of::<LocalSourceKey>() == 24);
     assert!(size_of::<CorrespondentKey>() == 32);

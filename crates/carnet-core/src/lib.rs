@@ -18,6 +18,7 @@
 //! | [`arbitration`] | how permits, blocks and redirects of several sublayers combine |
 //! | [`classify`](mod@classify) | the decision function |
 //! | [`flow`] | what the kernel keeps for a redirected connection |
+//! | [`place`] | where it keeps what it finds by the cookies of sockets |
 //! | [`socket`] | which sockets the hooks see |
 //! | [`outcome`] | whether what was decided about a connect still holds at its SYN |
 //! | [`event`] | what the kernel tells of decisions |
@@ -60,6 +61,7 @@ pub mod key;
 #[cfg(feature = "host")]
 pub mod object;
 pub mod outcome;
+pub mod place;
 pub mod portable;
 pub mod record;
 pub mod siphash;

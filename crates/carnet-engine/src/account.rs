@@ -130,13 +130,15 @@ impl Engine {
             leg.kind == LEG_REDIRECTED && leg.protocol != libc::IPPROTO_TCP.cast_unsigned()
         };
         let live = live_legs(&legs).filter(datagrams).count() + tables.datagram_legs()?.len();
-        // One whose connection is established on this side is in the map.
+        // One whose connection is established on this side is in one of the maps.
         let unanswered = |leg: &&LegState| {
             leg.kind == LEG_REDIRECTED
                 && leg.way == WAY_NONE
                 && leg.protocol == libc::IPPROTO_TCP.cast_unsigned()
         };
-        let connecting = legs.iter().filter(unanswered).count() + tables.entries("HANDOVER")?;
+        let connecting = legs.iter().filter(unanswered).count()
+            + tables.entries("WAITING")?
+            + tables.entries("HANDOVER")?;
         let counters = tables.counters()?;
         let count = |wanted| {
             counters.iter().find(|(counter, _)| *counter == wanted).map_or(0, |(_, value)| *value)

@@ -16,7 +16,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!("../prebuilt/carnet.bpfel.o")
 
 /// Version of what maps mean, beyond their sizes: records, rows, names. To be raised with every
 /// change after which programs and maps of before and after do not understand each other.
-pub(crate) const LAYOUT: u32 = 8;
+pub(crate) const LAYOUT: u32 = 9;
 
 /// Which build of the kernel engine something is: the SHA-256 of its object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -17,9 +17,11 @@ use carnet_core::{
     compile::{CompiledPolicy, max_candidates, max_nodes},
     event::Counter,
     flow::{
-        Correspondent, CorrespondentKey, DatagramLeg, LegState, ListenerEntry, ListenerKey, PeerKey,
+        Accepted, Correspondent, CorrespondentKey, DatagramLeg, LegState, ListenerEntry,
+        ListenerKey, PeerKey,
     },
     object::Policy,
+    place::is_held,
     table::{HeaderRow, MAX_CANDIDATES},
 };
 use zerocopy::{FromBytes, FromZeros as _, Immutable, IntoBytes};
@@ -85,6 +87,11 @@ struct TimedLeg {
 
 /// The maps of what was decided for the flows of unconnected UDP sockets.
 const CORRESPONDENTS: [&str; 2] = ["PASSING", "CORRESPONDENTS"];
+
+/// The tables of places: see [`carnet_core::place`].
+const CONNECTING: &str = "CONNECTING";
+const ACCEPTED: &str = "ACCEPTED";
+const WAITING: &str = "WAITING";
 
 /// A page of `DOCUMENT`.
 const PAGE: usize = 4096;
@@ -245,17 +252,28 @@ impl Tables {
         MapData::from_pin(self.directory.join(name)).map_err(Error::map(name))
     }
 
-    /// How many entries a hash map has.
+    /// How many entries a map has that grows and shrinks; of a table of places, how many have a holder.
     pub(crate) fn entries(&self, name: &'static str) -> Result<usize, Error> {
-        count_entries(&self.open(name)?).map_err(Error::map(name))
+        let held =
+            |cookies: Vec<u64>| cookies.into_iter().filter(|cookie| is_held(*cookie)).count();
+        match name {
+            CONNECTING => Ok(self.connecting_legs()?.len()),
+            ACCEPTED => {
+                let places = self.elements::<Accepted>(name)?;
+                Ok(held(places.into_iter().map(|accepted| accepted.cookie).collect()))
+            }
+            WAITING => self.elements(name).map(held),
+            _ => count_entries(&self.open(name)?).map_err(Error::map(name)),
+        }
     }
 
     /// The maps that grow and shrink with what goes on: kind of content, name.
-    pub(crate) const CHANGING: [(&'static str, &'static str); 12] = [
-        ("connections to services and onwards", "CONNECTING"),
-        ("connections under way to a service", "HANDOVER"),
+    pub(crate) const CHANGING: [(&'static str, &'static str); 13] = [
+        ("connections to services and onwards", CONNECTING),
+        ("connections under way to a service", WAITING),
+        ("those whose place is another's", "HANDOVER"),
         ("copies of legs", "COPIES"),
-        ("connections that services accepted", "ACCEPTED"),
+        ("connections that services accepted", ACCEPTED),
         ("UDP flows of unconnected sockets", "DATAGRAM_LEGS"),
         ("decisions for those", "CORRESPONDENTS"),
         ("decisions for those that pass", "PASSING"),
@@ -274,7 +292,7 @@ impl Tables {
         Ok(MapStatus {
             name,
             what,
-            used: count_entries(&map).map_err(Error::map(name))?,
+            used: self.entries(name)?,
             capacity: info.max_entries() as usize,
             oldest_give_way: kind == MapType::LruHash,
             bytes: memory_of(&map)?,
@@ -328,9 +346,21 @@ impl Tables {
 
     /// The legs of sockets that the kernel keeps apart from them.
     pub(crate) fn connecting_legs(&self) -> Result<Vec<LegState>, Error> {
-        let legs = self.hash::<u64, LegState>("CONNECTING")?;
-        // One that ends while the others are read is missed.
-        Ok(legs.iter().filter_map(Result::ok).map(|(_, Wire(leg))| leg).collect())
+        let mut legs = self.elements::<LegState>(CONNECTING)?;
+        legs.retain(|leg| is_held(leg.cookie));
+        Ok(legs)
+    }
+
+    /// All elements of an array.
+    fn elements<V: FromBytes + IntoBytes + Immutable + Copy + 'static>(
+        &self,
+        name: &'static str,
+    ) -> Result<Vec<V>, Error> {
+        let array = self.array::<V>(name)?;
+        array
+            .iter()
+            .map(|element| element.map(|Wire(value)| value).map_err(Error::map(name)))
+            .collect()
     }
 
     /// The UDP flows of unconnected sockets that go to services.

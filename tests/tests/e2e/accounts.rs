@@ -9,7 +9,7 @@ use carnet_core::{
     address::Endpoint,
     chain::hop_limit,
     event::Counter,
-    flow::{Handover, Tuple},
+    flow::{CONNECTING_SIZE, Handover, LegState, Tuple, WAY_BEGUN, WAY_ENDED},
     object::{Conditions, FilterAction, NewFilter, Weight},
 };
 use carnet_engine::{Account, Engine};
@@ -21,10 +21,13 @@ use carnet_tests::{
     service::Behaviour,
     until,
 };
-use zerocopy::transmute;
+use zerocopy::{FromBytes as _, FromZeros as _, transmute};
 
 const LOOPBACK: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+/// A cookie that no socket has.
+const NOBODY: u64 = 1 << 62;
 
 /// What has changed since the last look, when nothing changes any more: everything adds up then.
 struct Book {
@@ -233,6 +236,7 @@ fn a_connection_that_is_reset_at_once_is_accounted_for() {
 /// What an earlier connection between the same ends has left is not taken for this one's.
 #[test]
 fn a_connection_that_died_gives_way_to_the_next_between_its_ends() {
+    const LEG: usize = size_of::<LegState>();
     let lab = Lab::new();
     lab.service("alpha", 1);
     let (service, client) = (lab.puppet_of("alpha"), lab.puppet());
@@ -242,21 +246,57 @@ fn a_connection_that_died_gives_way_to_the_next_between_its_ends() {
     let ends = [&connection, &listener].map(|end| end.local().must("ask for an address"));
     let [local, remote] = ends.map(Endpoint::from);
     let netns = lab.network().topology.client.cookie().must("ask for the namespace's cookie");
-    let key: [u8; size_of::<Tuple>()] = transmute!(Tuple::between(netns, &local, &remote));
-    let dead: [u8; size_of::<Handover>()] = transmute!(Handover { cookie: 1, copied: 0 });
-    let pin = lab.location().directory().join("maps/HANDOVER");
-    let map = MapData::from_pin(pin).must("open the map HANDOVER");
-    let mut map: HashMap<MapData, [u8; size_of::<Tuple>()], [u8; size_of::<Handover>()]> =
-        Map::HashMap(map).try_into().must("use the map HANDOVER");
-    map.insert(key, dead, 0).must("leave a dead connection there");
+    let key = Tuple::between(netns, &local, &remote);
+    let mut legs = lab.places::<LEG>("CONNECTING");
+    let place_of_leg = CONNECTING_SIZE.places(NOBODY)[1];
+    let dead = LegState {
+        cookie: NOBODY,
+        owners: 2,
+        way: WAY_BEGUN,
+        home: netns,
+        local,
+        target: remote,
+        ..LegState::new_zeroed()
+    };
+    let dead: [u8; LEG] = transmute!(dead);
+    legs.set(place_of_leg, dead, 0).must("leave a dead connection's leg");
+    let mut waiting = lab.places::<{ size_of::<u64>() }>("WAITING");
+    waiting.set(key.waiting_place(), NOBODY.to_ne_bytes(), 0).must("leave it on its way");
 
     connection.connect(lab.v4()).must("connect");
     let accepted = listener.accept().must("accept");
     accepted.query(abi::QUERY_REDIRECT_RECORDS).must("ask for the record");
     assert_eq!(lab.counter(Counter::Delivered), 1);
     assert_eq!(lab.counter(Counter::Unanswered), 1);
+    let leg = legs.get(&place_of_leg, 0).must("look at the leg");
+    let leg = LegState::read_from_bytes(&leg).expect("a leg's size");
+    assert_eq!((leg.owners, leg.way), (1, WAY_ENDED));
+    legs.set(place_of_leg, [0; LEG], 0).must("remove the leg");
     drop((connection, accepted));
-    lab.settle();
+    lab.settle_sockets();
+
+    // The same, where another connection's leg has the place.
+    waiting.set(key.waiting_place(), NOBODY.to_ne_bytes(), 0).must("take the place");
+    let pin = lab.location().directory().join("maps/HANDOVER");
+    let map = MapData::from_pin(pin).must("open the map HANDOVER");
+    let mut map: HashMap<MapData, [u8; size_of::<Tuple>()], [u8; size_of::<Handover>()]> =
+        Map::HashMap(map).try_into().must("use the map HANDOVER");
+    let ends: [u8; size_of::<Tuple>()] = transmute!(key);
+    let dead: [u8; size_of::<Handover>()] = transmute!(Handover { cookie: NOBODY, copied: 0 });
+    map.insert(ends, dead, 0).must("leave a dead connection there");
+    let connection = client.tcp(lab.v4());
+    let bind = || connection.bind(local.into());
+    until("the port to be free", bind, Result::is_ok).must("bind");
+    connection.connect(lab.v4()).must("connect");
+    let accepted = listener.accept().must("accept");
+    accepted.query(abi::QUERY_REDIRECT_RECORDS).must("ask for the record");
+    assert_eq!(lab.counter(Counter::Delivered), 2);
+    assert_eq!(lab.counter(Counter::Unanswered), 2);
+    let left = waiting.get(&key.waiting_place(), 0).must("look at the place");
+    assert_eq!(left, NOBODY.to_ne_bytes(), "it was not this connection's to free");
+    waiting.set(key.waiting_place(), [0; 8], 0).must("free the place");
+    drop((connection, accepted));
+    lab.settle_sockets();
 }
 
 #[test]
@@ -321,6 +361,7 @@ fn a_connection_whose_leg_finds_no_room_is_accounted_for() {
     lab.service("alpha", 1);
     let alpha = lab.start("alpha");
     let mut book = Book::new(&lab);
+    let taken = lab.occupy("WAITING", NOBODY.to_ne_bytes());
     let pin = lab.location().directory().join("maps/HANDOVER");
     let map = MapData::from_pin(pin).must("open the map HANDOVER");
     let room = map.info().must("ask for its size").max_entries();
@@ -339,6 +380,7 @@ fn a_connection_whose_leg_finds_no_room_is_accounted_for() {
     for key in keys {
         map.remove(&key).must("empty the map HANDOVER");
     }
+    taken.leave();
     lab.settle();
     book.after("one whose leg found no room", |due| {
         due.tcp.redirected += 1;

@@ -1,8 +1,7 @@
 //! The control interface, option by option and errno by errno, as `carnet_core::abi` has it.
 
-use std::{net::SocketAddr, ops::Range};
+use std::net::SocketAddr;
 
-use aya::maps::{HashMap, Map, MapData};
 use carnet_core::{
     abi::{self, FlowInfo, OnwardsInfo},
     address::Endpoint,
@@ -18,7 +17,7 @@ use carnet_tests::{
     service::read_record,
     until,
 };
-use zerocopy::{FromBytes as _, IntoBytes as _};
+use zerocopy::{FromBytes as _, FromZeros as _, IntoBytes as _, transmute};
 
 /// Options that are got, with the length of the answer of a first hop.
 const GET: [(i32, usize); 9] = [
@@ -677,7 +676,8 @@ fn legs_for_which_there_is_no_room_apart_hang_on_their_sockets() {
     lab.service("bravo", 1);
     let other = lab.puppet_of("bravo");
     let (listener, other_listener) = (service.serve(loopback()), other.serve(loopback()));
-    let filling = Filling::<{ size_of::<LegState>() }>::of(&lab, "CONNECTING");
+    let leg = LegState { cookie: NOBODY, ..LegState::new_zeroed() };
+    let taken = lab.occupy::<{ size_of::<LegState>() }>("CONNECTING", transmute!(leg));
     let (connection, accepted) = redirected(&client, lab.v4(), &listener);
     let onward = carried_on(&service, &accepted, lab.v4());
     let second = other_listener.accept().must("accept");
@@ -687,7 +687,7 @@ fn legs_for_which_there_is_no_room_apart_hang_on_their_sockets() {
     assert_eq!(lab.engine().flows().must("list the flows").len(), 3);
     assert_eq!(lab.counter(Counter::Delivered), 2);
     assert_eq!(lab.counter(Counter::Onward), 1);
-    filling.remove();
+    taken.leave();
     drop((connection, accepted, onward, second, last));
     lab.settle_sockets();
 }
@@ -700,7 +700,8 @@ fn accepted_sockets_for_which_there_is_no_room_have_their_legs_on_them() {
     // Not at one address, which what it accepts would keep.
     let listener = service.serve("0.0.0.0:0".parse().expect("an address"));
     let other_listener = other.serve(loopback());
-    let filling = Filling::<{ size_of::<Accepted>() }>::of(&lab, "ACCEPTED");
+    let nobodys = Accepted { cookie: NOBODY, ..Accepted::default() };
+    let taken = lab.occupy::<{ size_of::<Accepted>() }>("ACCEPTED", transmute!(nobodys));
     let (connection, accepted) = redirected(&client, lab.v4(), &listener);
     // There is no ticket then; the record does.
     let answer = accepted.query(abi::ONWARDS).must("query");
@@ -712,7 +713,7 @@ fn accepted_sockets_for_which_there_is_no_room_have_their_legs_on_them() {
     let second = other_listener.accept().must("accept");
     assert_eq!(flow_of(&accepted), flow_of(&second));
     assert_eq!((lab.counter(Counter::Delivered), lab.counter(Counter::HandoverFailed)), (2, 0));
-    filling.remove();
+    taken.leave();
     // Its leg was shared until there turned out to be no room: nobody keeps it for that.
     drop((connection, onward));
     lab.settle_sockets();
@@ -728,33 +729,8 @@ fn accepted_sockets_for_which_there_is_no_room_have_their_legs_on_them() {
     lab.settle_sockets();
 }
 
-/// Entries that fill a map by cookies, under cookies that no socket has.
-struct Filling<const VALUE: usize> {
-    map: HashMap<MapData, u64, [u8; VALUE]>,
-    cookies: Range<u64>,
-}
-
-impl<const VALUE: usize> Filling<VALUE> {
-    #[track_caller]
-    fn of(lab: &Lab, name: &str) -> Self {
-        let pin = lab.location().directory().join("maps").join(name);
-        let map = MapData::from_pin(pin).must("open the map");
-        let room = u64::from(map.info().must("ask for its size").max_entries());
-        let map: Result<HashMap<_, _, _>, _> = Map::HashMap(map).try_into();
-        let mut filling = Self { map: map.must("use the map"), cookies: 1 << 62..(1 << 62) + room };
-        for cookie in filling.cookies.clone() {
-            filling.map.insert(cookie, [0; VALUE], 0).must("fill the map");
-        }
-        filling
-    }
-
-    #[track_caller]
-    fn remove(mut self) {
-        for cookie in self.cookies {
-            self.map.remove(&cookie).must("empty the map");
-        }
-    }
-}
+/// A cookie that no socket has.
+const NOBODY: u64 = 1 << 62;
 
 #[test]
 fn a_socket_that_was_accepted_can_carry_a_flow_on_itself() {

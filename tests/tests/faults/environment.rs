@@ -215,6 +215,9 @@ fn the_command_is_out_of_memory() {
     row.conclude();
 }
 
+/// A cookie that no socket has.
+const NOBODY: u64 = 1 << 62;
+
 /// A map of the kernel's, with keys and values as bytes.
 type Bytes<const KEY: usize, const VALUE: usize> = HashMap<MapData, [u8; KEY], [u8; VALUE]>;
 
@@ -239,17 +242,19 @@ fn fill<const KEY: usize, const VALUE: usize>(
 }
 
 /// A flow for which a map has no room, which is for `room` entries at least, is turned away: not inspected, and not let
-/// by. `arrived` counts what
-/// the destination has got.
+/// by. `places` is a table of them that comes before the map, and is full too. `arrived` counts what the destination
+/// has got.
 fn no_room<const KEY: usize, const VALUE: usize>(
     mut row: Row,
     map: &str,
+    places: Option<&str>,
     room: usize,
     protocol: Protocol,
     arrived: impl Fn(&Stage) -> usize,
 ) {
     row.try_one();
     let stage = stage();
+    let taken = places.map(|table| stage.lab.occupy(table, NOBODY.to_ne_bytes()));
     let (mut map, keys) = fill::<KEY, VALUE>(&stage, map);
     row.check(keys.len() >= room, || format!("{} entries", keys.len()));
     match stage.way(protocol) {
@@ -260,6 +265,9 @@ fn no_room<const KEY: usize, const VALUE: usize>(
     for key in keys {
         map.remove(&key).must("remove an entry");
     }
+    if let Some(taken) = taken {
+        taken.leave();
+    }
     stage.expect(&mut row, &["alpha"], "with room again");
     row.came("carried again");
     row.conclude();
@@ -268,10 +276,11 @@ fn no_room<const KEY: usize, const VALUE: usize>(
 #[test]
 fn the_map_of_connections_under_way_is_full() {
     // The service cannot know of the connection, so it turns it away.
-    let row = Row::new(GROUP, "map HANDOVER full: the service turns the flow away");
+    let row = Row::new(GROUP, "maps WAITING and HANDOVER full: the service turns the flow away");
     no_room::<{ size_of::<Tuple>() }, { size_of::<Handover>() }>(
         row,
         "HANDOVER",
+        Some("WAITING"),
         8_192,
         Protocol::Tcp,
         |stage| stage.lab.network().echo().connections().len(),
@@ -286,6 +295,7 @@ fn the_map_of_datagram_flows_is_full() {
     no_room::<{ size_of::<PeerKey>() }, VALUE>(
         row,
         "DATAGRAM_LEGS",
+        None,
         60_001,
         Protocol::Udp,
         |stage| stage.datagrams.datagrams().len(),
