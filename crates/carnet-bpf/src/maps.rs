@@ -135,6 +135,11 @@ pub(crate) static CONTEXTS: HashMap<u64, Context, 1024, NO_PREALLOC> = HashMap::
 #[btf_map]
 pub(crate) static SVC_CGROUPS: HashMap<u64, u64, 128, NO_PREALLOC> = HashMap::new();
 
+/// Cgroups of callers that belong to no service, by cgroup id: the number of the policy of which that was found out.
+/// Writer and reader: whoever asks which service a process belongs to.
+#[btf_map]
+pub(crate) static NO_SERVICE: LruHashMap<u64, u64, 1024> = LruHashMap::new();
+
 /// Registered listeners. Writer: setsockopt; connect notes which it missed; user mode, those that are
 /// reached from another network namespace. Reader: connect.
 #[btf_map]

@@ -19,13 +19,13 @@ use carnet_core::{
     access::Caller,
     flow::LegState,
     record::{AppIdentity, FileId, MAX_PATH},
-    table::{MAX_CGROUP_LEVEL, Repeat as _, Step},
+    table::{MAX_CGROUP_LEVEL, Repeat as _, Step, Tables as _},
 };
 
 use crate::{
     bank::{Bank, repeat},
     ctx::{fetch_add, opaque},
-    maps::{BLANK_LEG, KnownPath, PATHS, PathKey, SVC_CGROUPS},
+    maps::{BLANK_LEG, KnownPath, NO_SERVICE, PATHS, PathKey, SVC_CGROUPS},
 };
 
 /// Byte offsets of the fields that are read, in the kernel's structures.
@@ -296,8 +296,19 @@ pub(crate) extern "C" fn carnet_service() -> u64 {
     if let Some(handle) = unsafe { SVC_CGROUPS.get(&own) } {
         return *handle;
     }
+    // The rest would be looked for at each level, as many as there are: most callers are no service's. What a policy
+    // adds is there before it is in force.
+    let generation = Bank::in_force().header().map_or(0, |header| header.generation);
+    // SAFETY: the value is copied out at once.
+    if unsafe { NO_SERVICE.get(&own) } == Some(&generation) {
+        return 0;
+    }
     let mut search = ServiceSearch { handle: 0 };
     repeat(MAX_CGROUP_LEVEL + 1, &mut search);
+    if search.handle == 0 {
+        // Without room it is looked for again.
+        let _no_room = NO_SERVICE.insert(&own, &generation, BPF_ANY.into());
+    }
     search.handle
 }
 

@@ -2,16 +2,22 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::atomic::{AtomicUsize, Ordering},
+    net::Ipv4Addr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::Instant,
 };
 
 use carnet_core::{
+    abi::{self, FlowInfo},
     event::{Counter, Event, EventKind},
     object::{Conditions, FilterAction, NewFilter, Policy, Weight},
 };
-use carnet_tests::{Anything, Lab, Must as _, PATIENCE, Running, handed_on};
+use carnet_tests::{Anything, Lab, Must as _, PATIENCE, Plan, Running, handed_on, puppet::Puppet};
+use zerocopy::FromBytes as _;
 
 /// How many waves of clients there are at most: far more than fit into [`PATIENCE`].
 const MOST_WAVES: usize = 2000;
@@ -232,6 +238,39 @@ fn a_flow_goes_on_under_the_policy_that_it_met() {
     drop((connection, direct));
     lab.settle();
     drop(services);
+}
+
+/// To which service a process belongs is asked anew under each policy, whatever was found before.
+#[test]
+fn a_process_whose_cgroup_becomes_a_services_is_of_that_service() {
+    let lab = Lab::new();
+    let alpha = lab.start_chain(&["alpha"]);
+    let parent = Arc::new(lab.apps().child("parent").must("make a cgroup"));
+    let nested = parent.child("nested").must("make a cgroup");
+    let process = Puppet::start(&lab.network().topology.client, &nested, None);
+    for name in ["bravo", "charlie"] {
+        // Nobody's, and more than once.
+        for _ in 0..2 {
+            drop(process.connect(lab.v4()).must("connect"));
+        }
+        lab.service_in(name, Arc::clone(&parent), Plan::default());
+        let listener = process.serve((Ipv4Addr::LOCALHOST, 0).into());
+        let client = lab.puppet();
+        let connection = client.connect(lab.v4()).must("connect");
+        let accepted = listener.accept().must("accept");
+        let answer = accepted.query(abi::FLOW).must("ask for the flow");
+        let flow = FlowInfo::read_from_bytes(&answer).expect("40 bytes");
+        assert_eq!(flow.handle, lab.handle_of(name));
+        drop((connection, accepted, listener));
+        lab.change(|policy| {
+            policy.remove_filter(name)?;
+            policy.remove_service(name)?;
+            Ok(())
+        });
+    }
+    drop(process);
+    lab.settle();
+    drop(alpha);
 }
 
 #[test]
