@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, Map, MapData};
-use carnet_core::flow::{GuardEntry, HeldKey};
+use carnet_core::{flow::HeldKey, guard::GuardEntry};
 use carnet_engine::{Engine, Location};
 use carnet_testbed::{BpfDirectory, Cgroup, NetworkNamespace, Process, Topology};
 use serde::de::DeserializeOwned;

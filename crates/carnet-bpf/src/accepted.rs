@@ -229,17 +229,11 @@ pub(crate) fn connection_ends(cookie: u64, socket: Socket, bytes: impl FnOnce() 
     if accepted.is_there == 0 {
         return true;
     }
-    accepted.is_there = 0;
-    let Some(leg) = leg_of(accepted) else {
-        return true;
-    };
-    guard_ends(leg);
-    if accepted.copied == 0 {
-        connecting::ends(leg, bytes);
-    }
+    let leg = is_over(accepted, bytes);
     // Nothing will tell the end of a socket that nobody has accepted yet, and perhaps nobody will.
     if !socket.has_owner() && accepted.ends == 0 {
-        if socket.put_on_socket(&DELIVERED, leg)
+        if let Some(leg) = leg
+            && socket.put_on_socket(&DELIVERED, leg)
             && let Some(copy) = socket.get(&DELIVERED)
         {
             copy.kind = 0;
@@ -260,16 +254,25 @@ pub(crate) fn socket_ends(cookie: u64, sk: u64) {
     };
     // A program of others that sets the socket's flags anew has its connection end without a word.
     if !is_watched(read(sk, offset!(tcp_sockops))) && accepted.is_there != 0 {
-        accepted.is_there = 0;
-        if let Some(leg) = leg_of(accepted) {
-            guard_ends(leg);
-            if accepted.copied == 0 {
-                connecting::ends(leg, unknown);
-            }
-        }
+        is_over(accepted, unknown);
         end(cookie, accepted);
     }
     end(cookie, accepted);
+}
+
+/// The connection of an accepted socket is over: its service holds the flow no longer. Gives the leg.
+#[inline(always)]
+fn is_over(
+    accepted: &mut Accepted,
+    bytes: impl FnOnce() -> Bytes,
+) -> Option<&'static mut LegState> {
+    accepted.is_there = 0;
+    let leg = leg_of(accepted)?;
+    guard_ends(leg);
+    if accepted.copied == 0 {
+        connecting::ends(leg, bytes);
+    }
+    Some(leg)
 }
 
 /// One of the two ends of an accepted socket is over; with the second one what is kept of it goes.

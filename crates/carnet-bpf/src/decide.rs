@@ -12,7 +12,8 @@ use carnet_core::{
     classify::{
         self, Connection, Listeners, Pending, Unobserved, decide, is_redirectable, leaf_of, settle,
     },
-    flow::{GuardEntry, HeldKey},
+    flow::HeldKey,
+    guard::GuardEntry,
     record::{FileId, Record},
     table::{Field, LeafRow, Tables as _},
 };

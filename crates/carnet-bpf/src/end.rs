@@ -3,7 +3,8 @@
 use aya_ebpf::bindings::BPF_NOEXIST;
 use carnet_core::{
     event::{Counter, EventKind},
-    flow::{GuardEntry, HeldKey, LEG_REDIRECTED, LEG_STARTING, LEG_TO_UNMODIFIED, LegState},
+    flow::{HeldKey, LEG_REDIRECTED, LEG_STARTING, LEG_TO_UNMODIFIED, LegState},
+    guard::{self, GuardEntry},
 };
 
 use crate::{
@@ -28,34 +29,7 @@ pub(crate) fn guard_begins(leg: &mut LegState, ticket: u64) {
 // Not inlined: the stack of the hooks is all but full.
 #[inline(never)]
 fn guard(leg: &LegState) {
-    let key = leg.held_key();
-    if counted(&key, leg) {
-        return;
-    }
-    let entry = GuardEntry::of_first(leg.record.flow, leg.record.legs);
-    if GUARD.insert(&key, &entry, BPF_NOEXIST.into()).is_err() {
-        // Another processor has just counted the service's first flow for the destination.
-        counted(&key, leg);
-    }
-}
-
-/// Counts a flow, if the service has held one for the destination before.
-#[inline(always)]
-fn counted(key: &HeldKey, leg: &LegState) -> bool {
-    let Some(entry) = GUARD.get_ptr_mut(key) else {
-        return false;
-    };
-    // SAFETY: the entry stays allocated until the program ends; `live` is shared with other
-    // CPUs and touched atomically alone. A lost update of `legs` lets a loop go on for a leg
-    // more.
-    unsafe {
-        let before = fetch_add(&raw mut (*entry).live, 1);
-        if (*entry).is_longest(before, leg.record.legs) {
-            (*entry).legs = leg.record.legs;
-        }
-        (*entry).flow = leg.record.flow;
-    }
-    true
+    guard::begins(&mut Guard, &leg.held_key(), leg.record.flow, leg.record.legs);
 }
 
 /// The service holds one flow less for the destination.
@@ -65,9 +39,52 @@ pub(crate) fn guard_ends(leg: &mut LegState) {
         carnet_let_go(leg);
         return;
     }
-    if let Some(entry) = GUARD.get_ptr_mut(&leg.held_key()) {
-        // SAFETY: as in `counted`.
-        unsafe { fetch_add(&raw mut (*entry).live, -1) };
+    guard::ends(&mut Guard, &leg.held_key());
+}
+
+/// The hop guard's memory in [`GUARD`].
+struct Guard;
+
+/// An entry of it.
+struct Entry(*mut GuardEntry);
+
+impl guard::Memory for Guard {
+    type Entry = Entry;
+
+    #[inline(always)]
+    fn find(&mut self, key: &HeldKey) -> Option<Entry> {
+        GUARD.get_ptr_mut(key).map(Entry)
+    }
+
+    #[inline(always)]
+    fn insert_new(&mut self, key: &HeldKey, entry: &GuardEntry) -> bool {
+        GUARD.insert(key, entry, BPF_NOEXIST.into()).is_ok()
+    }
+}
+
+impl guard::Shared for Entry {
+    #[inline(always)]
+    fn add(&mut self, change: i64) -> i64 {
+        // SAFETY: the entry stays allocated until the program ends; the number is touched atomically alone.
+        unsafe { fetch_add(&raw mut (*self.0).live, change) }
+    }
+
+    #[inline(always)]
+    fn legs(&self) -> u32 {
+        // SAFETY: as above; the number is one word.
+        unsafe { (*self.0).legs }
+    }
+
+    #[inline(always)]
+    fn set_legs(&mut self, legs: u32) {
+        // SAFETY: as above.
+        unsafe { (*self.0).legs = legs };
+    }
+
+    #[inline(always)]
+    fn set_flow(&mut self, flow: u64) {
+        // SAFETY: as above.
+        unsafe { (*self.0).flow = flow };
     }
 }
 

@@ -14,9 +14,10 @@ use carnet_core::{
     event::{Counter, Event},
     flow::{
         ACCEPTED_SIZE, Accepted, CONNECTING_SIZE, Correspondent, CorrespondentKey, DatagramLeg,
-        GuardEntry, Handover, HeldKey, LegState, ListenerEntry, ListenerKey, LocalSourceKey,
-        PeerKey, Registration, Tuple, WAITING_PLACES,
+        Handover, HeldKey, LegState, ListenerEntry, ListenerKey, LocalSourceKey, PeerKey,
+        Registration, Tuple, WAITING_PLACES,
     },
+    guard::GuardEntry,
     key::KeyRow,
     record::{FileId, MAX_PATH, Record},
     siphash::Key,

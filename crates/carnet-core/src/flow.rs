@@ -1,4 +1,4 @@
-//! What the kernel keeps for a redirected connection, and for the guard.
+//! What the kernel keeps for a redirected connection.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -293,45 +293,6 @@ impl HeldKey {
     }
 }
 
-/// What the guard remembers: how many flows for that destination the service holds, and how many
-/// legs the longest of them has made.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
-)]
-#[repr(C)]
-pub struct GuardEntry {
-    /// Accepted connections that are still open.
-    pub live: i64,
-    /// Id of the flow that was delivered last.
-    pub flow: u64,
-    /// Most legs among the flows that have been open since `live` was last 0.
-    pub legs: u32,
-    /// Always zero.
-    pub zero: u32,
-}
-
-impl GuardEntry {
-    /// The entry for a service that holds one flow, with this id and so many legs.
-    #[inline(always)]
-    pub const fn of_first(flow: u64, legs: u32) -> Self {
-        Self { live: 1, flow, legs, zero: 0 }
-    }
-
-    /// Whether a flow of `legs` legs is the longest that the service holds, if it held `before` others
-    /// when it got this one.
-    #[inline(always)]
-    pub const fn is_longest(&self, before: i64, legs: u32) -> bool {
-        before <= 0 || self.legs < legs
-    }
-
-    /// Redirected legs so far of a connection that the service makes without a record, if it holds
-    /// flows for the destination: it may be the longest of them (contract C11).
-    #[inline(always)]
-    pub const fn forgotten_legs(&self) -> Option<u32> {
-        if self.live > 0 { Some(self.legs) } else { None }
-    }
-}
-
 /// Key of the registered listeners.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -541,7 +502,6 @@ const _: () = {
     assert!(size_of::<DatagramLeg>() == 8 + 24 + size_of::<LegState>());
     assert!(size_of::<Tuple>() == 48);
     assert!(size_of::<HeldKey>() == 40);
-    assert!(size_of::<GuardEntry>() == 24);
     assert!(size_of::<ListenerKey>() == 24);
     assert!(size_of::<ListenerEntry>() == 48);
     assert!(size_of::<Registration>() == 16);

@@ -19,6 +19,7 @@
 //! | [`classify`](mod@classify) | the decision function |
 //! | [`flow`] | what the kernel keeps for a redirected connection |
 //! | [`place`] | where it keeps what it finds by the cookies of sockets |
+//! | [`guard`] | which flows services hold, for the hop guard |
 //! | [`socket`] | which sockets the hooks see |
 //! | [`outcome`] | whether what was decided about a connect still holds at its SYN |
 //! | [`event`] | what the kernel tells of decisions |
@@ -57,6 +58,7 @@ pub mod existing;
 #[cfg(feature = "host")]
 pub mod explain;
 pub mod flow;
+pub mod guard;
 pub mod key;
 #[cfg(feature = "host")]
 pub mod object;

@@ -2,12 +2,15 @@
 //!
 //! Nothing is decided here. Records are real ones, with their MACs.
 
+use std::{cell::Cell, rc::Rc};
+
 use carnet_core::{
     Decision,
     access::Caller,
     chain::Chain,
     classify::{Listeners, Unobserved, classify, destination_concerns_somebody},
-    flow::GuardEntry,
+    flow::HeldKey,
+    guard::{self, GuardEntry},
     key::{DEFAULT_OVERLAP_NS, KeyRow},
     record::{Hop, LIFETIME_NS, MAGIC, Record, VERSION, mac_of},
     siphash::Key,
@@ -76,16 +79,67 @@ impl Listeners for Maps<'_> {
 
 /// What the guard remembers when a service gets a leg; `live` is how many it held before.
 pub(super) fn guard_begins(remembered: u8, live: u8, legs: u8) -> u8 {
-    let legs = legs.into();
-    let entry = if live == 0 {
-        // Two cases in one, since they have to come to the same: there is no entry, or an old one.
-        let old = GuardEntry { live: 0, flow: 0, legs: STALE, zero: 0 };
-        if old.is_longest(0, legs) { GuardEntry::of_first(0, legs) } else { old }
-    } else {
-        GuardEntry { live: live.into(), flow: 0, legs: remembered.into(), zero: 0 }
+    let remembers = |entry| {
+        let mut memory = Remembered(Rc::new(Cell::new(entry)));
+        guard::begins(&mut memory, &HeldKey::of_all(1), 0, legs.into());
+        memory.0.get().map_or(0, |entry| entry.legs as u8)
     };
-    let longest = entry.is_longest(live.into(), legs);
-    if longest { legs as u8 } else { entry.legs as u8 }
+    let entry = |live, legs| Some(GuardEntry { live, flow: 0, legs, zero: 0 });
+    if live > 0 {
+        return remembers(entry(live.into(), remembered.into()));
+    }
+    // Whether there is no entry or an old one has to come to the same.
+    let new = remembers(None);
+    assert_eq!(new, remembers(entry(0, STALE)), "what is remembered of flows that have ended");
+    new
+}
+
+/// What the guard remembers of a service and a destination.
+#[derive(Clone)]
+struct Remembered(Rc<Cell<Option<GuardEntry>>>);
+
+impl Remembered {
+    fn change(&self, change: impl FnOnce(&mut GuardEntry)) {
+        let mut entry = self.0.get().unwrap_or_default();
+        change(&mut entry);
+        self.0.set(Some(entry));
+    }
+}
+
+impl guard::Memory for Remembered {
+    type Entry = Self;
+
+    fn find(&mut self, _key: &HeldKey) -> Option<Self> {
+        self.0.get().map(|_| self.clone())
+    }
+
+    fn insert_new(&mut self, _key: &HeldKey, entry: &GuardEntry) -> bool {
+        let is_new = self.0.get().is_none();
+        if is_new {
+            self.0.set(Some(*entry));
+        }
+        is_new
+    }
+}
+
+impl guard::Shared for Remembered {
+    fn add(&mut self, change: i64) -> i64 {
+        let before = self.0.get().unwrap_or_default().live;
+        self.change(|entry| entry.live += change);
+        before
+    }
+
+    fn legs(&self) -> u32 {
+        self.0.get().unwrap_or_default().legs
+    }
+
+    fn set_legs(&mut self, legs: u32) {
+        self.change(|entry| entry.legs = legs);
+    }
+
+    fn set_flow(&mut self, flow: u64) {
+        self.change(|entry| entry.flow = flow);
+    }
 }
 
 /// The epoch of the instance.
