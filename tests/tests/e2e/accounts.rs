@@ -5,11 +5,11 @@ use std::{net::SocketAddr, time::Duration};
 
 use aya::maps::{HashMap, Map, MapData};
 use carnet_core::{
-    abi,
+    abi::{self, FlowInfo},
     address::Endpoint,
     chain::hop_limit,
     event::Counter,
-    flow::{CONNECTING_SIZE, Handover, LegState, Tuple, WAY_BEGUN, WAY_ENDED},
+    flow::{CONNECTING_SIZE, Handover, LegState, Tuple, WAITING_PLACES, WAY_BEGUN, WAY_ENDED},
     object::{Conditions, FilterAction, NewFilter, Weight},
 };
 use carnet_engine::{Account, Engine};
@@ -296,6 +296,71 @@ fn a_connection_that_died_gives_way_to_the_next_between_its_ends() {
     assert_eq!(left, NOBODY.to_ne_bytes(), "it was not this connection's to free");
     waiting.set(key.waiting_place(), [0; 8], 0).must("free the place");
     drop((connection, accepted));
+    lab.settle_sockets();
+}
+
+/// The cookies of both would be in one place.
+#[test]
+fn legs_that_are_on_their_way_at_once_are_told_apart() {
+    if !netfilter::is_there() {
+        eprintln!("this kernel has no netfilter");
+        return;
+    }
+    let lab = Lab::new();
+    let namespace = &lab.network().topology.client;
+    lab.service("alpha", 1);
+    let mut book = Book::new(&lab);
+    let (service, client) = (lab.puppet_of("alpha"), lab.puppet());
+    let listener = service.serve(LOOPBACK);
+    let port = listener.local().must("ask for the port").port();
+    // The ACK by which the service's end would be established is lost.
+    netfilter::change(
+        namespace,
+        &format!(
+            "add table ip other; add chain ip other in {{ type filter hook input priority 0; }}; \
+             add rule ip other in tcp dport {port} tcp flags == ack drop"
+        ),
+    );
+    let (first, second) = (client.tcp(lab.v4()), client.tcp(lab.v4()));
+    first.bind(LOOPBACK).must("bind");
+    let own = first.local().must("ask for the port");
+    let distance = WAITING_PLACES as u16;
+    let other = if own.port() < 40_000 { own.port() + distance } else { own.port() - distance };
+    second.bind(SocketAddr::new(own.ip(), other)).must("bind");
+    first.connect(lab.v4()).must("connect");
+    second.connect(lab.v4()).must("connect");
+    book.after("two on their way", |due| {
+        due.tcp.redirected += 2;
+        due.tcp.connecting += 2;
+    });
+    let full = |map: &str| {
+        let maps = lab.engine().status().must("ask for the status").maps;
+        maps.iter().find(|status| status.name == map).map(|status| status.used)
+    };
+    assert_eq!((full("WAITING"), full("HANDOVER")), (Some(1), Some(1)), "one has the place");
+
+    netfilter::change(namespace, "delete table ip other");
+    // In the other order.
+    for connection in [&second, &first] {
+        connection.send(b"x").must("send");
+    }
+    let accepted = [(); 2].map(|()| listener.accept().must("accept"));
+    let mut flows: Vec<_> = accepted
+        .iter()
+        .map(|accepted| {
+            let answer = accepted.query(abi::FLOW).must("ask for the flow");
+            let flow = FlowInfo::read_from_bytes(&answer).expect("40 bytes").flow;
+            (flow, accepted.peer().must("ask for the peer").port())
+        })
+        .collect();
+    flows.sort_unstable();
+    assert_eq!(flows.iter().map(|(_, port)| *port).collect::<Vec<_>>(), [own.port(), other]);
+    assert_ne!(flows[0].0, flows[1].0);
+    book.after("both delivered", |due| {
+        due.tcp.connecting -= 2;
+        due.tcp.delivered += 2;
+    });
+    drop((first, second, accepted));
     lab.settle_sockets();
 }
 
