@@ -18,7 +18,7 @@ pub(crate) struct Options {
     rounds: NonZeroU32,
 
     /// Connections of each repetition in the parts hooks and latency; a quarter of it in services
-    #[arg(long, value_name = "NUMBER", default_value = "20000")]
+    #[arg(long, value_name = "NUMBER", default_value = "40000")]
     connections: NonZeroU32,
 
     /// The longest chain of services
