@@ -1,7 +1,7 @@
 //! The legs of accepted sockets, for the questions of their services.
 //!
-//! In a place that the socket's cookie tells is kept which leg it has: the connecting socket's, of which it is an owner as well,
-//! or a copy where that hangs on its socket. So it is until the connection is over and the socket is closed,
+//! In a place that the socket's cookie tells is kept which leg it has: the connecting socket's, of which it is an owner
+//! as well, or a copy where that hangs on its socket. So it is until the connection is over and the socket is closed,
 //! whichever comes last: a service may ask about a connection that was reset before it came to that.
 
 use aya_ebpf::bindings::bpf_sockopt;
@@ -95,7 +95,7 @@ pub(crate) fn has_copied(handover: &Handover) {
 #[inline(always)]
 pub(crate) fn withdraw(cookie: u64, socket: Socket) {
     if let Some(place) = place_of(cookie) {
-        place::vacate(place);
+        place::vacate(place, cookie);
     }
     handover::remove_copy(place_of_copy(cookie));
     socket.delete(&DELIVERED);
@@ -118,13 +118,6 @@ impl Place for AcceptedPlace {
     fn holder(self) -> u64 {
         // SAFETY: the place is in a map value.
         unsafe { (&raw const (*self.0).cookie).read_volatile() }
-    }
-
-    #[inline(always)]
-    fn set_holder(self, new: u64) {
-        // SAFETY: the place is in a map value. LLVM keeps the order of volatile accesses, and so do processors that of
-        // stores, or there would be a barrier.
-        unsafe { (&raw mut (*self.0).cookie).write_volatile(new) };
     }
 
     #[inline(always)]
@@ -288,7 +281,7 @@ fn end(cookie: u64, accepted: &mut Accepted) {
 fn forget(cookie: u64, accepted: &mut Accepted) {
     let (place, copied) = (accepted.leg, accepted.copied);
     // Who vacates the place, and nobody else, has what was in it.
-    if !place::vacate_first(AcceptedPlace(accepted), cookie) {
+    if !place::vacate(AcceptedPlace(accepted), cookie) {
         return;
     }
     if copied != 0 {

@@ -1,8 +1,8 @@
 //! The legs that sockets make.
 //!
 //! Most are kept apart from the socket, in a place that its cookie tells, for the two who own them: the socket, until it
-//! is closed, and the accepted one, which shares it. The last owner to go vacates it. What [`LEGS`] has on a socket goes before;
-//! that is also where the next leg of a socket is whose earlier one an accepted socket still owns.
+//! is closed, and the accepted one, which shares it. The last owner to go vacates it. What [`LEGS`] has on a socket goes
+//! before; that is also where the next leg of a socket is whose earlier one an accepted socket still owns.
 //!
 //! A leg ends with the connection of the accepted socket that shares it; else when its own socket is closed or
 //! connects anew, or when its connection is seen to end, which is not asked for: the kernel would tell each change of
@@ -58,13 +58,6 @@ impl Place for LegPlace {
     fn holder(self) -> u64 {
         // SAFETY: the place is in a map value.
         unsafe { (&raw const (*self.0).cookie).read_volatile() }
-    }
-
-    #[inline(always)]
-    fn set_holder(self, new: u64) {
-        // SAFETY: the place is in a map value. LLVM keeps the order of volatile accesses, and so do processors that of
-        // stores, or there would be a barrier.
-        unsafe { (&raw mut (*self.0).cookie).write_volatile(new) };
     }
 
     #[inline(always)]
@@ -196,7 +189,8 @@ pub(crate) fn give_back(cookie: u64) {
     }
 }
 
-/// A leg with one owner, its socket, which has no other one; else all zero but for context and record. `None`: its places are taken.
+/// A leg with one owner, its socket, which has no other one; else all zero but for context and record. `None`: its
+/// places are taken.
 #[inline(always)]
 fn begin(cookie: u64) -> Option<&'static mut LegState> {
     let place = place::reserve(places(cookie)?)?;
@@ -237,7 +231,8 @@ fn zero(part: *mut c_void, length: usize) {
 /// Nobody has the leg any more.
 #[inline(always)]
 fn vacate(leg: &mut LegState) {
-    place::vacate(LegPlace(leg));
+    let cookie = leg.cookie;
+    place::vacate(LegPlace(leg), cookie);
 }
 
 /// One of the owners of a leg that is kept apart, who has nothing to do with it from here on, goes.

@@ -44,9 +44,8 @@ impl Size {
 pub trait Place: Copy {
     /// The cookie of the socket that has it, or [`FREE`] or [`RESERVED`].
     fn holder(self) -> u64;
-    /// Makes `new` the holder: of a place that nobody else gives or takes.
-    fn set_holder(self, new: u64);
-    /// Makes `new` the holder if `old` is, in one step. Gives whether it was.
+    /// Makes `new` the holder if `old` is, in one step, and not before what has been done with the place. Gives whether
+    /// `old` was.
     fn replace_holder(self, old: u64, new: u64) -> bool;
 }
 
@@ -88,18 +87,12 @@ pub fn reserve<P: Place>(places: [P; WAYS]) -> Option<P> {
 /// Gives a place that was reserved to the socket with this cookie, which has no other one.
 #[inline(always)]
 pub fn settle(place: impl Place, cookie: u64) {
-    place.set_holder(cookie);
-}
-
-/// Takes the place from its holder, on behalf of the only one who may.
-#[inline(always)]
-pub fn vacate(place: impl Place) {
-    place.set_holder(FREE);
+    place.replace_holder(RESERVED, cookie);
 }
 
 /// Takes the place from its holder. Gives `false` if that had lost it already: of several who try, one succeeds.
 #[inline(always)]
-pub fn vacate_first(place: impl Place, cookie: u64) -> bool {
+pub fn vacate(place: impl Place, cookie: u64) -> bool {
     place.replace_holder(cookie, FREE)
 }
 
@@ -115,10 +108,6 @@ mod tests {
     impl Place for &AtomicU64 {
         fn holder(self) -> u64 {
             self.load(Ordering::SeqCst)
-        }
-
-        fn set_holder(self, new: u64) {
-            self.store(new, Ordering::SeqCst);
         }
 
         fn replace_holder(self, old: u64, new: u64) -> bool {
@@ -147,7 +136,7 @@ mod tests {
         }
 
         fn leave(&self, cookie: u64) -> bool {
-            find(self.places(cookie), cookie).is_some_and(|place| vacate_first(place, cookie))
+            find(self.places(cookie), cookie).is_some_and(|place| vacate(place, cookie))
         }
     }
 
