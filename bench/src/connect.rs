@@ -17,8 +17,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "NUMBER", default_value = "5")]
     rounds: NonZeroU32,
 
-    /// Connections of each repetition in the parts hooks and latency; a quarter of it in services
-    #[arg(long, value_name = "NUMBER", default_value = "40000")]
+    /// Connections of each repetition in the parts hooks and latency; half as many in services
+    #[arg(long, value_name = "NUMBER", default_value = "20000")]
     connections: NonZeroU32,
 
     /// The longest chain of services
@@ -118,7 +118,7 @@ impl Options {
         } else {
             (self.rounds.get(), self.connections.get(), self.services)
         };
-        let exchanges = connections.div_ceil(4).max(services::THREADS);
+        let exchanges = connections.div_ceil(2).max(services::THREADS);
         let wanted = |relay: &Relay| self.relay.is_empty() || self.relay.contains(relay);
         let relays = [Relay::Bare, Relay::Inspect].into_iter().filter(wanted).collect();
         Plan { rounds, connections, exchanges, services, nftables: !self.no_nftables, relays }
