@@ -25,3 +25,16 @@ pub fn change(namespace: &NetworkNamespace, commands: &str) {
     namespace.enter_command(nft.arg(commands)).must("enter the namespace");
     assert!(nft.status().must("run nft").success(), "nft refuses {commands:?}");
 }
+
+/// Adds a rule on what comes in to a namespace, as the only one of the table `ip other`.
+#[track_caller]
+pub fn on_input(namespace: &NetworkNamespace, rule: &str) {
+    let chain = "add table ip other; add chain ip other in { type filter hook input priority 0; }";
+    change(namespace, &format!("{chain}; add rule ip other in {rule}"));
+}
+
+/// Removes what [`on_input`] has added.
+#[track_caller]
+pub fn remove(namespace: &NetworkNamespace) {
+    change(namespace, "delete table ip other");
+}

@@ -7,15 +7,16 @@
 use aya_ebpf::bindings::bpf_sockopt;
 use carnet_core::{
     flow::{ACCEPTED_SIZE, Accepted, Handover, LegState, WAY_ENDED, WAY_SHARED},
-    place::{self, Place, WAYS},
+    place,
 };
 
 use crate::{
     connecting,
-    ctx::{compare_exchange, fetch_add},
+    ctx::fetch_add,
     end::{Bytes, guard_ends, unknown},
     handover,
     maps::{ACCEPTED, DELIVERED},
+    place::{At, find as find_place, places},
     process::{offset, read},
     socket::{Socket, is_watched},
 };
@@ -70,7 +71,7 @@ pub(crate) fn copy(
         handover::find_copy(handover.cookie)?
     };
     // A service asks on the Multipath TCP connection, not on its subflow.
-    let place = place_of_copy(cookie);
+    let place = cookie_of_copy(cookie);
     if socket.multipath().is_none() && handover::copy(place, leg) {
         if insert(cookie, place, 1) {
             return handover::find_copy(place);
@@ -97,59 +98,30 @@ pub(crate) fn withdraw(cookie: u64, socket: Socket) {
     if let Some(place) = place_of(cookie) {
         place::vacate(place, cookie);
     }
-    handover::remove_copy(place_of_copy(cookie));
+    handover::remove_copy(cookie_of_copy(cookie));
     socket.delete(&DELIVERED);
 }
 
-/// Where the copy for the accepted socket with this cookie is. Under the cookie itself would be that of a leg which
+/// Under which one the copy for the accepted socket with this cookie is. Under the cookie itself would be that of a leg which
 /// the socket makes when it is connected elsewhere. Cookies are counted up from 1 and, rarely, down from the largest
 /// number: none becomes another one's like this.
 #[inline(always)]
-fn place_of_copy(cookie: u64) -> u64 {
+fn cookie_of_copy(cookie: u64) -> u64 {
     cookie ^ 1 << 63
 }
 
-/// The place of an accepted socket.
-#[derive(Clone, Copy)]
-struct AcceptedPlace(*mut Accepted);
-
-impl Place for AcceptedPlace {
-    #[inline(always)]
-    fn holder(self) -> u64 {
-        // SAFETY: the place is in a map value.
-        unsafe { (&raw const (*self.0).cookie).read_volatile() }
-    }
-
-    #[inline(always)]
-    fn replace_holder(self, old: u64, new: u64) -> bool {
-        // SAFETY: the place is in a map value.
-        unsafe { compare_exchange(&raw mut (*self.0).cookie, old, new) == old }
-    }
-}
-
-/// The places that the accepted socket with this cookie may have.
+/// The place of the accepted socket with this cookie.
 #[inline(always)]
-fn places(cookie: u64) -> Option<[AcceptedPlace; WAYS]> {
-    let [first, second] = ACCEPTED_SIZE.places(cookie);
-    Some([
-        AcceptedPlace(ACCEPTED.get_ptr_mut(first)?),
-        AcceptedPlace(ACCEPTED.get_ptr_mut(second)?),
-    ])
-}
-
-/// That of these which it has.
-#[inline(always)]
-fn place_of(cookie: u64) -> Option<AcceptedPlace> {
-    place::find(places(cookie)?, cookie)
+fn place_of(cookie: u64) -> Option<At<Accepted>> {
+    find_place(&ACCEPTED, ACCEPTED_SIZE, cookie)
 }
 
 #[inline(always)]
 fn insert(cookie: u64, leg: u64, copied: u32) -> bool {
-    let Some(place) = places(cookie).and_then(place::reserve) else {
+    let Some(place) = places(&ACCEPTED, ACCEPTED_SIZE, cookie).and_then(place::reserve) else {
         return false;
     };
-    // SAFETY: the place is in a map value, and nobody else's.
-    let accepted = unsafe { &mut *place.0 };
+    let accepted = place.value();
     accepted.leg = leg;
     accepted.copied = copied;
     accepted.is_there = 1;
@@ -202,8 +174,7 @@ pub(crate) fn is_kept(cookie: u64) -> bool {
 
 #[inline(always)]
 fn entry(cookie: u64) -> Option<&'static mut Accepted> {
-    // SAFETY: maps stay until the program ends; what lies in them is shared, and written only as its fields allow.
-    place_of(cookie).map(|place| unsafe { &mut *place.0 })
+    place_of(cookie).map(At::value)
 }
 
 /// A connection has ended on the accepting side. Gives `false` if no leg was delivered to this socket.
@@ -281,7 +252,7 @@ fn end(cookie: u64, accepted: &mut Accepted) {
 fn forget(cookie: u64, accepted: &mut Accepted) {
     let (place, copied) = (accepted.leg, accepted.copied);
     // Who vacates the place, and nobody else, has what was in it.
-    if !place::vacate(AcceptedPlace(accepted), cookie) {
+    if !place::vacate(At::of(accepted), cookie) {
         return;
     }
     if copied != 0 {

@@ -16,16 +16,17 @@ use aya_ebpf::{
 };
 use carnet_core::{
     flow::{CONNECTING_SIZE, LEG_REDIRECTED, LEG_STARTING, LegState, WAY_ENDED},
-    place::{self, Place, WAYS},
+    place,
     record::Record,
 };
 
 use crate::{
     accepted,
-    ctx::{compare_exchange, exchange, fetch_add},
+    ctx::{exchange, fetch_add},
     end::{Bytes, abandon_connect, report_end, unknown},
     handover,
     maps::{BLANK_LEG, CONNECTING, LEGS},
+    place::{At, find as find_place, places},
     socket::{Socket, TCP},
 };
 
@@ -49,44 +50,10 @@ pub(crate) fn apart(cookie: u64) -> Option<&'static mut LegState> {
     find(cookie).filter(|leg| leg.left == 0)
 }
 
-/// The place of a leg.
-#[derive(Clone, Copy)]
-struct LegPlace(*mut LegState);
-
-impl Place for LegPlace {
-    #[inline(always)]
-    fn holder(self) -> u64 {
-        // SAFETY: the place is in a map value.
-        unsafe { (&raw const (*self.0).cookie).read_volatile() }
-    }
-
-    #[inline(always)]
-    fn replace_holder(self, old: u64, new: u64) -> bool {
-        // SAFETY: the place is in a map value.
-        unsafe { compare_exchange(&raw mut (*self.0).cookie, old, new) == old }
-    }
-}
-
-impl LegPlace {
-    /// The leg that is there, for its holder.
-    #[inline(always)]
-    fn leg(self) -> &'static mut LegState {
-        // SAFETY: maps stay until the program ends. The kernel runs the hooks of one socket one at a time.
-        unsafe { &mut *self.0 }
-    }
-}
-
-/// The places that the leg of the socket with this cookie may be in.
-#[inline(always)]
-fn places(cookie: u64) -> Option<[LegPlace; WAYS]> {
-    let [first, second] = CONNECTING_SIZE.places(cookie);
-    Some([LegPlace(CONNECTING.get_ptr_mut(first)?), LegPlace(CONNECTING.get_ptr_mut(second)?)])
-}
-
 /// The leg of the socket with this cookie, if it is kept apart from it.
 #[inline(always)]
 pub(crate) fn find(cookie: u64) -> Option<&'static mut LegState> {
-    place::find(places(cookie)?, cookie).map(LegPlace::leg)
+    find_place(&CONNECTING, CONNECTING_SIZE, cookie).map(At::value)
 }
 
 /// The place for the leg that a socket is about to make: all zero, or with the record that was set on
@@ -193,8 +160,8 @@ pub(crate) fn give_back(cookie: u64) {
 /// places are taken.
 #[inline(always)]
 fn begin(cookie: u64) -> Option<&'static mut LegState> {
-    let place = place::reserve(places(cookie)?)?;
-    let leg = blank(place.leg());
+    let place = place::reserve(places(&CONNECTING, CONNECTING_SIZE, cookie)?)?;
+    let leg = blank(place.value());
     place::settle(place, cookie);
     Some(leg)
 }
@@ -232,7 +199,7 @@ fn zero(part: *mut c_void, length: usize) {
 #[inline(always)]
 fn vacate(leg: &mut LegState) {
     let cookie = leg.cookie;
-    place::vacate(LegPlace(leg), cookie);
+    place::vacate(At::of(leg), cookie);
 }
 
 /// One of the owners of a leg that is kept apart, who has nothing to do with it from here on, goes.

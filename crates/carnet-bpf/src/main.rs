@@ -16,7 +16,7 @@
 //! | [`sock_create`] | `cgroup/sock_create` | cookies for services' sockets; refuse sockets whose flows no hook sees |
 //! | [`iter`] | `iter/bpf_sk_storage_map`, `iter/task_file` | list live flows; identify a file |
 //!
-//! Beside them: [`maps`] (all state), [`connecting`] and [`accepted`] (the legs of
+//! Beside them: [`maps`] (all state), [`place`] (core's places in it), [`connecting`] and [`accepted`] (the legs of
 //! sockets), [`handover`] (from the one to the other), [`carry_on`] (and on to the service's next one), [`bank`] (core's tables over the maps),
 //! [`decide`] (core's decision over them), [`attempt`] (what is done then), [`enforce`] (that it holds), [`end`] and [`idle`] (the
 //! end of legs), [`client`] (whose UDP flow an address stands for), [`source`] (from where UDP may
@@ -51,6 +51,7 @@ mod iter;
 mod listener;
 mod mac;
 mod maps;
+mod place;
 mod portable;
 mod process;
 mod recvmsg;

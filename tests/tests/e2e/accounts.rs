@@ -200,13 +200,7 @@ fn a_connection_that_is_reset_at_once_is_accounted_for() {
     let (service, client) = (lab.puppet_of("alpha"), lab.puppet());
     let listener = service.serve(LOOPBACK);
     let port = listener.local().must("ask for the port").port();
-    netfilter::change(
-        namespace,
-        &format!(
-            "add table ip other; add chain ip other in {{ type filter hook input priority 0; }}; \
-             add rule ip other in tcp dport {port} reject with tcp reset"
-        ),
-    );
+    netfilter::on_input(namespace, &format!("tcp dport {port} reject with tcp reset"));
     let connection = client.tcp(lab.v4());
     let refused = || connection.connect(lab.v4()).map_err(|errno| errno.0);
     assert_eq!(refused(), Err(libc::ECONNREFUSED));
@@ -219,7 +213,7 @@ fn a_connection_that_is_reset_at_once_is_accounted_for() {
         due.tcp.redirected += 1;
         due.tcp.unanswered += 1;
     });
-    netfilter::change(namespace, "delete table ip other");
+    netfilter::remove(namespace);
     connection.connect(lab.v4()).must("connect");
     let accepted = listener.accept().must("accept");
     book.after("its socket, connected at last", |due| {
@@ -314,13 +308,7 @@ fn legs_that_are_on_their_way_at_once_are_told_apart() {
     let listener = service.serve(LOOPBACK);
     let port = listener.local().must("ask for the port").port();
     // The ACK by which the service's end would be established is lost.
-    netfilter::change(
-        namespace,
-        &format!(
-            "add table ip other; add chain ip other in {{ type filter hook input priority 0; }}; \
-             add rule ip other in tcp dport {port} tcp flags == ack drop"
-        ),
-    );
+    netfilter::on_input(namespace, &format!("tcp dport {port} tcp flags == ack drop"));
     let (first, second) = (client.tcp(lab.v4()), client.tcp(lab.v4()));
     first.bind(LOOPBACK).must("bind");
     let own = first.local().must("ask for the port");
@@ -339,7 +327,7 @@ fn legs_that_are_on_their_way_at_once_are_told_apart() {
     };
     assert_eq!((full("WAITING"), full("HANDOVER")), (Some(1), Some(1)), "one has the place");
 
-    netfilter::change(namespace, "delete table ip other");
+    netfilter::remove(namespace);
     // In the other order.
     for connection in [&second, &first] {
         connection.send(b"x").must("send");
